@@ -1,0 +1,27 @@
+"""Exact second derivatives of neural networks, block by block."""
+
+from dagh import errors
+from dagh._blockmatrix import BlockMatrix
+from dagh._graph import Graph, trace
+from dagh._hessian import Decomposition, decompose, functional_hessian, gauss_newton, hessian
+from dagh._rules import Rule, register_rule
+from dagh._state import State
+from dagh._version import __version__
+from dagh.errors import DaghError
+
+__all__ = [
+    "BlockMatrix",
+    "DaghError",
+    "Decomposition",
+    "Graph",
+    "Rule",
+    "State",
+    "__version__",
+    "decompose",
+    "errors",
+    "functional_hessian",
+    "gauss_newton",
+    "hessian",
+    "register_rule",
+    "trace",
+]

@@ -1,0 +1,233 @@
+"""Low-rank blocks and sums of Kronecker products.
+
+Products, diagonals, traces and Frobenius norms come from the factors, without the p_a x p_b matrix.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dagh._block_base import (
+    CHUNK_NUMEL,
+    Block,
+    cancels,
+    check_same_kind,
+    gram_inner,
+    matrix_norm,
+    samples_of,
+    streamed_fro,
+)
+from dagh._block_simple import DiagonalBlock, ZeroBlock
+from dagh.errors import ShapeError
+
+
+class LowRankBlock(Block):
+    """``left^T diag(signs) right``: ``left`` [(N,) R, p_a], ``right`` [(N,) R, p_b], ``signs`` [(N,) R].
+
+    Without signs they are ones; they may be any weights.
+    """
+
+    structure = "low-rank"
+    fields = ("left", "right", "signs")
+
+    def __init__(self, left: Tensor, right: Tensor, signs: Tensor | None = None) -> None:
+        samples = samples_of(left, 2, "the left factor of a low-rank block")
+        if right.shape[:-1] != left.shape[:-1]:
+            raise ShapeError(
+                f"low-rank factors {tuple(left.shape)} and {tuple(right.shape)} have different ranks"
+            )
+        if signs is None:
+            signs = left.new_ones(1)
+        super().__init__((left.shape[-1], right.shape[-1]), samples, left.dtype, left.device)
+        self.left = left
+        self.right = right
+        self.signs = signs.expand(left.shape[:-1])
+
+    @property
+    def rank(self) -> int:
+        """Number of rank-one terms R (an upper bound on the rank)."""
+        return int(self.left.shape[-2])
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return (self.left[..., start:stop] * self.signs[..., None]).mT @ self.right
+
+    def matmat(self, v: Tensor) -> Tensor:
+        return self.left.mT @ (self.signs[..., None] * (self.right @ v))
+
+    def rmatmat(self, v: Tensor) -> Tensor:
+        return self.right.mT @ (self.signs[..., None] * (self.left @ v))
+
+    def diagonal(self) -> Tensor:
+        n = min(self.shape)
+        return torch.einsum("...ri,...ri,...r->...i", self.left[..., :n], self.right[..., :n], self.signs)
+
+    @property
+    def T(self) -> Block:
+        return LowRankBlock(self.right, self.left, self.signs)
+
+    def scale(self, c: float) -> Block:
+        return LowRankBlock(self.left, self.right, self.signs * c)
+
+    def _gram_factors(self) -> tuple[Tensor, Tensor]:
+        return self.left * self.signs[..., None], self.right
+
+    def _gram_flops(self) -> int:
+        return (self.samples or 1) * self.rank**2 * sum(self.shape)
+
+    def _dense_flops(self) -> int:
+        return self.dense_numel * (self.rank + 1)
+
+    def fro(self) -> Tensor:
+        if self._gram_flops() < self._dense_flops():
+            factors = self._gram_factors()
+            total, magnitude = gram_inner(factors, factors)
+            if not cancels(total, magnitude):
+                return total.sqrt()
+        return streamed_fro(self)
+
+    def fro_flops(self) -> int:
+        return min(self._gram_flops(), self._dense_flops())
+
+    def spectral(self) -> Tensor:
+        if self.rank == 0:
+            return self.left.new_zeros(self.lead)
+        if self.rank >= min(self.shape):
+            return super().spectral()
+        left, right = self._gram_factors()
+        r_left = torch.linalg.qr(left.mT, mode="r").R
+        r_right = torch.linalg.qr(right.mT, mode="r").R
+        return matrix_norm(r_left @ r_right.mT, 2)
+
+    def merge(self, other: Block) -> Block | None:
+        if not isinstance(other, LowRankBlock):
+            return None
+        left, right = torch.cat([self.left, other.left], -2), torch.cat([self.right, other.right], -2)
+        return LowRankBlock(left, right, torch.cat([self.signs, other.signs], -1))
+
+    def inner(self, other: Block) -> Tensor:
+        check_same_kind(self, other)
+        left, right = self._gram_factors()
+        return (left.mT * other.matmat(right.mT)).sum((-2, -1))
+
+
+class KroneckerSumBlock(Block):
+    """``sum_m core_m (x) left_m right_m^T`` for weights [o, i] flattened row-major.
+
+    ``core`` is [(N,) M, o_a, o_b], ``left`` [(N,) M, i_a], ``right`` [(N,) M, i_b]; the entry at row (o, i),
+    column (o', i') is ``sum_m core[m,o,o'] left[m,i] right[m,i']``. None stands for a one (a bias).
+    """
+
+    structure = "kronecker"
+    fields = ("core", "left", "right")
+
+    def __init__(self, core: Tensor, left: Tensor | None = None, right: Tensor | None = None) -> None:
+        samples = samples_of(core, 3, "the core of a Kronecker block")
+        ones = core.new_ones(1).expand(*core.shape[:-2], 1)
+        left = ones if left is None else left
+        right = ones if right is None else right
+        if left.shape[:-1] != core.shape[:-2] or right.shape[:-1] != core.shape[:-2]:
+            raise ShapeError(
+                f"Kronecker factors {tuple(core.shape)}, {tuple(left.shape)}, {tuple(right.shape)} "
+                "have different numbers of terms"
+            )
+        shape = (core.shape[-2] * left.shape[-1], core.shape[-1] * right.shape[-1])
+        super().__init__(shape, samples, core.dtype, core.device)
+        self.core = core
+        self.left = left
+        self.right = right
+
+    @property
+    def terms(self) -> int:
+        """Number of Kronecker products M."""
+        return int(self.core.shape[-3])
+
+    @property
+    def factor_shape(self) -> tuple[int, int, int, int]:
+        """(o_a, i_a, o_b, i_b)."""
+        o_a, o_b = self.core.shape[-2:]
+        return int(o_a), int(self.left.shape[-1]), int(o_b), int(self.right.shape[-1])
+
+    def row_numel(self) -> int:
+        return max(super().row_numel(), (self.samples or 1) * self.terms * self.factor_shape[2], 1)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        _, i_a, o_b, i_b = self.factor_shape
+        index = torch.arange(start, stop, device=self.device)
+        scaled = self.core[..., index // i_a, :] * self.left[..., index % i_a, None]  # [M, rows, o_b]
+        flat = scaled.reshape(*self.lead, self.terms, (stop - start) * o_b)
+        return (flat.mT @ self.right).reshape(*self.lead, stop - start, o_b * i_b)
+
+    def write_into(self, out: Tensor) -> None:
+        o_a, i_a, o_b, i_b = self.factor_shape
+        n = self.samples or 1
+        if n * max(self.terms * i_a * i_b, self.shape[0] * self.shape[1]) > CHUNK_NUMEL:
+            super().write_into(out)
+            return
+        # One product over the terms; it comes out as (o, o', i, i') and is interleaved while copying.
+        outer = (self.left[..., :, None] * self.right[..., None, :]).flatten(-2)
+        product = (self.core.flatten(-2).mT @ outer).reshape(*self.lead, o_a, o_b, i_a, i_b)
+        torch.unflatten(torch.unflatten(out, -1, (o_b, i_b)), -3, (o_a, i_a)).copy_(product.transpose(-3, -2))
+
+    def matmat(self, v: Tensor) -> Tensor:
+        o_a, i_a, o_b, i_b = self.factor_shape
+        m, k = self.terms, v.shape[-1]
+        folded = v.reshape(*v.shape[:-2], o_b, i_b, k).transpose(-3, -2).flatten(-2)  # [i_b, o_b k]
+        inner = (self.right @ folded).reshape(*self.lead, m, o_b, k)
+        middle = (self.core @ inner).flatten(-2)  # [M, o_a k]
+        out = (self.left.mT @ middle).reshape(*self.lead, i_a, o_a, k)
+        return out.transpose(-3, -2).reshape(*self.lead, o_a * i_a, k)
+
+    def rmatmat(self, v: Tensor) -> Tensor:
+        return self.T.matmat(v)
+
+    def diagonal(self) -> Tensor:
+        o_a, i_a, o_b, i_b = self.factor_shape
+        if (o_a, i_a) == (o_b, i_b):
+            cores = self.core.diagonal(dim1=-2, dim2=-1)
+            return (cores.mT @ (self.left * self.right)).flatten(-2)
+        r = torch.arange(min(self.shape), device=self.device)
+        terms = self.core[..., r // i_a, r // i_b] * self.left[..., r % i_a] * self.right[..., r % i_b]
+        return terms.sum(-2)
+
+    @property
+    def T(self) -> Block:
+        return KroneckerSumBlock(self.core.mT, self.right, self.left)
+
+    def scale(self, c: float) -> Block:
+        return KroneckerSumBlock(self.core * c, self.left, self.right)
+
+    def _gram_factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.core.flatten(-2), self.left, self.right
+
+    def _gram_flops(self) -> int:
+        o_a, i_a, o_b, i_b = self.factor_shape
+        return (self.samples or 1) * self.terms**2 * (o_a * o_b + i_a + i_b)
+
+    def _dense_flops(self) -> int:
+        return self.dense_numel * (self.terms + 1)
+
+    def fro(self) -> Tensor:
+        if self._gram_flops() < self._dense_flops():
+            factors = self._gram_factors()
+            total, magnitude = gram_inner(factors, factors)
+            if not cancels(total, magnitude):
+                return total.sqrt()
+        return streamed_fro(self)
+
+    def fro_flops(self) -> int:
+        return min(self._gram_flops(), self._dense_flops())
+
+    def merge(self, other: Block) -> Block | None:
+        if not isinstance(other, KroneckerSumBlock) or other.factor_shape != self.factor_shape:
+            return None
+        left, right = torch.cat([self.left, other.left], -2), torch.cat([self.right, other.right], -2)
+        return KroneckerSumBlock(torch.cat([self.core, other.core], -3), left, right)
+
+    def inner(self, other: Block) -> Tensor:
+        check_same_kind(self, other)
+        if isinstance(other, KroneckerSumBlock) and other.factor_shape == self.factor_shape:
+            return gram_inner(self._gram_factors(), other._gram_factors())[0]
+        if isinstance(other, DiagonalBlock | LowRankBlock | ZeroBlock):
+            return other.inner(self)
+        return super().inner(other)

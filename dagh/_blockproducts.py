@@ -1,0 +1,126 @@
+"""Products of a block matrix with vectors, and the eigenvalues that follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+from torch import Tensor
+
+from dagh._block_simple import ZeroBlock
+from dagh._blocktables import check_budget, find_name
+from dagh.errors import DtypeError, ReductionError, ShapeError
+
+if TYPE_CHECKING:
+    from dagh._blockmatrix import BlockMatrix
+
+DENSE_EIGEN_SIZE = 512  # up to this P, eigenvalues come from the dense matrix
+
+
+def multiply(matrix: BlockMatrix, v: Tensor) -> Tensor:
+    """``H @ v`` for a tensor; shapes as in ``BlockMatrix.__matmul__``."""
+    matrix.require_complete()
+    _check_tensor(matrix, "v", v)
+    size, lead = matrix.size, matrix.lead
+    as_matrix = v.ndim == len(lead) + 2
+    rows = tuple(v.shape[:-1] if as_matrix else v.shape)
+    if rows != (*lead, size) and (as_matrix or rows != (size,)):
+        shown = f"[P], [N, P] or [N, P, k] with N={matrix.samples}, P" if lead else "[P] or [P, k] with P"
+        raise ShapeError(f"v has shape {tuple(v.shape)}; expected {shown}={size}")
+    columns = v if as_matrix else v[..., None]
+    product = torch.cat(_product(matrix, list(torch.split(columns, matrix.numels, -2))), -2)
+    return product if as_matrix else product[..., 0]
+
+
+def multiply_dict(matrix: BlockMatrix, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``H @ v`` for a dict of tensors shaped like the parameters."""
+    matrix.require_complete()
+    for name in v:
+        find_name(matrix.index, name, "parameter")
+    pieces = []
+    for name, shape in zip(matrix.names, matrix.shapes, strict=True):
+        if name not in v:
+            raise ShapeError(f"v lacks {name!r}; give every parameter, zeros where it does not move")
+        tensor = v[name]
+        _check_tensor(matrix, f"v[{name!r}]", tensor)
+        if tuple(tensor.shape) not in (tuple(shape), (*matrix.lead, *shape)):
+            raise ShapeError(f"v[{name!r}] has shape {tuple(tensor.shape)}, the parameter {tuple(shape)}")
+        lead = tensor.shape[: tensor.ndim - len(shape)]
+        pieces.append(tensor.reshape((*lead, prod(shape), 1)))
+    out = _product(matrix, pieces)
+    named = zip(matrix.names, out, matrix.shapes, strict=True)
+    return {name: o.reshape((*matrix.lead, *shape)) for name, o, shape in named}
+
+
+def _product(matrix: BlockMatrix, pieces: list[Tensor]) -> list[Tensor]:
+    k = pieces[0].shape[-1]
+    out = [torch.zeros((*matrix.lead, n, k), dtype=matrix.dtype, device=matrix.device) for n in matrix.numels]
+    for (i, j), block in matrix.blocks.items():
+        if isinstance(block, ZeroBlock):
+            continue
+        out[i] += block.matmat(pieces[j])
+        if i != j:
+            out[j] += block.rmatmat(pieces[i])
+    return out
+
+
+def _check_tensor(matrix: BlockMatrix, what: str, tensor: Tensor) -> None:
+    if tensor.dtype != matrix.dtype or tensor.device.type != matrix.device.type:
+        raise DtypeError(
+            f"{what} is {tensor.dtype} on {tensor.device}, the matrix is {matrix.dtype} on {matrix.device}"
+        )
+
+
+def scipy_operator(matrix: BlockMatrix) -> LinearOperator:
+    """The matrix as a scipy operator on a CPU copy."""
+    if matrix.samples is not None:
+        raise ReductionError("per-sample blocks are no single operator; take H.sample(n).to_scipy()")
+    matrix.require_complete()
+    held = matrix.to("cpu")
+    dtype = torch.empty(0, dtype=matrix.dtype).numpy().dtype
+
+    def product(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        v = torch.from_numpy(np.ascontiguousarray(x, dtype))
+        result: np.ndarray[Any, Any] = multiply(held, v).numpy()
+        return result
+
+    def vector(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return product(x.reshape(-1))
+
+    shape = (matrix.size, matrix.size)
+    return LinearOperator(shape, matvec=vector, rmatvec=vector, matmat=product, rmatmat=product, dtype=dtype)
+
+
+def eigenvalues(matrix: BlockMatrix, k: int | None) -> Tensor:
+    """All eigenvalues through the dense matrix, or the ``k`` of largest magnitude by Lanczos; ascending."""
+    matrix.require_complete()
+    if k is None:
+        return _dense_eigenvalues(matrix)
+    if not 0 < k <= matrix.size:
+        raise ShapeError(f"k is between 1 and P={matrix.size}, not {k}")
+    if k < matrix.size and matrix.size > DENSE_EIGEN_SIZE:
+        if matrix.samples is not None:
+            return torch.stack([eigenvalues(matrix.sample(n), k) for n in range(matrix.samples)])
+        operator = scipy_operator(matrix)
+        start = np.random.default_rng(0).standard_normal(matrix.size).astype(operator.dtype)
+        try:
+            found = eigsh(operator, k=k, which="LM", v0=start, return_eigenvectors=False)
+            return torch.from_numpy(np.sort(found)).to(matrix.device, matrix.dtype)
+        except ArpackNoConvergence:
+            pass  # a cluster wider than k: only the dense matrix tells its members apart
+    values = _dense_eigenvalues(matrix)
+    chosen = values.abs().topk(k, dim=-1).indices
+    return values.gather(-1, chosen).sort(-1).values
+
+
+def _dense_eigenvalues(matrix: BlockMatrix) -> Tensor:
+    needed = 2 * prod(matrix.shape) * matrix.dtype.itemsize  # the matrix, and the copy that is reduced
+    what = f"all eigenvalues at P={matrix.size}"
+    cheaper = "the k largest, H.eigvalsh(k), or those of named diagonal blocks"
+    check_budget(what, needed, matrix.memory_budget, matrix.device, cheaper)
+    values: Tensor = torch.linalg.eigvalsh(matrix.dense())
+    return values

@@ -1,0 +1,290 @@
+"""Turning a module into an ATen graph by value: ``torch.export`` first, direct tracing as the fallback."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from dagh.errors import CaptureError, DaghError
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Captured:
+    """An ATen graph with its leaves: one description per placeholder.
+
+    ``leaves``: ``("parameter", name)``, ``("buffer", name)``, ``("constant", tensor)`` or ``("input", position)``;
+    ``outputs`` are the positions of the user's outputs among the graph's.
+    """
+
+    module: fx.GraphModule
+    leaves: list[tuple[str, Any]]
+    outputs: list[int]
+    out_spec: Any
+    method: str
+    batch: int | None
+    """Batch size the graph is valid for; ``None``: any."""
+    seconds: float
+
+
+@contextlib.contextmanager
+def in_mode(model: nn.Module, mode: str) -> Iterator[None]:
+    """Put every submodule in train or eval mode, and restore each one's own flag afterwards."""
+    before = [(m, m.training) for m in model.modules()]
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        for m, _ in before:
+            m.training = mode == "train"
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        for m, flag in before:
+            m.training = flag
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence PyTorch's own chatter while it traces."""
+    loggers = [logging.getLogger(n) for n in ("torch.export", "torch._dynamo", "torch.fx", "torch._export")]
+    levels = [log.level for log in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for log in loggers:
+                log.setLevel(logging.CRITICAL)
+            yield
+        finally:
+            for log, level in zip(loggers, levels, strict=True):
+                log.setLevel(level)
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Restore buffers afterwards (training-mode normalisation updates them), and keep the random state."""
+    saved = {n: b.detach().clone() for n, b in model.named_buffers()}
+    with torch.random.fork_rng(devices=_cuda_devices(model)):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for n, b in model.named_buffers():
+                    if n in saved and not torch.equal(b, saved[n]):
+                        b.copy_(saved[n])
+
+
+def _cuda_devices(model: nn.Module) -> list[torch.device]:
+    tensors = [*model.parameters(), *model.buffers()]
+    return list({t.device for t in tensors if t.device.type == "cuda"})
+
+
+def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: str) -> Any:
+    """The model's own forward pass, leaving no trace on it."""
+    with in_mode(model, mode), undisturbed(model), torch.no_grad():
+        return model(*args, **kwargs)
+
+
+def _recurrent_table() -> dict[Any, Callable[..., Any]]:
+    from torch._decomp import get_decompositions
+
+    names = ["lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input"]
+    ops = [getattr(getattr(aten, n.split(".")[0]), n.split(".")[1]) for n in names]
+    cells = [aten.lstm_cell.default, aten.gru_cell.default, aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default]
+    table = dict(get_decompositions(ops))
+    defaults = torch.export.default_decompositions()
+    for cell in cells:
+        if cell in defaults:
+            table[cell] = defaults[cell]
+    return table
+
+
+def capture(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: str, *, batch: int | None
+) -> Captured:
+    """Trace ``model``.
+
+    ``batch=None`` asks for a graph valid for every batch size (falling back to a batch of one); a number asks for that
+    batch exactly (``args`` must have it).
+    """
+    started = time.perf_counter()
+    failures: list[str] = []
+    attempts: list[tuple[str, Callable[[], Captured]]] = []
+    if batch is None:
+        attempts.append(("torch.export, dynamic batch", lambda: _export(model, args, kwargs, True)))
+        one = pytree.tree_map(_first_sample(args, kwargs), (args, kwargs))
+        attempts.append(("torch.export, batch of 1", lambda: _export(model, one[0], one[1], False)))
+        attempts.append(("direct tracing, batch of 1", lambda: _make_fx(model, one[0], one[1])))
+    else:
+        attempts.append((f"torch.export, batch of {batch}", lambda: _export(model, args, kwargs, False)))
+        attempts.append((f"direct tracing, batch of {batch}", lambda: _make_fx(model, args, kwargs)))
+    with in_mode(model, mode), undisturbed(model), quiet():
+        for method, attempt in attempts:
+            try:
+                captured = attempt()
+            except DaghError:
+                raise
+            except Exception as error:  # torch.export raises a zoo of types
+                failures.append(f"{method}: {_first_line(error)}")
+                continue
+            captured.method = method
+            if batch is None:
+                captured.batch = None if "dynamic" in method else 1
+            else:
+                captured.batch = batch
+            captured.seconds = time.perf_counter() - started
+            return captured
+    raise CaptureError(f"the model could not be traced ({'; '.join(failures)})")
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
+
+
+def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Length of axis 0 of the first tensor."""
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor) and leaf.dim():
+            return leaf.shape[0]
+    return 1
+
+
+def _first_sample(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Any], Any]:
+    n = batch_size(args, kwargs)
+    return lambda x: x[:1] if isinstance(x, Tensor) and x.dim() and x.shape[0] == n else x
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool) -> Captured:
+    shapes = None
+    if dynamic:
+        n = batch_size(args, kwargs)
+        if n < 2:
+            args, kwargs = pytree.tree_map(
+                lambda x: torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() and x.shape[0] == n else x,
+                (args, kwargs),
+            )
+            n *= 2
+        dim = torch.export.Dim("batch", min=2)
+
+        def spec(x: Any) -> Any:
+            return {0: dim} if isinstance(x, Tensor) and x.dim() and x.shape[0] == n else None
+
+        shapes = _dynamic_shapes(model, args, kwargs, spec)
+    program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    program = program.run_decompositions(_recurrent_table())
+    return _from_program(program)
+
+
+def _dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], spec: Callable[[Any], Any]) -> Any:
+    import inspect
+
+    shapes = pytree.tree_map(spec, args)
+    if not kwargs:
+        return shapes
+    names = [p.name for p in inspect.signature(model.forward).parameters.values()]
+    named = dict(zip(names, shapes, strict=False))
+    named.update(pytree.tree_map(spec, kwargs))
+    return named
+
+
+def _from_program(program: Any) -> Captured:
+    from torch.export.graph_signature import InputKind, OutputKind
+
+    sig = program.graph_signature
+    leaves: list[tuple[str, Any]] = []
+    position = 0
+    for entry in sig.input_specs:
+        if entry.kind == InputKind.USER_INPUT:
+            leaves.append(("input", position))
+            position += 1
+        elif entry.kind == InputKind.PARAMETER:
+            leaves.append(("parameter", entry.target))
+        elif entry.kind == InputKind.BUFFER:
+            leaves.append(("buffer", entry.target))
+        elif entry.kind == InputKind.CONSTANT_TENSOR:
+            leaves.append(("constant", program.constants[entry.target]))
+        else:
+            leaves.append(("constant", None))
+    outputs = [i for i, o in enumerate(sig.output_specs) if o.kind == OutputKind.USER_OUTPUT]
+    out_spec = program.call_spec.out_spec
+    return Captured(program.graph_module, leaves, outputs, out_spec, "", None, 0.0)
+
+
+def _make_fx(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
+    """Trace the calls that the model really makes on these values (control flow as taken)."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    params = dict(model.named_parameters(remove_duplicate=True))
+    buffers = dict(model.named_buffers(remove_duplicate=True))
+    flat, spec = pytree.tree_flatten((args, kwargs))
+    positions = [i for i, x in enumerate(flat) if isinstance(x, Tensor)]
+    out_spec: list[Any] = []
+
+    def run(values: Sequence[Tensor], *tensors: Tensor) -> list[Any]:
+        named = dict(zip([*params, *buffers], values, strict=True))
+        full = list(flat)
+        for i, t in zip(positions, tensors, strict=True):
+            full[i] = t
+        a, k = pytree.tree_unflatten(full, spec)
+        out = torch.func.functional_call(model, named, a, k)
+        leaves, tree = pytree.tree_flatten(out)
+        out_spec[:] = [tree]
+        return leaves
+
+    functional = torch.func.functionalize(run)
+
+    def concrete(*inputs: Any) -> Any:
+        with _ReadValues():
+            return functional(*inputs)
+
+    values = [*params.values(), *(b.clone() for b in buffers.values())]
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        traced = make_fx(concrete, decomposition_table=_recurrent_table(), tracing_mode="real")(
+            values, *(flat[i] for i in positions)
+        )
+    leaves: list[tuple[str, Any]] = [("parameter", n) for n in params]
+    leaves += [("buffer", n) for n in buffers]
+    leaves += [("input", i) for i in positions]
+    count = len(pytree.tree_leaves(next(n for n in traced.graph.nodes if n.op == "output").args[0]))
+    return Captured(traced, leaves, list(range(count)), out_spec[0], "", None, 0.0)
+
+
+class _ReadValues(torch.overrides.TorchFunctionMode):
+    """Lets Python read numbers out of traced tensors, so that control flow follows the example's values."""
+
+    _READERS = frozenset(
+        getattr(Tensor, name) for name in ("item", "__bool__", "__int__", "__float__", "__index__", "tolist")
+    )
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in self._READERS:
+            from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+            x = args[0]
+            if torch._is_functional_tensor(x):
+                torch._sync(x)  # type: ignore[no-untyped-call]
+                x = torch._from_functional_tensor(x)
+            with disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():
+                return func(x, *args[1:], **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def trace_function(function: Callable[..., Any], tensors: Sequence[Tensor]) -> fx.GraphModule:
+    """ATen graph of a plain function of tensors, at these values (used for losses)."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with quiet():
+        result: fx.GraphModule = make_fx(function, tracing_mode="real", pre_dispatch=True)(*tensors)
+    return result

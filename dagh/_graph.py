@@ -1,0 +1,707 @@
+"""``dagh.trace`` and the :class:`Graph` it returns."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import networkx as nx
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from dagh import _capture, _objectives
+from dagh._ir import Node, Program
+from dagh._lowering import Builder
+from dagh._state import State, as_policy, check_finite, evaluate_program
+from dagh.errors import (
+    CoupledSamplesError,
+    DtypeError,
+    LossError,
+    NonDeterministicError,
+    OutputError,
+    ReductionError,
+    ShapeError,
+)
+
+Mode = Literal["eval", "train"]
+
+
+def trace(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    mode: Mode = "eval",
+    dropout_seed: int | None = None,
+    output: str | int | None = None,
+) -> Graph:
+    """Turn ``model`` into a graph, by value, from an example of its inputs.
+
+    Args:
+        model: any module. It is never changed: mode, flags, gradients, buffers and device stay as they are.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; axis 0 of every
+            tensor with the batch's length is the sample axis.
+        mode: ``"eval"`` (default) or ``"train"``. Batch-Norm in train mode couples the samples; dropout in train mode
+            is refused without ``dropout_seed``.
+        dropout_seed: fix the dropout masks of train mode.
+        output: which output to differentiate when the model returns several: a key of the returned dict, an index,
+            or a path such as ``"decoder.logits"``.
+
+    Raises:
+        CaptureError: PyTorch cannot trace the model.
+        OutputError: several outputs and none named.
+        RandomnessError: the model draws random numbers.
+        DtypeError: half precision, complex numbers, or mixed devices.
+    """
+    if not isinstance(model, nn.Module):
+        raise ShapeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if mode not in ("eval", "train"):
+        raise ReductionError(f"mode={mode!r}: expected 'eval' or 'train'")
+    return Graph(model, example_inputs, mode=mode, dropout_seed=dropout_seed, output=output)
+
+
+class Graph:
+    """A traced model: nodes, structure, and the way to its derivatives. Made by :func:`dagh.trace`.
+
+    Parameters and buffers are read from the model whenever the graph is evaluated, so a graph stays valid while the
+    model is trained.
+    """
+
+    def __init__(
+        self, model: nn.Module, example_inputs: Any, *, mode: Mode, dropout_seed: int | None, output: str | int | None
+    ) -> None:
+        started = time.perf_counter()
+        self.model = model
+        self.mode: Mode = mode
+        self.dropout_seed = dropout_seed
+        self._output = output
+        self.output_name = ""
+        self.coupled = False
+        self.coupling = ""
+        self.parameter_names = _parameter_names(model)
+        self._programs: dict[Any, Program] = {}
+        self._losses: dict[Any, Program] = {}
+        self._captured: dict[int | None, _capture.Captured] = {}
+        args, kwargs = normalize_inputs(example_inputs)
+        _check_tensors(model, args, kwargs)
+        _warn_about_mode(model, mode)
+        self._inputs_like = pytree.tree_flatten((args, kwargs))[1]
+        self._example = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs))
+        captured = _capture.capture(model, args, kwargs, mode, batch=None)
+        self._captured[captured.batch] = captured
+        self.method = captured.method
+        self._settle(args, kwargs)
+        self.seconds = time.perf_counter() - started
+
+    # -- structure -------------------------------------------------------------------------------------------------------
+
+    @property
+    def program(self) -> Program:
+        """The model's program: of one sample, or of the example batch where samples are coupled."""
+        args, kwargs = self._example
+        return self._program(_capture.batch_size(args, kwargs) if self.coupled else 1)
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """Distinct parameters by their first name, as they are now."""
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        return {names[0]: named[names[0]] for names in self.parameter_names}
+
+    @property
+    def trainable(self) -> list[str]:
+        """Names of the parameters that require a gradient."""
+        return [n for n, p in self.parameters.items() if p.requires_grad]
+
+    @property
+    def nx(self) -> nx.DiGraph[str]:
+        """The graph as a ``networkx.DiGraph``; see :func:`dagh._export.to_networkx` for the attributes."""
+        from dagh._export import to_networkx
+
+        return to_networkx(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: header, nodes and edges."""
+        from dagh._export import to_dict
+
+        return to_dict(self)
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """:meth:`to_dict` as JSON."""
+        import json
+
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def to_dot(self) -> str:
+        """Graphviz source, modules as clusters."""
+        from dagh._export import to_dot
+
+        return to_dot(self)
+
+    def __rich__(self) -> Any:
+        from dagh._export import rich_table
+
+        return rich_table(self)
+
+    def _repr_html_(self) -> str:
+        from dagh._export import html_table
+
+        return html_table(self)
+
+    def __repr__(self) -> str:
+        program = self.program
+        return (
+            f"Graph({type(self.model).__name__}, {len(program.nodes)} nodes, {len(self.parameter_names)} parameters, "
+            f"{self.method}{', coupled samples' if self.coupled else ''})"
+        )
+
+    # -- capture ---------------------------------------------------------------------------------------------------------
+
+    def _settle(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Decide whether samples are coupled, by comparing the per-sample program with the model itself."""
+        probe_args, probe_kwargs = _probe_batch(args, kwargs)
+        try:
+            self._program(1)
+        except (CoupledSamplesError, RuntimeError, ValueError) as error:
+            self._couple(f"a batch of one cannot be evaluated ({str(error).splitlines()[0][:80]})", args, kwargs)
+            return
+        if self.dropout_seed is not None and self.mode == "train":
+            return
+        agrees, why = self._agrees(probe_args, probe_kwargs)
+        if not agrees:
+            self._couple(why, args, kwargs)
+
+    def _couple(self, why: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.coupled = True
+        self.coupling = why
+        self._program(_capture.batch_size(args, kwargs))
+
+    def _agrees(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, str]:
+        """Whether the per-sample program reproduces the model on this batch."""
+        n = _capture.batch_size(args, kwargs)
+        with torch.no_grad():
+            wanted = self._pick(_capture.run_model(self.model, args, kwargs, self.mode))
+            program = self._program(1)
+            try:
+                values = evaluate_program(
+                    program, self._leaf_values(program, args, kwargs, False), n, as_policy("torch"),
+                    program.ancestors([program.output]),
+                )  # fmt: skip
+            except ShapeError as error:
+                return False, str(error)
+        return _same(values[program.output], wanted, n), "the model's output on a batch differs from its output sample by sample"
+
+    def _capture_for(self, batch: int) -> _capture.Captured:
+        """A captured graph valid for this batch size."""
+        for key in (None, batch):
+            if key in self._captured:
+                return self._captured[key]
+        args, kwargs = self._example
+        if _capture.batch_size(args, kwargs) != batch:
+            raise ShapeError(f"this model's graph is tied to its batch size; trace it again with a batch of {batch}")
+        captured = _capture.capture(self.model, args, kwargs, self.mode, batch=batch)
+        self._captured[batch] = captured
+        if self.coupled:
+            self.method = captured.method
+        return captured
+
+    def _program(self, batch: int) -> Program:
+        """The program of a batch of this size (1: one sample)."""
+        if batch not in self._programs:
+            self._programs[batch] = self._lower(self._capture_for(batch), batch)
+        return self._programs[batch]
+
+    def _lower(self, captured: _capture.Captured, batch: int) -> Program:
+        args, kwargs = self._example
+        n = _capture.batch_size(args, kwargs)
+        flat, _ = pytree.tree_flatten((args, kwargs))
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        buffers = dict(self.model.named_buffers(remove_duplicate=False))
+        builder = Builder(dropout_seed=self.dropout_seed)
+        with _capture.in_mode(self.model, self.mode), torch.no_grad():
+            leaf_of: dict[str, Node] = {}
+            for names in self.parameter_names:
+                node = builder.leaf(names[0], "parameter", named[names[0]], names=names)
+                leaf_of.update(dict.fromkeys(names, node))
+            buffer_nodes: dict[str, Node] = {}
+            inputs: list[Node] = []
+            supplied: list[Any] = []
+            labels = _input_labels(self.model, args, kwargs)
+            for kind, what in captured.leaves:
+                if kind == "parameter":
+                    supplied.append(leaf_of[what])
+                elif kind == "buffer":
+                    if what not in buffer_nodes:
+                        buffer_nodes[what] = builder.leaf(what, "constant", buffers[what], names=(what,))
+                        buffer_nodes[what].value = None
+                    supplied.append(buffer_nodes[what])
+                elif kind == "constant":
+                    supplied.append(builder.constant(what) if isinstance(what, Tensor) else what)
+                else:
+                    x = flat[what]
+                    if not isinstance(x, Tensor):
+                        supplied.append(x)
+                        continue
+                    per_batch = x.dim() > 0 and x.shape[0] == n
+                    sample = _resize(x, batch) if per_batch else x
+                    node = builder.leaf(labels[what], "input", sample, batched=per_batch and not self.coupled)
+                    node.names = (str(what),)
+                    inputs.append(node)
+                    supplied.append(node)
+            results = builder.walk(captured.module, supplied)
+        flat_out = pytree.tree_leaves(results) if not isinstance(results, (list, tuple)) else list(results)
+        outputs = [flat_out[i] for i in captured.outputs]
+        node, self.output_name = _choose_output(outputs, captured.out_spec, self._output)
+        return _prune(builder.nodes, {names[0]: leaf_of[names[0]] for names in self.parameter_names}, inputs, node)
+
+    def _pick(self, result: Any) -> Tensor:
+        """The chosen output among everything the model returned."""
+        leaves, spec = pytree.tree_flatten(result)
+        chosen, _ = _choose_output(leaves, spec, self._output)
+        assert isinstance(chosen, Tensor)
+        return chosen
+
+    # -- evaluation --------------------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self,
+        loss: Any,
+        inputs: Any,
+        targets: Any = None,
+        *,
+        reduction: _objectives.Reduction = "mean",
+        kinks: Any = "torch",
+        wrt: Sequence[str] | None = None,
+    ) -> State:
+        """Values, adjoints and node-level derivatives at the model's present parameters.
+
+        ``wrt`` limits the adjoints to what depends on these parameters (default: every parameter and input).
+
+        Raises:
+            ShapeError: inputs unlike the traced ones, empty batch, targets of another length.
+            LossError: the loss is not scalar or does not fit.
+            NonFiniteError: NaN or Inf in the forward pass, with the first node.
+            NonDeterministicError: the model does not reproduce itself.
+            CoupledSamplesError: ``reduction="none"`` where samples interact.
+        """
+        if reduction not in ("mean", "sum", "none"):
+            raise ReductionError(f"reduction={reduction!r}: expected 'mean', 'sum' or 'none'")
+        args, kwargs = self._accept(inputs)
+        n = _capture.batch_size(args, kwargs)
+        if n == 0:
+            raise ShapeError("the batch is empty: give at least one sample")
+        objective = _objectives.resolve(loss)
+        policy = as_policy(kinks)
+        targets = _targets(targets, n)
+        output = self._verify(args, kwargs, n)
+        coupled = self.coupled
+        if not coupled and objective.is_callable and reduction == "mean":
+            scale = _scale_of(objective, output, targets, n)
+            if scale is None:
+                coupled = True
+                reason = f"loss {objective.name!r} on the batch is neither the mean nor the sum of its values on single samples"
+            else:
+                weights = output.new_full((n,), scale)
+        elif not coupled:
+            weights = _weights(objective, reduction, output, targets, n)
+        if coupled and reduction == "none":
+            why = self.coupling if self.coupled else reason
+            raise CoupledSamplesError(f"per-sample blocks do not exist: {why}; use reduction='mean'")
+        if coupled:
+            weights = _coupled_weights(objective, reduction, output, targets)
+            if not self.coupled:
+                self._require_batch(args, kwargs, n)
+        program = self._with_loss(objective, output, targets, n if coupled else 1, n)
+        leaves = self._leaf_values(program, args, kwargs, coupled)
+        flat_targets, _ = _objectives.target_tensors(targets)
+        for node, t in zip(program.targets, flat_targets, strict=True):
+            leaves[node] = t.unsqueeze(0) if coupled else t.unsqueeze(1)
+        samples = 1 if coupled else n
+        with torch.no_grad():
+            values = evaluate_program(program, leaves, samples, policy)
+        check_finite(program, values)
+        sources = [v for v in program if v.op is None and v.dtype.is_floating_point and v.kind in ("parameter", "input")]
+        if wrt is not None:
+            wanted = {program.parameters[w] if w in program.parameters else program.by_name[w] for w in wrt}
+            sources = list(wanted)
+        return State(program, values, weights.detach(), samples, policy, frozenset(sources), coupled)
+
+    def _accept(self, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = normalize_inputs(inputs)
+        _check_tensors(self.model, args, kwargs)
+        if pytree.tree_flatten((args, kwargs))[1] != self._inputs_like:
+            raise ShapeError("the inputs are organised differently from the traced example (number, names or nesting)")
+        old, new = (pytree.tree_leaves(x) for x in (self._example, (args, kwargs)))
+        n_old, n_new = _capture.batch_size(*self._example), _capture.batch_size(args, kwargs)
+        for a, b in zip(old, new, strict=True):
+            if not isinstance(a, Tensor):
+                continue
+            shape_a = a.shape[1:] if a.dim() and a.shape[0] == n_old else a.shape
+            shape_b = b.shape[1:] if b.dim() and b.shape[0] == n_new else b.shape
+            if shape_a != shape_b:
+                raise ShapeError(
+                    f"an input has shape {tuple(b.shape)}; the traced example had {tuple(a.shape)} (only axis 0 may change)"
+                )
+            if a.dtype != b.dtype and a.dtype.is_floating_point != b.dtype.is_floating_point:
+                raise DtypeError(f"an input has dtype {b.dtype}; the traced example had {a.dtype}")
+        return args, kwargs
+
+    def _verify(self, args: tuple[Any, ...], kwargs: dict[str, Any], n: int) -> Tensor:
+        """The model's own output on these inputs, after checking that the program reproduces it."""
+        if self.dropout_seed is not None and self.mode == "train":
+            program = self._program(n if self.coupled else 1)
+            leaves = self._leaf_values(program, args, kwargs, self.coupled)
+            values = evaluate_program(program, leaves, n, as_policy("torch"), program.ancestors([program.output]))
+            out = values[program.output]
+            return out[0] if self.coupled else out.flatten(0, 1)
+        output = self._pick(_capture.run_model(self.model, args, kwargs, self.mode))
+        if self.coupled:
+            self._require_batch(args, kwargs, n)
+        for attempt in range(2):
+            program = self._program(n if self.coupled else 1)
+            leaves = self._leaf_values(program, args, kwargs, self.coupled)
+            try:
+                with torch.no_grad():
+                    values = evaluate_program(
+                        program, leaves, 1 if self.coupled else n, as_policy("torch"), program.ancestors([program.output])
+                    )
+                got = values[program.output]
+                if _same(got, output.unsqueeze(0) if self.coupled else output, 1 if self.coupled else n):
+                    return output
+                if not bool(torch.isfinite(got).all()):
+                    check_finite(program, values)
+            except ShapeError:
+                if self.coupled:
+                    raise
+            again = self._pick(_capture.run_model(self.model, args, kwargs, self.mode))
+            if not _close(output, again):
+                raise NonDeterministicError(
+                    "two evaluations of the model on the same inputs differ; remove the randomness or seed it inside forward"
+                )
+            if attempt == 0:
+                # The traced branch does not fit these inputs: trace the batch as it is.
+                self.coupled = True
+                self.coupling = "the model takes another branch on these inputs than on the traced example"
+                self._example = (args, kwargs)
+                self._captured = {}
+                self._programs = {}
+                self._losses = {}
+        raise NonDeterministicError(
+            "the traced graph does not reproduce the model on these inputs; its control flow depends on values in a way "
+            "that tracing cannot follow"
+        )
+
+    def _require_batch(self, args: tuple[Any, ...], kwargs: dict[str, Any], n: int) -> None:
+        """Make sure that a whole-batch program of this size can be had."""
+        if None in self._captured or n in self._captured:
+            return
+        self._example = (args, kwargs)
+        self._program(n)
+
+    def _with_loss(self, objective: _objectives.Objective, output: Tensor, targets: Any, batch: int, n: int) -> Program:
+        """The model's program with the loss appended."""
+        flat, spec = _objectives.target_tensors(targets)
+        key = (objective.name, objective.summed if objective.is_callable else None, _freeze(objective), batch,
+               tuple((t.shape[1:], t.dtype) for t in flat))  # fmt: skip
+        if key in self._losses:
+            return self._losses[key]
+        base = self._program(batch)
+        first = output if batch > 1 or n == 1 or self.coupled else output[:1]
+        some = [t if batch > 1 or n == 1 or self.coupled else t[:1] for t in flat]
+
+        def function(out: Tensor, *ts: Tensor) -> Any:
+            return objective.summed(out, pytree.tree_unflatten(list(ts), spec) if flat else None)
+
+        builder = Builder("loss", taken=base.by_name)
+        with torch.no_grad():
+            value = function(first.clone(), *some)
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise LossError(f"loss {objective.name!r} must return a scalar; it returned {shape}")
+        traced = _capture.trace_function(function, [first.detach().clone(), *some])
+        for name, t in traced.named_buffers():
+            if t.requires_grad:
+                raise LossError(
+                    f"loss {objective.name!r} closes over a tensor that requires a gradient ({name}, shape {tuple(t.shape)}); "
+                    "make it an output of the model, or detach it"
+                )
+        with torch.no_grad():
+            supplied = [builder.adopt(base.output, first.detach())]
+            target_nodes = [
+                builder.leaf("target" if len(some) == 1 else f"target_{i}", "target", t, batched=batch == 1)
+                for i, t in enumerate(some)
+            ]
+            result = builder.walk(traced, [*supplied, *target_nodes])
+        if not isinstance(result, Node) or result is base.output:
+            raise LossError(f"loss {objective.name!r} does not depend on the model's output through tensor operations")
+        if result.name not in ("loss",) and "loss" not in base.by_name:
+            result.name = "loss"
+        program = Program([*base.nodes, *builder.nodes], base.parameters, base.inputs, base.output, target_nodes, result)
+        keep = program.ancestors([result]) | set(program.parameters.values()) | set(target_nodes) | set(base.inputs)
+        program = Program(
+            [n for n in program.nodes if n in keep], base.parameters, base.inputs, base.output, target_nodes, result
+        )
+        self._losses[key] = program
+        return program
+
+    def _leaf_values(
+        self, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], coupled: bool
+    ) -> dict[Node, Tensor]:
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        buffers = dict(self.model.named_buffers(remove_duplicate=False))
+        flat, _ = pytree.tree_flatten((args, kwargs))
+        n = _capture.batch_size(args, kwargs)
+        leaves: dict[Node, Tensor] = {}
+        for node in program:
+            if node.op is not None:
+                continue
+            if node.kind == "parameter":
+                leaves[node] = parameters[node.names[0]].detach().unsqueeze(0)
+            elif node.kind == "constant":
+                value = node.value if node.value is not None else buffers[node.names[0]].detach()
+                leaves[node] = value.unsqueeze(0)
+            elif node.kind == "input":
+                x = flat[int(node.names[0])].detach()
+                shared = not (x.dim() and x.shape[0] == n)
+                leaves[node] = x.unsqueeze(0) if coupled or shared else x.unsqueeze(1)
+        return leaves
+
+
+# -- helpers -----------------------------------------------------------------------------------------------------------
+
+
+def normalize_inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``inputs`` as positional and keyword arguments (keywords sorted)."""
+    if isinstance(inputs, Tensor):
+        return (inputs,), {}
+    if isinstance(inputs, Mapping):
+        return (), {k: inputs[k] for k in sorted(inputs)}
+    if isinstance(inputs, (tuple, list)):
+        return tuple(inputs), {}
+    raise ShapeError(f"inputs must be a tensor, a tuple or a dict of tensors, not {type(inputs).__name__}")
+
+
+def _check_tensors(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    leaves = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    if not leaves:
+        raise ShapeError("the inputs contain no tensor")
+    named = [*model.named_parameters(), *model.named_buffers()]
+    devices: dict[torch.device, str] = {}
+    floats: dict[torch.dtype, str] = {}
+    for what, t in [*((f"parameter {n!r}", p) for n, p in named), *(("an input", x) for x in leaves)]:
+        if t.dtype in (torch.float16, torch.bfloat16) or t.dtype.is_complex:
+            raise DtypeError(f"{what} is {str(t.dtype).removeprefix('torch.')}; dagh needs float32 or float64 (use .float() or .double())")
+        devices.setdefault(t.device, what)
+        if t.dtype.is_floating_point:
+            floats.setdefault(t.dtype, what)
+    if len(devices) > 1:
+        (d1, w1), (d2, w2) = list(devices.items())[:2]
+        raise DtypeError(f"{w1} is on {d1} and {w2} on {d2}; move the model and its inputs to one device")
+    if len(floats) > 1:
+        (d1, w1), (d2, w2) = list(floats.items())[:2]
+        raise DtypeError(f"{w1} is {str(d1)[6:]} and {w2} is {str(d2)[6:]}; use one floating-point dtype for model and inputs")
+
+
+def _warn_about_mode(model: nn.Module, mode: Mode) -> None:
+    if mode != "eval" or not model.training:
+        return
+    kinds = {type(m).__name__ for m in model.modules() if isinstance(m, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd))}
+    if kinds:
+        warnings.warn(
+            f"the model is in training mode and has {', '.join(sorted(kinds))}; dagh uses eval mode (running statistics, no "
+            "dropout) unless it is traced with mode='train'",
+            stacklevel=4,
+        )
+
+
+def _parameter_names(model: nn.Module) -> list[tuple[str, ...]]:
+    """All names of each distinct parameter, in order of first appearance."""
+    groups: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(p), []).append(name)
+    return [tuple(g) for g in groups.values()]
+
+
+def _input_labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, str]:
+    """A readable name for every leaf of the inputs."""
+    import inspect
+
+    names = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind != p.VAR_KEYWORD]
+    labels: dict[int, str] = {}
+    position = 0
+    pairs = [(names[i] if i < len(names) else f"input_{i}", a) for i, a in enumerate(args)] + list(kwargs.items())
+    for name, value in pairs:
+        leaves = pytree.tree_leaves(value)
+        for k, _ in enumerate(leaves):
+            labels[position] = name if len(leaves) == 1 else f"{name}_{k}"
+            position += 1
+    return labels
+
+
+def _resize(x: Tensor, batch: int) -> Tensor:
+    """The first ``batch`` samples, repeated when there are fewer."""
+    if x.shape[0] >= batch:
+        return x[:batch]
+    return x[torch.arange(batch, device=x.device) % x.shape[0]]
+
+
+def _probe_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The example with at least three different samples, to reveal interactions between them."""
+    n = _capture.batch_size(args, kwargs)
+    if n >= 3:
+        return args, kwargs
+    generator = torch.Generator().manual_seed(0)
+
+    def vary(x: Any) -> Any:
+        if not (isinstance(x, Tensor) and x.dim() and x.shape[0] == n):
+            return x
+        rows = [x, *(x[:1] for _ in range(3 - n))]
+        for k in range(1, len(rows)):
+            if x.dtype.is_floating_point:
+                noise = torch.rand(rows[k].shape, generator=generator, dtype=torch.float64).to(x)
+                rows[k] = rows[k] * (0.5 + noise) + 0.1 * noise
+            elif x.dim() > 1:
+                rows[k] = rows[k].roll(k, -1)
+        return torch.cat(rows)
+
+    result: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(vary, (args, kwargs))
+    return result
+
+
+def _same(got: Tensor, wanted: Tensor, n: int) -> bool:
+    """Whether a program's output ``[N or 1, *one sample]`` equals the model's ``[N, …]``."""
+    if got.shape[0] == 1 and n > 1:
+        got = got.expand(n, *got.shape[1:])
+    if got.numel() != wanted.numel():
+        return False
+    return _close(got.reshape(wanted.shape), wanted)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    tolerance = 1e-8 if a.dtype == torch.float64 else 2e-3
+    finite = torch.isfinite(a) & torch.isfinite(b)
+    scale = float(b[finite].abs().max()) if bool(finite.any()) else 1.0
+    difference = (a[finite] - b[finite]).abs()
+    return bool(torch.isfinite(a).equal(torch.isfinite(b))) and (
+        difference.numel() == 0 or float(difference.max()) <= tolerance * max(scale, 1e-30)
+    )
+
+
+def _choose_output(leaves: Sequence[Any], spec: Any, wanted: str | int | None) -> tuple[Any, str]:
+    """The output tensor to differentiate, and its name."""
+    names = _output_names(spec, len(leaves))
+    candidates = {
+        name: leaf for name, leaf in zip(names, leaves, strict=True)
+        if isinstance(leaf, (Tensor, Node)) and leaf.dtype.is_floating_point
+    }  # fmt: skip
+    if wanted is not None:
+        key = str(wanted)
+        if key not in candidates and isinstance(wanted, int) and wanted < len(names):
+            key = names[wanted]
+        if key not in candidates:
+            raise OutputError(f"the model has no output {wanted!r}; outputs: {', '.join(map(repr, candidates))}")
+        return candidates[key], key
+    if len(candidates) == 1:
+        name, leaf = next(iter(candidates.items()))
+        return leaf, name
+    if not candidates:
+        raise OutputError("the model returns no floating-point tensor")
+    raise OutputError(
+        f"the model returns {len(candidates)} tensors ({', '.join(map(repr, candidates))}); say which with output={next(iter(candidates))!r}"
+    )
+
+
+def _output_names(spec: Any, count: int) -> list[str]:
+    """Dotted paths of the leaves of a pytree."""
+    dummy = pytree.tree_unflatten(list(range(count)), spec)
+    paths, _ = pytree.tree_flatten_with_path(dummy)
+    names = [""] * count
+    for path, index in paths:
+        parts = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path]
+        names[index] = ".".join(parts) or "output"
+    return names
+
+
+def _prune(nodes: list[Node], parameters: dict[str, Node], inputs: list[Node], output: Any) -> Program:
+    if not isinstance(output, Node):
+        raise OutputError("the chosen output is not computed by the graph")
+    keep = {output}
+    for node in reversed(nodes):
+        if node in keep:
+            keep.update(node.inputs)
+    keep.update(parameters.values())
+    keep.update(inputs)
+    return Program([n for n in nodes if n in keep], parameters, inputs, output)
+
+
+def _targets(targets: Any, n: int) -> Any:
+    flat, spec = pytree.tree_flatten(targets)
+    for t in flat:
+        if not isinstance(t, Tensor):
+            raise LossError(f"targets must be tensors, not {type(t).__name__}")
+        if t.dim() == 0 or t.shape[0] != n:
+            raise ShapeError(f"inputs have {n} samples, targets {tuple(t.shape)}: axis 0 must agree")
+    return targets
+
+
+def _scale_of(objective: _objectives.Objective, output: Tensor, targets: Any, n: int) -> float | None:
+    """1/N where a callable averages over samples, 1 where it sums, ``None`` where it does neither."""
+    with torch.no_grad():
+        total = objective.summed(output, targets)
+        if not isinstance(total, Tensor) or total.numel() != 1:
+            shape = tuple(total.shape) if isinstance(total, Tensor) else type(total).__name__
+            raise LossError(f"loss {objective.name!r} must return a scalar; it returned {shape}")
+        if n == 1:
+            return 1.0
+        try:
+            each = torch.stack(
+                [objective.summed(output[i : i + 1], pytree.tree_map(lambda t: t[i : i + 1], targets)) for i in range(n)]
+            )
+        except (RuntimeError, ValueError, IndexError):
+            return None
+    tolerance = 1e-9 if output.dtype == torch.float64 else 1e-4
+    size = max(float(each.abs().sum()), 1e-30)
+    if abs(float(total) - float(each.mean())) <= tolerance * size / n:
+        return 1.0 / n
+    if abs(float(total) - float(each.sum())) <= tolerance * size:
+        return 1.0
+    return None
+
+
+def _weights(
+    objective: _objectives.Objective, reduction: _objectives.Reduction, output: Tensor, targets: Any, n: int
+) -> Tensor:
+    """``c_n``."""
+    ones = output.new_ones(n)
+    if objective.weigh is None or not objective.averages and reduction != "none":
+        return ones
+    if reduction == "sum":
+        return ones
+    share = _share(objective, output, targets)
+    if reduction == "none":
+        return ones / share if objective.averages else ones
+    return ones / share.sum()
+
+
+def _coupled_weights(
+    objective: _objectives.Objective, reduction: _objectives.Reduction, output: Tensor, targets: Any
+) -> Tensor:
+    if objective.weigh is None or not objective.averages or reduction == "sum":
+        return output.new_ones(1)
+    return output.new_ones(1) / _share(objective, output, targets).sum()
+
+
+def _share(objective: _objectives.Objective, output: Tensor, targets: Any) -> Tensor:
+    assert objective.weigh is not None
+    try:
+        with torch.no_grad():
+            return objective.weigh(output, targets).detach()
+    except (RuntimeError, IndexError, AttributeError) as error:
+        raise LossError(f"loss {objective.name!r} does not fit output {tuple(output.shape)}: {str(error).splitlines()[0]}") from None
+
+
+def _freeze(objective: _objectives.Objective) -> Any:
+    return objective.summed if objective.name not in _objectives.loss_names() else None

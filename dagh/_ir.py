@@ -1,0 +1,183 @@
+"""The intermediate representation: a concrete, single-output-per-node DAG.
+
+A :class:`Program` is what the engine differentiates. Every node yields one tensor; its shape is that of *one sample*
+(the model applied to a batch of one), and the engine carries the samples as an extra leading axis. Where samples
+interact, the program is the model applied to the whole batch, and the leading axis has length one.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["input", "target", "parameter", "constant", "operation"]
+Part = Literal["model", "loss"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Placeholder for the ``index``-th tensor argument inside a node's argument template."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Item:
+    """One output of an operation that returns several tensors, as an operation of its own."""
+
+    op: Any
+    index: int
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.op(*args, **kwargs)[self.index]
+
+
+@lru_cache(maxsize=None)
+def operation_key(op: Any) -> str:
+    """Name under which rules are registered, e.g. ``aten.relu.default`` or ``dagh.standardize``."""
+    if isinstance(op, Item):
+        return f"{operation_key(op.op)}[{op.index}]"
+    if isinstance(op, torch._ops.OpOverload):
+        return str(op)
+    module = getattr(op, "__module__", "")
+    name = getattr(op, "__name__", repr(op))
+    return f"dagh.{name}" if module.startswith("dagh.") else f"{module}.{name}"
+
+
+@lru_cache(maxsize=None)
+def signature(op: Any) -> tuple[tuple[str, Any], ...]:
+    """Argument names of ``op`` in order, with their defaults."""
+    if isinstance(op, Item):
+        return signature(op.op)
+    if isinstance(op, torch._ops.OpOverload):
+        return tuple((a.name, a.default_value) for a in op._schema.arguments)
+    parameters = inspect.signature(op).parameters.values()
+    return tuple((p.name, None if p.default is p.empty else p.default) for p in parameters)
+
+
+@dataclass(eq=False)
+class Node:
+    """One tensor of the computation.
+
+    ``inputs`` are the tensor arguments in the order in which they appear; ``args`` and ``kwargs`` are the call's
+    template, with a :class:`Slot` where a tensor goes.
+    """
+
+    name: str
+    kind: Kind
+    shape: torch.Size
+    dtype: torch.dtype
+    op: Callable[..., Any] | None = None
+    inputs: tuple[Node, ...] = ()
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    module: str = ""
+    source: str = ""
+    part: Part = "model"
+    batched: bool = False
+    value: Tensor | None = None
+    names: tuple[str, ...] = ()
+    index: int = -1
+    key: str = ""
+    bound: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.op is None:
+            return
+        self.key = operation_key(self.op)
+        sig = signature(self.op)
+        bound = dict(sig)
+        bound.update(zip((n for n, _ in sig), self.args, strict=False))
+        bound.update(self.kwargs)
+        self.bound = bound
+
+    @property
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    @property
+    def operation(self) -> str:
+        """Short name of the operation (``conv2d``), or the kind of a leaf."""
+        if self.op is None:
+            return self.kind
+        base, _, item = self.key.partition("[")
+        parts = base.split(".")
+        short = parts[1] if parts[0] == "aten" else parts[-1] if parts[-1] != "default" else parts[-2]
+        return short + (f"[{item}" if item else "")
+
+    def arg(self, name: str) -> Any:
+        """The non-tensor argument ``name``; a :class:`Slot` where it is a tensor."""
+        return self.bound.get(name)
+
+    def slot(self, name: str) -> int | None:
+        """Position in ``inputs`` of the tensor argument ``name``, if there is one."""
+        value = self.bound.get(name)
+        return value.index if isinstance(value, Slot) else None
+
+    def call(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Apply the operation to ``tensors`` in place of the inputs (no leading axes)."""
+        assert self.op is not None
+        result = self.op(*fill(self.args, tensors), **fill(dict(self.kwargs), tensors))
+        assert isinstance(result, Tensor)
+        return result
+
+    def __repr__(self) -> str:
+        return f"<{self.name}: {self.operation} {tuple(self.shape)}>"
+
+
+def fill(template: Any, tensors: Sequence[Any]) -> Any:
+    """Replace every :class:`Slot` of ``template`` by the tensor it stands for."""
+    if isinstance(template, Slot):
+        return tensors[template.index]
+    if isinstance(template, (list, tuple)):
+        return type(template)([fill(t, tensors) for t in template])
+    if isinstance(template, dict):
+        return {k: fill(t, tensors) for k, t in template.items()}
+    return template
+
+
+@dataclass
+class Program:
+    """Nodes in topological order (arguments before users), with the named leaves and outputs."""
+
+    nodes: list[Node]
+    parameters: dict[str, Node]
+    inputs: list[Node]
+    output: Node
+    targets: list[Node] = field(default_factory=list)
+    loss: Node | None = None
+
+    def __post_init__(self) -> None:
+        self.nodes = [*self.nodes]
+        for i, node in enumerate(self.nodes):
+            node.index = i
+        self.by_name = {n.name: n for n in self.nodes}
+        self.users: dict[Node, list[Node]] = {n: [] for n in self.nodes}
+        for node in self.nodes:
+            for parent in dict.fromkeys(node.inputs):
+                self.users[parent].append(node)
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self.nodes)
+
+    def descendants(self, sources: Sequence[Node]) -> set[Node]:
+        """``sources`` and every node computed from them."""
+        reached = set(sources)
+        for node in self.nodes:
+            if node not in reached and any(p in reached for p in node.inputs):
+                reached.add(node)
+        return reached
+
+    def ancestors(self, sinks: Sequence[Node]) -> set[Node]:
+        """``sinks`` and every node they are computed from."""
+        reached = set(sinks)
+        for node in reversed(self.nodes):
+            if node in reached:
+                reached.update(node.inputs)
+        return reached

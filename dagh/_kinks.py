@@ -1,0 +1,142 @@
+"""Choices at kinks, and reports of how close the data come to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from dagh._ir import Node
+from dagh._rules import rule_for
+from dagh.errors import ReductionError
+
+if TYPE_CHECKING:
+    from dagh._state import State
+
+
+class KinkPolicy:
+    """Which derivative to take at a kink.
+
+    ``choices`` is ``None`` (PyTorch's own), a dict from operation names, node names, module paths or globs of them to a
+    choice, or a function ``NodeInfo -> choice | None`` called with the node's name, operation and module. A choice is a number λ in
+    [0, 1] for element-wise kinks (the derivative is (1-λ)·left + λ·right, so λ = σ'(0) for ReLU), or ``"first"``,
+    ``"last"``, ``"split"`` or a sequence of weights per window position for max-pool.
+    """
+
+    def __init__(self, choices: Any = None) -> None:
+        self.choices = choices
+        self._found: dict[Node, Any] = {}
+
+    def choice(self, node: Node) -> Any:
+        """The choice for ``node``; ``None`` for PyTorch's own."""
+        if self.choices is None or node.op is None or rule_for(node).derivative != "kinked":
+            return None
+        if node not in self._found:
+            self._found[node] = _validated(node, self._look_up(node))
+        return self._found[node]
+
+    def _look_up(self, node: Node) -> Any:
+        if callable(self.choices):
+            return self.choices(NodeInfo(node.name, node.operation, node.module))
+        for key, value in self.choices.items():
+            if any(fnmatchcase(label, key) for label in (node.name, node.operation, node.module) if label):
+                return value
+        return None
+
+
+@dataclass(frozen=True)
+class NodeInfo:
+    """What a ``kinks`` function gets to see."""
+
+    name: str
+    operation: str
+    module: str
+
+
+def _validated(node: Node, choice: Any) -> Any:
+    if choice is None or choice == "torch":
+        return None
+    pool = node.operation == "max_pool"
+    if pool:
+        if choice in ("first", "last", "split"):
+            return choice
+        if not isinstance(choice, (int, float, str)):
+            return tuple(float(c) for c in choice)
+        raise ReductionError(f"kinks[{node.name!r}] = {choice!r}: max-pool takes 'first', 'last', 'split' or weights per window position")
+    if isinstance(choice, (int, float)) and 0 <= choice <= 1:
+        return float(choice)
+    raise ReductionError(f"kinks[{node.name!r}] = {choice!r}: {node.operation} takes a number between 0 and 1")
+
+
+@dataclass(frozen=True)
+class KinkRow:
+    """One node's standing: counts over samples and elements, and the smallest distance to a kink."""
+
+    node: str
+    operation: str
+    module: str
+    elements: int
+    exact: int
+    near: int
+    margin: float
+
+
+@dataclass(frozen=True)
+class KinkTable:
+    """Result of :meth:`dagh.State.kinks`, one :class:`KinkRow` per node with kinks."""
+
+    rows: tuple[KinkRow, ...]
+    tol: float
+
+    @classmethod
+    def of(cls, state: State, tol: float) -> KinkTable:
+        rows = []
+        for node in state.program:
+            if node.op is None:
+                continue
+            sites = state.rule(node).kinks(state.call(node))
+            if sites is None or sites.margin.numel() == 0:
+                continue
+            margin = sites.margin.nan_to_num(nan=float("inf"))
+            rows.append(
+                KinkRow(
+                    node.name, node.operation, node.module, margin.numel(), int((margin == 0).sum()),
+                    int((margin <= tol).sum()), float(margin.min()),
+                )
+            )  # fmt: skip
+        return cls(tuple(rows), tol)
+
+    @property
+    def ties(self) -> int:
+        """Elements exactly on a kink."""
+        return sum(r.exact for r in self.rows)
+
+    @property
+    def margin(self) -> float:
+        """Smallest distance to a kink (infinite without kinks)."""
+        return min((r.margin for r in self.rows), default=float("inf"))
+
+    def __iter__(self) -> Iterator[KinkRow]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, node: str) -> KinkRow:
+        for row in self.rows:
+            if row.node == node:
+                return row
+        raise KeyError(node)
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"Kinks: {self.ties} exact ties, smallest margin {self.margin:.3g}")
+        for column in ("node", "operation", "module"):
+            table.add_column(column)
+        for column in ("elements", "on a kink", f"within {self.tol:g}", "margin"):
+            table.add_column(column, justify="right")
+        for r in self.rows:
+            table.add_row(r.node, r.operation, r.module, str(r.elements), str(r.exact), str(r.near), f"{r.margin:.3g}")
+        return table

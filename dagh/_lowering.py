@@ -1,0 +1,236 @@
+"""From an ATen graph to a :class:`~dagh._ir.Program`: shapes made concrete, operations brought to a few forms."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dagh._ir import Item, Kind, Node, Part, Slot, operation_key
+from dagh.errors import CaptureError, RandomnessError
+
+_RANDOM = (
+    "rand", "randn", "bernoulli", "dropout", "native_dropout", "alpha_dropout", "feature_dropout", "randint", "normal",
+    "multinomial", "rand_like", "randn_like", "randint_like", "randperm", "rrelu", "rrelu_with_noise", "exponential",
+    "uniform", "normal_functional",
+)  # fmt: skip
+
+
+class Builder:
+    """Collects nodes while a graph is walked on example values (one sample, or the whole batch)."""
+
+    def __init__(self, part: Part = "model", taken: Iterable[str] = (), dropout_seed: int | None = None) -> None:
+        self.nodes: list[Node] = []
+        self.values: dict[Node, Tensor] = {}
+        self.part = part
+        self.module = ""
+        self.source = ""
+        self.dropout_seed = dropout_seed
+        self.dropouts = 0
+        self._taken = set(taken)
+
+    def unique(self, name: str) -> str:
+        """``name``, or ``name_1``, ``name_2``… when taken."""
+        base, k = name, 0
+        while name in self._taken:
+            k += 1
+            name = f"{base}_{k}"
+        self._taken.add(name)
+        return name
+
+    def adopt(self, node: Node, value: Tensor) -> Node:
+        """Use a node of another program as a leaf of this one."""
+        self.values[node] = value
+        return node
+
+    def leaf(self, name: str, kind: Kind, value: Tensor, *, batched: bool = False, names: tuple[str, ...] = ()) -> Node:
+        """A leaf holding ``value`` (shape of one sample)."""
+        node = Node(
+            self.unique(name), kind, value.shape, value.dtype, part=self.part, batched=batched, names=names,
+            value=value.detach() if kind == "constant" else None,
+        )  # fmt: skip
+        self.nodes.append(node)
+        self.values[node] = value.detach()
+        return node
+
+    def emit(self, op: Callable[..., Any], *args: Any, name: str | None = None, **kwargs: Any) -> Any:
+        """Append ``op(*args, **kwargs)``; nodes stand for tensors. Several outputs become several nodes."""
+        inputs: list[Node] = []
+
+        def template(a: Any) -> Any:
+            if isinstance(a, Node):
+                inputs.append(a)
+                return Slot(len(inputs) - 1)
+            if isinstance(a, Tensor):
+                return template(self.leaf("constant", "constant", a))
+            if isinstance(a, (list, tuple)):
+                return type(a)(template(x) for x in a) if type(a) in (list, tuple) else [template(x) for x in a]
+            return a
+
+        t_args = tuple(template(a) for a in args)
+        t_kwargs = {k: template(v) for k, v in kwargs.items()}
+        from dagh._ir import fill
+
+        tensors = [self.values[i] for i in inputs]
+        result = op(*fill(t_args, tensors), **fill(t_kwargs, tensors))
+        base = name or _short(op)
+        if isinstance(result, Tensor):
+            return self._append(base, op, result, inputs, t_args, t_kwargs)
+        if isinstance(result, (list, tuple)):
+            return [
+                self._append(base, Item(op, k), r, inputs, t_args, t_kwargs) if isinstance(r, Tensor) else r
+                for k, r in enumerate(result)
+            ]
+        return result
+
+    def _append(
+        self, name: str, op: Any, value: Tensor, inputs: list[Node], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Node:
+        node = Node(
+            self.unique(name), "operation", value.shape, value.dtype, op, tuple(inputs), args, dict(kwargs),
+            module=self.module, source=self.source, part=self.part, batched=any(i.batched for i in inputs),
+        )  # fmt: skip
+        self.nodes.append(node)
+        self.values[node] = value.detach()
+        return node
+
+    # -- walking a torch.fx graph --------------------------------------------------------------------------------------
+
+    def walk(self, module: fx.GraphModule, placeholders: Sequence[Any]) -> Any:
+        """Lower every call of ``module``; ``placeholders`` are nodes, numbers or ``None`` in placeholder order."""
+        env: dict[fx.Node, Any] = {}
+        supply = iter(placeholders)
+        for node in module.graph.nodes:
+            self.module, self.source = _module_path(node), _source_line(node)
+            if node.op == "placeholder":
+                env[node] = next(supply)
+            elif node.op == "get_attr":
+                value = operator.attrgetter(node.target)(module)
+                env[node] = self.constant(value) if isinstance(value, Tensor) else value
+            elif node.op == "call_function":
+                args = fx.map_arg(node.args, env.__getitem__)
+                kwargs = fx.map_arg(node.kwargs, env.__getitem__)
+                env[node] = self.lower(node.target, list(args), dict(kwargs), node)
+            elif node.op == "output":
+                self.module = self.source = ""
+                return fx.map_arg(node.args[0], env.__getitem__)
+            else:
+                raise CaptureError(f"the traced graph has a {node.op!r} node ({node.target}); only ATen calls are expected")
+        raise CaptureError("the traced graph has no output")
+
+    def constant(self, value: Tensor) -> Node:
+        """A tensor that is neither input nor parameter."""
+        return self.leaf("constant", "constant", value)
+
+    def lower(self, target: Any, args: list[Any], kwargs: dict[str, Any], origin: fx.Node) -> Any:
+        """One call: arithmetic on sizes is evaluated, tensor operations are rewritten or emitted."""
+        if not isinstance(target, torch._ops.OpOverload):
+            if _has_node(args) and target is not operator.getitem:
+                return self.emit(target, *args, **kwargs)
+            return target(*args, **kwargs)
+        packet = str(target).split(".")[1]
+        if packet == "sym_size":
+            return _tensor_of(self, args[0]).shape[args[1]]
+        if packet == "sym_numel":
+            return _tensor_of(self, args[0]).numel()
+        if packet.startswith(("_assert", "sym_constrain")):
+            return None
+        if not _has_node(args) and not _has_node(list(kwargs.values())) and packet in ("sym_stride", "sym_storage_offset"):
+            return target(*args, **kwargs)
+        from dagh._rewrites import REWRITES
+
+        bound = bind(target, args, kwargs)
+        bound["__name__"] = packet
+        if packet in _RANDOM:
+            return self.random(packet, bound, origin)
+        rewrite = REWRITES.get(str(target)) or REWRITES.get(f"aten.{packet}" if str(target).startswith("aten.") else "")
+        if rewrite is not None:
+            result = rewrite(self, bound)
+            if result is not NotImplemented:
+                return result
+        return self.emit(target, *args, **kwargs)
+
+    def random(self, packet: str, bound: dict[str, Any], origin: fx.Node) -> Any:
+        """Dropout: the identity in eval mode, a fixed mask with a seed, otherwise refused."""
+        if packet in ("dropout", "native_dropout", "alpha_dropout", "feature_dropout"):
+            p = float(bound["p"])
+            if not bound["train"] or p == 0.0:
+                return [bound["input"], None] if packet == "native_dropout" else bound["input"]
+            if self.dropout_seed is not None and packet in ("dropout", "native_dropout"):
+                self.dropouts += 1
+                out = self.emit(fixed_dropout, bound["input"], p, self.dropout_seed * 7919 + self.dropouts)
+                return [out, None] if packet == "native_dropout" else out
+        where = f" in {self.module!r}" if self.module else ""
+        line = f" ({self.source})" if self.source else ""
+        raise RandomnessError(
+            f"the model draws random numbers: {origin.name}{where}{line}; trace it in eval mode, "
+            "or fix the dropout masks with dropout_seed=0"
+        )
+
+
+def fixed_dropout(input: Tensor, p: float, seed: int) -> Tensor:
+    """Dropout with the mask drawn from ``seed``: ``x · mask / (1 - p)``."""
+    return input * dropout_mask(input, p, seed)
+
+
+def dropout_mask(like: Tensor, p: float, seed: int) -> Tensor:
+    """The mask of :func:`fixed_dropout`, scaled by ``1 / (1 - p)``."""
+    generator = torch.Generator().manual_seed(seed)
+    keep = (torch.rand(like.shape, generator=generator, dtype=torch.float64) >= p).to(like)
+    return keep / (1 - p) if p < 1 else keep
+
+
+def bind(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by name, defaults filled in."""
+    schema = op._schema.arguments
+    bound = {a.name: a.default_value for a in schema}
+    bound.update(zip((a.name for a in schema), args, strict=False))
+    bound.update(kwargs)
+    return bound
+
+
+def _short(op: Any) -> str:
+    key = operation_key(op.op if isinstance(op, Item) else op)
+    parts = key.split(".")
+    return parts[1] if parts[0] == "aten" else parts[-1] if parts[-1] != "default" else parts[-2]
+
+
+def _has_node(value: Any) -> bool:
+    if isinstance(value, Node):
+        return True
+    return isinstance(value, (list, tuple)) and any(_has_node(v) for v in value)
+
+
+def _tensor_of(builder: Builder, value: Any) -> Tensor:
+    return builder.values[value] if isinstance(value, Node) else value
+
+
+def _module_path(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    path = ""
+    for key, entry in stack.items():
+        if key.startswith("_empty"):
+            continue
+        path = entry[0] if isinstance(entry, tuple) else ""
+    return _clean_path(path)
+
+
+def _clean_path(path: str) -> str:
+    return path.removeprefix("L['self']").lstrip(".").split("@")[0]
+
+
+def _source_line(node: fx.Node) -> str:
+    """``file.py:12`` of the innermost user line, when recorded."""
+    trace = node.meta.get("stack_trace") or ""
+    found = ""
+    for line in trace.splitlines():
+        line = line.strip()
+        if line.startswith("File ") and "site-packages/torch" not in line and "/dagh/_" not in line:
+            pieces = line.split(",")
+            file = pieces[0].removeprefix("File ").strip().strip('"').rsplit("/", 1)[-1]
+            number = pieces[1].strip().removeprefix("line ") if len(pieces) > 1 else ""
+            found = f"{file}:{number}"
+    return found

@@ -1,0 +1,47 @@
+"""Memory budgets."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from dagh.errors import MemoryBudgetError, ReductionError
+
+#: Share of the free memory used when no budget is given.
+DEFAULT_SHARE = 0.5
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be allocated on ``device``."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free + reserved)
+    return int(psutil.virtual_memory().available)
+
+
+def budget_bytes(budget: int | float | None, device: torch.device) -> int:
+    """The budget in bytes: as given, or half of the free memory."""
+    if budget is None:
+        return int(DEFAULT_SHARE * free_bytes(device))
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or budget <= 0:
+        raise ReductionError(f"memory_budget={budget!r}: expected a positive number of bytes, or None")
+    return int(budget)
+
+
+def human(n: float) -> str:
+    """``1.5 GiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(n) < 1024 or unit == "TiB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    raise AssertionError
+
+
+def refuse(what: str, p: int, needed: int, budget: int, device: torch.device) -> MemoryBudgetError:
+    """The error for a request that does not fit, with the cheaper ways."""
+    return MemoryBudgetError(
+        f"{what} (P = {p:,}) needs {human(needed)}; the budget is {human(budget)} ({human(free_bytes(device))} free). "
+        "Cheaper: name blocks (blocks=[('a', 'b')]), blocks='diagonal', fewer parameters (params='conv*'), "
+        "or raise memory_budget"
+    )

@@ -1,0 +1,165 @@
+"""Losses: names, ``torch.nn`` modules and callables, brought to one form.
+
+Every loss becomes ``L = Σ_n c_n s_n``: ``s_n`` is a scalar of sample n alone, ``c_n`` a weight that depends only on the
+targets. ``reduction="mean"`` of a cross-entropy with class weights, for instance, has ``s_n = w_{y_n} ℓ_n`` and
+``c_n = 1 / Σ_m w_{y_m}``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from dagh.errors import LossError
+
+Reduction = Literal["mean", "sum", "none"]
+F = torch.nn.functional
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss in the form the engine uses.
+
+    ``summed(output, target)`` is a scalar; ``weigh(output, target)`` gives each sample's share of the normaliser
+    (``[N]``), or is ``None`` where the callable's own value on the batch is the definition.
+    """
+
+    name: str
+    summed: Callable[[Any, Any], Tensor]
+    weigh: Callable[[Any, Any], Tensor] | None
+    averages: bool = True
+
+    @property
+    def is_callable(self) -> bool:
+        return self.weigh is None
+
+
+def _count(output: Tensor, target: Any) -> Tensor:
+    return output.new_full((output.shape[0],), output.numel() / max(output.shape[0], 1))
+
+
+def _one(output: Tensor, target: Any) -> Tensor:
+    return output.new_ones(output.shape[0])
+
+
+def _class_share(weight: Tensor | None, ignore_index: int) -> Callable[[Tensor, Tensor], Tensor]:
+    def share(output: Tensor, target: Tensor) -> Tensor:
+        if target.dtype.is_floating_point:
+            return output.new_full((output.shape[0],), output.numel() / output.shape[0] / output.shape[1])
+        used = (target != ignore_index).to(output.dtype)
+        if weight is not None:
+            used = used * weight.to(output)[target.clamp(min=0)]
+        return used.reshape(output.shape[0], -1).sum(1)
+
+    return share
+
+
+def _hinge(output: Tensor, target: Tensor) -> Tensor:
+    return torch.relu(1 - target * output).sum()
+
+
+def _squared_hinge(output: Tensor, target: Tensor) -> Tensor:
+    return torch.relu(1 - target * output).square().sum()
+
+
+def _bce(output: Tensor, target: Tensor) -> Tensor:
+    return F.binary_cross_entropy(output, target, reduction="sum")
+
+
+_NAMED: dict[str, tuple[Callable[[Any, Any], Tensor], Callable[[Any, Any], Tensor]]] = {
+    "cross_entropy": (lambda o, t: F.cross_entropy(o, t, reduction="sum"), _class_share(None, -100)),
+    "nll": (lambda o, t: F.nll_loss(o, t, reduction="sum"), _class_share(None, -100)),
+    "mse": (lambda o, t: (o - t).square().sum(), _count),
+    "l1": (lambda o, t: (o - t).abs().sum(), _count),
+    "huber": (lambda o, t: F.huber_loss(o, t, reduction="sum"), _count),
+    "smooth_l1": (lambda o, t: F.smooth_l1_loss(o, t, reduction="sum"), _count),
+    "bce": (_bce, _count),
+    "bce_with_logits": (lambda o, t: F.binary_cross_entropy_with_logits(o, t, reduction="sum"), _count),
+    "hinge": (_hinge, _count),
+    "squared_hinge": (_squared_hinge, _count),
+}
+
+
+def loss_names() -> list[str]:
+    """Names accepted as ``loss=``."""
+    return sorted(_NAMED)
+
+
+def resolve(loss: Any) -> Objective:
+    """Turn ``loss`` (a name, a ``torch.nn`` loss module, a callable) into an :class:`Objective`.
+
+    Raises :class:`~dagh.errors.LossError` for unknown names and objects that cannot be called.
+    """
+    if isinstance(loss, str):
+        if loss not in _NAMED:
+            close = get_close_matches(loss, _NAMED, n=2)
+            hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(loss_names())}"
+            raise LossError(f"unknown loss {loss!r}; {hint}")
+        summed, weigh = _NAMED[loss]
+        return Objective(loss, _checked(loss, summed), weigh)
+    if isinstance(loss, nn.modules.loss._Loss) and hasattr(loss, "reduction"):
+        return _from_module(loss)
+    if not callable(loss):
+        raise LossError(f"loss must be a name, a torch.nn loss module or a callable, not {type(loss).__name__}")
+    name = getattr(loss, "__name__", type(loss).__name__)
+
+    def call(output: Any, target: Any) -> Tensor:
+        value: Tensor = loss(output) if target is None else loss(output, target)
+        return value
+
+    return Objective(name, call, None)
+
+
+def _checked(name: str, summed: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
+    """Refuse silent broadcasting between output and target."""
+
+    def call(output: Tensor, target: Any) -> Tensor:
+        if target is None:
+            raise LossError(f"loss {name!r} needs targets; pass targets=")
+        if name not in ("cross_entropy", "nll") and output.shape != target.shape:
+            raise LossError(
+                f"loss {name!r}: output has shape {tuple(output.shape[1:])} per sample, "
+                f"target {tuple(target.shape[1:])}; they must be equal"
+            )
+        return summed(output, target)
+
+    return call
+
+
+def _from_module(loss: Any) -> Objective:
+    name = type(loss).__name__
+    own = loss.reduction
+    if own == "none":
+        raise LossError(f"{name}(reduction='none') is not scalar; use reduction='mean' or 'sum'")
+    summing = copy.copy(loss)
+    summing.reduction = "sum"
+    if isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss)):
+        weigh = _class_share(loss.weight, loss.ignore_index)
+    elif own == "batchmean" or isinstance(loss, (nn.MultiMarginLoss, nn.MultiLabelMarginLoss, nn.MultiLabelSoftMarginLoss)):
+        weigh = _one
+    else:
+        weigh = _count
+    # Modules with several targets, or whose unreduced shape is not the output's, are taken at their own word.
+    if isinstance(loss, (nn.CosineEmbeddingLoss, nn.TripletMarginLoss, nn.CTCLoss, nn.GaussianNLLLoss, nn.MarginRankingLoss)):
+        return Objective(name, lambda o, t: loss(o, *t) if isinstance(t, (tuple, list)) else loss(o, t), None)
+
+    def summed(output: Any, target: Any) -> Tensor:
+        if target is None:
+            raise LossError(f"loss {name} needs targets; pass targets=")
+        value: Tensor = summing(output, target)
+        return value
+
+    return Objective(name, summed, weigh, averages=own != "sum")
+
+
+def target_tensors(targets: Any) -> tuple[list[Tensor], Any]:
+    """Flatten targets (a tensor, a nest of tensors, or ``None``)."""
+    flat, spec = pytree.tree_flatten(targets)
+    return flat, spec

@@ -1,0 +1,153 @@
+"""The outer part H_O = Σ_n J_nᵀ (∇²ℓ_n) J_n, through a factor of the loss curvature.
+
+``∇²ℓ = Σ_r σ_r s_r s_rᵀ`` per sample; pulling the columns ``s_r`` back through the network gives rows
+``B_a = Sᵀ J_{·←a}`` (``[N, r, p_a]``) and ``H_O[a, b] = Σ_n B_aᵀ diag(σ) B_b``. The rows of a linear layer are outer
+products ``s ⊗ x`` and are never formed: with them the sum over r is taken first, which saves the factor r.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dagh import _sweep
+from dagh._ir import Node
+from dagh._planner import Plan
+from dagh._request import Request
+from dagh._rules._losses import loss_factor
+
+if TYPE_CHECKING:
+    from dagh._state import State
+
+
+@dataclass
+class LossFactor:
+    """``columns``: ``[N, r, *output]``; ``signs``: ``[N, r]`` of ±1, or ``None`` when all are +1."""
+
+    columns: Tensor
+    signs: Tensor | None
+
+
+def factor_loss(state: State) -> LossFactor:
+    """Factor the Hessian of the loss with respect to the model's output, weights included."""
+    program = state.program
+    assert program.loss is not None
+    loss = program.loss
+    if loss.inputs and loss.inputs[0] is program.output and loss.inputs.count(program.output) == 1:
+        delta = state.adjoints[loss]
+        columns = loss_factor(state.rule(loss), state.call(loss), delta)
+        if columns is not None:
+            return LossFactor(columns, None)
+    curvature = loss_curvature(state)
+    n, k = curvature.shape[:2]
+    diagonal = curvature.diagonal(dim1=1, dim2=2)
+    shape = program.output.shape
+    if not bool((curvature - torch.diag_embed(diagonal)).any()):
+        live = diagonal.ne(0).any(0)
+        columns = torch.diag_embed(diagonal.abs().sqrt())[:, live]
+        return LossFactor(columns.reshape(n, -1, *shape), _signs(diagonal[:, live]))
+    eigenvalues, vectors = torch.linalg.eigh(curvature)
+    columns = (vectors * eigenvalues.abs().sqrt().unsqueeze(1)).transpose(1, 2)
+    return LossFactor(columns.reshape(n, k, *shape), _signs(eigenvalues))
+
+
+def _signs(values: Tensor) -> Tensor | None:
+    return None if bool((values >= 0).all()) else values.sign()
+
+
+def loss_curvature(state: State) -> Tensor:
+    """``∇²_out ℓ``: ``[N, K, K]``, symmetrised; zero where the loss is linear in the output."""
+    program = state.program
+    output = program.output
+    k, like = output.numel, state.values[output]
+    eye = torch.eye(k, dtype=like.dtype, device=like.device).reshape(1, k, *output.shape)
+    tail = {v for v in program.descendants([output]) if v.part == "loss"} | {output}
+    tangents = _sweep.push_forward(state, {output: eye}, tail)
+    found = _sweep.pull_back(state, {}, [output], tangents=tangents, curved=tail - {output}, keep=True)
+    if output not in found:
+        return like.new_zeros(like.shape[0], k, k)
+    curvature = found[output].reshape(-1, k, k)
+    return 0.5 * (curvature + curvature.transpose(1, 2))
+
+
+@dataclass
+class Rows:
+    """Rows of one leaf: dense ``[N, r, p]``, or ``cotangent [N, r, o] ⊗ inputs [N, i]`` of a linear layer."""
+
+    dense: Tensor | None = None
+    cotangent: Tensor | None = None
+    inputs: Tensor | None = None
+
+    @property
+    def kronecker(self) -> bool:
+        return self.dense is None
+
+
+def pull_rows(state: State, factor: LossFactor, request: Request, plan: Plan, leaves: set[int]) -> dict[int, Rows]:
+    """Rows of every requested leaf that the output depends on."""
+    wanted: list[Node] = []
+    for i in leaves:
+        gate = plan.gates.get(i)
+        wanted.append(request.leaves[i] if gate is None else gate.node)
+    start = {state.program.output: factor.columns}
+    found = _sweep.pull_back(state, start, wanted, keep=True)
+    n, r = factor.columns.shape[:2]
+    rows: dict[int, Rows] = {}
+    for i in leaves:
+        gate = plan.gates.get(i)
+        node = request.leaves[i] if gate is None else gate.node
+        if node not in found:
+            continue
+        s = found[node].expand(n, r, *node.shape)
+        if gate is None:
+            rows[i] = Rows(dense=s.reshape(n, r, -1))
+        else:
+            rows[i] = Rows(cotangent=s.reshape(n, r, -1), inputs=gate_inputs(state, gate.node, gate.argument))
+    return rows
+
+
+def gate_inputs(state: State, node: Node, argument: int) -> Tensor:
+    """What multiplies a linear layer's output directions: its input rows ``[N, i]``, or ones for the bias."""
+    if argument == 1:
+        x = state.values[node.inputs[0]]
+        return x.reshape(x.shape[0], -1)
+    out = state.values[node]
+    return out.new_ones(out.shape[0], 1)
+
+
+def combine(first: Rows, second: Rows, signs: Tensor | None, keep: bool) -> Tensor:
+    """``H_O[a, b]``: ``[p_a, p_b]``, or one per sample ``[N, p_a, p_b]``."""
+    if first.dense is not None and second.dense is not None:
+        left = first.dense if signs is None else first.dense * signs.unsqueeze(2)
+        if keep:
+            return left.transpose(1, 2) @ second.dense
+        return left.flatten(0, 1).T @ second.dense.flatten(0, 1)
+    if first.dense is not None:
+        return combine(second, first, signs, keep).transpose(-1, -2)
+    assert first.cotangent is not None and first.inputs is not None
+    s, x = first.cotangent, first.inputs
+    if signs is not None:
+        s = s * signs.unsqueeze(2)
+    if second.dense is not None:
+        core = s.transpose(1, 2) @ second.dense  # [N, o, p_b]
+        if keep:
+            return torch.einsum("nop,ni->noip", core, x).flatten(1, 2)
+        n, o, p = core.shape
+        return (x.T @ core.reshape(n, -1)).reshape(-1, o, p).transpose(0, 1).reshape(-1, p)
+    assert second.cotangent is not None and second.inputs is not None
+    core = s.transpose(1, 2) @ second.cotangent  # [N, o_a, o_b]
+    return khatri_rao(core, x, second.inputs, keep)
+
+
+def khatri_rao(core: Tensor, x: Tensor, y: Tensor, keep: bool) -> Tensor:
+    """``Σ_n core_n ⊗ (x_n y_nᵀ)`` in row-major order of (o, i) × (o', i'): one matrix product over the samples."""
+    n, a, b = core.shape
+    i, j = x.shape[1], y.shape[1]
+    if keep:
+        return torch.einsum("nab,ni,nj->naibj", core, x, y).reshape(n, a * i, b * j)
+    outer = (x.unsqueeze(2) * y.unsqueeze(1)).reshape(n, i * j)
+    block = core.reshape(n, a * b).T @ outer
+    return block.reshape(a, b, i, j).permute(0, 2, 1, 3).reshape(a * i, b * j)

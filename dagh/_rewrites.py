@@ -1,0 +1,338 @@
+"""Rewrites of ATen operations into the few forms that have rules: fused layers into their mathematical parts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dagh._ir import Node
+from dagh._lowering import Builder
+from dagh._rules._conv import convolution
+from dagh._rules._normalize import standardize, standardize_fixed
+from dagh._rules._select import max_pool
+
+aten = torch.ops.aten
+Rewrite = Callable[[Builder, dict[str, Any]], Any]
+REWRITES: dict[str, Rewrite] = {}
+
+
+def rewrite(*operations: str) -> Callable[[Rewrite], Rewrite]:
+    """Register a rewrite; it may return ``NotImplemented`` to leave the call as it is."""
+
+    def decorate(function: Rewrite) -> Rewrite:
+        for operation in operations:
+            REWRITES[operation] = function
+        return function
+
+    return decorate
+
+
+@rewrite("aten.clone", "aten.alias", "aten.contiguous", "aten.lift_fresh_copy", "aten.view_as", "aten.lift_fresh",
+         "aten._reshape_alias.identity", "aten.native_dropout.identity", "aten.positive")  # fmt: skip
+def _identity(b: Builder, a: dict[str, Any]) -> Any:
+    return a["self"]
+
+
+@rewrite("aten.view.default", "aten._unsafe_view.default", "aten.reshape.default", "aten.view_copy.default")
+def _view(b: Builder, a: dict[str, Any]) -> Any:
+    # Strides are nobody's business here: copies made only for contiguity are gone from the graph.
+    return b.emit(aten.reshape.default, a["self"], a["size"] if "size" in a else a["shape"])
+
+
+@rewrite("aten.detach", "aten.detach_copy")
+def _detach(b: Builder, a: dict[str, Any]) -> Any:
+    return b.emit(stop_gradient, a["self"])
+
+
+def stop_gradient(input: Tensor) -> Tensor:
+    """The value without its derivatives (``Tensor.detach``)."""
+    return input.detach()
+
+
+@rewrite("aten._to_copy", "aten.to", "aten.type_as")
+def _cast(b: Builder, a: dict[str, Any]) -> Any:
+    wanted = a.get("dtype")
+    if "other" in a and isinstance(a["other"], Node):
+        wanted = a["other"].dtype
+    x = a["self"]
+    if isinstance(x, Node) and (wanted is None or wanted == x.dtype):
+        return x
+    return b.emit(aten.to.dtype, x, wanted)
+
+
+def _ints(value: Any, rank: int) -> list[int]:
+    values = [int(value)] if isinstance(value, int) else [int(v) for v in value]
+    return values * rank if len(values) == 1 else values
+
+
+@rewrite("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution", "aten.conv_transpose1d",
+         "aten.conv_transpose2d", "aten.conv_transpose3d")  # fmt: skip
+def _conv(b: Builder, a: dict[str, Any]) -> Any:
+    x, w = a["input"], a["weight"]
+    rank = len(w.shape) - 2
+    stride, dilation = _ints(a["stride"], rank), _ints(a["dilation"], rank)
+    transposed = bool(a.get("transposed", "output_padding" in a))
+    output_padding = _ints(a.get("output_padding", 0), rank)
+    unbatched = len(x.shape) == rank + 1
+    if unbatched:
+        x = b.emit(aten.unsqueeze.default, x, 0)
+    if isinstance(a["padding"], str):
+        total = [d * (k - 1) if a["padding"] == "same" else 0 for d, k in zip(dilation, w.shape[2:], strict=True)]
+        padding = [t // 2 for t in total]
+        if any(t % 2 for t in total):
+            widths = [p for t in reversed(total) for p in (t // 2, t - t // 2)]
+            x, padding = b.emit(aten.constant_pad_nd.default, x, widths, 0.0), [0] * rank
+    else:
+        padding = _ints(a["padding"], rank)
+    args = [x, w] if a["bias"] is None else [x, w, a["bias"]]
+    out = b.emit(
+        convolution, *args, stride=stride, padding=padding, dilation=dilation, transposed=transposed,
+        output_padding=output_padding, groups=int(a["groups"]),
+    )  # fmt: skip
+    return b.emit(aten.squeeze.dim, out, 0) if unbatched else out
+
+
+def _pool(b: Builder, a: dict[str, Any], rank: int) -> Any:
+    x = a["self"]
+    kernel = _ints(a["kernel_size"], rank)
+    stride = _ints(a["stride"], rank) if a["stride"] else kernel
+    unbatched = len(x.shape) == rank + 1
+    if unbatched:
+        x = b.emit(aten.unsqueeze.default, x, 0)
+    out = b.emit(
+        max_pool, x, kernel=kernel, stride=stride, padding=_ints(a["padding"], rank),
+        dilation=_ints(a["dilation"], rank), ceil_mode=bool(a["ceil_mode"]),
+    )  # fmt: skip
+    return b.emit(aten.squeeze.dim, out, 0) if unbatched else out
+
+
+def _max_pool_of(rank: int, with_indices: bool) -> Rewrite:
+    def apply(b: Builder, a: dict[str, Any]) -> Any:
+        out = _pool(b, a, rank)
+        return [out, None] if with_indices else out
+
+    return apply
+
+
+for _rank in (1, 2, 3):
+    REWRITES[f"aten.max_pool{_rank}d"] = _max_pool_of(_rank, False)
+    REWRITES[f"aten.max_pool{_rank}d_with_indices"] = _max_pool_of(_rank, True)
+
+
+def _adaptive_max(rank: int) -> Rewrite:
+    def apply(b: Builder, a: dict[str, Any]) -> Any:
+        space, out = a["self"].shape[-rank:], _ints(a["output_size"], rank)
+        if any(s % o for s, o in zip(space, out, strict=True)):
+            return NotImplemented
+        kernel = [s // o for s, o in zip(space, out, strict=True)]
+        settings = {"kernel_size": kernel, "stride": kernel, "padding": 0, "dilation": 1, "ceil_mode": False}
+        return [_pool(b, {"self": a["self"], **settings}, rank), None]
+
+    return apply
+
+
+for _rank in (1, 2, 3):
+    REWRITES[f"aten.adaptive_max_pool{_rank}d"] = _adaptive_max(_rank)
+
+
+def _affine(b: Builder, y: Any, weight: Any, bias: Any) -> Any:
+    if weight is not None:
+        y = b.emit(aten.mul.Tensor, y, weight)
+    if bias is not None:
+        y = b.emit(aten.add.Tensor, y, bias)
+    return y
+
+
+def _per_channel(b: Builder, t: Any, rank: int) -> Any:
+    """A vector of channels, shaped to broadcast along axis 1 of a tensor of the given rank."""
+    return None if t is None else b.emit(aten.reshape.default, t, [1, -1, *([1] * (rank - 2))])
+
+
+@rewrite("aten.layer_norm", "aten.native_layer_norm")
+def _layer_norm(b: Builder, a: dict[str, Any]) -> Any:
+    dims = list(range(-len(a["normalized_shape"]), 0))
+    y = b.emit(standardize, a["input"], dims=dims, eps=float(a["eps"]), center=True)
+    out = _affine(b, y, a["weight"], a["bias"])
+    return out if "cudnn_enable" in a else [out, None, None]
+
+
+@rewrite("aten.rms_norm")
+def _rms_norm(b: Builder, a: dict[str, Any]) -> Any:
+    x = a["input"]
+    eps = torch.finfo(x.dtype).eps if a["eps"] is None else float(a["eps"])
+    dims = list(range(-len(a["normalized_shape"]), 0))
+    return _affine(b, b.emit(standardize, x, dims=dims, eps=eps, center=False), a["weight"], None)
+
+
+@rewrite("aten.group_norm")
+def _group_norm(b: Builder, a: dict[str, Any]) -> Any:
+    x, groups = a["input"], int(a["num_groups"])
+    n, c, *space = x.shape
+    y = b.emit(aten.reshape.default, x, [n, groups, c // groups, *space])
+    y = b.emit(standardize, y, dims=list(range(2, len(y.shape))), eps=float(a["eps"]), center=True)
+    y = b.emit(aten.reshape.default, y, [n, c, *space])
+    return _affine(b, y, _per_channel(b, a["weight"], len(x.shape)), _per_channel(b, a["bias"], len(x.shape)))
+
+
+@rewrite("aten.instance_norm")
+def _instance_norm(b: Builder, a: dict[str, Any]) -> Any:
+    x, rank = a["input"], len(a["input"].shape)
+    if a["use_input_stats"]:
+        y = b.emit(standardize, x, dims=list(range(2, rank)), eps=float(a["eps"]), center=True)
+        return _affine(b, y, _per_channel(b, a["weight"], rank), _per_channel(b, a["bias"], rank))
+    return _fixed_statistics(b, x, a["weight"], a["bias"], a["running_mean"], a["running_var"], float(a["eps"]))
+
+
+def _fixed_statistics(b: Builder, x: Any, weight: Any, bias: Any, mean: Any, var: Any, eps: float) -> Any:
+    y = b.emit(standardize_fixed, x, mean, var, eps=eps)
+    rank = len(x.shape)
+    return _affine(b, y, _per_channel(b, weight, rank), _per_channel(b, bias, rank))
+
+
+@rewrite("aten.batch_norm", "aten._native_batch_norm_legit_no_training", "aten._native_batch_norm_legit",
+         "aten._native_batch_norm_legit_functional", "aten._native_batch_norm_legit.no_stats", "aten.native_batch_norm",
+         "aten.cudnn_batch_norm", "aten._batch_norm_with_update_functional")  # fmt: skip
+def _batch_norm(b: Builder, a: dict[str, Any]) -> Any:
+    x, rank = a["input"], len(a["input"].shape)
+    eps = float(a["eps"] if "eps" in a else a["epsilon"])
+    if bool(a.get("training", "running_mean" not in a)):
+        dims = [0, *range(2, rank)]
+        y = b.emit(standardize, x, dims=dims, eps=eps, center=True)
+        out = _affine(b, y, _per_channel(b, a["weight"], rank), _per_channel(b, a["bias"], rank))
+    else:
+        out = _fixed_statistics(b, x, a["weight"], a["bias"], a["running_mean"], a["running_var"], eps)
+    return out if "cudnn_enabled" in a else [out, None, None, None, None]
+
+
+@rewrite("aten.addmm")
+def _addmm(b: Builder, a: dict[str, Any]) -> Any:
+    product = b.emit(aten.mm.default, a["mat1"], a["mat2"])
+    if a["alpha"] != 1:
+        product = b.emit(aten.mul.Tensor, product, a["alpha"])
+    if a["beta"] == 0:
+        return product
+    bias = a["self"] if a["beta"] == 1 else b.emit(aten.mul.Tensor, a["self"], a["beta"])
+    return b.emit(aten.add.Tensor, product, bias)
+
+
+@rewrite("aten.baddbmm")
+def _baddbmm(b: Builder, a: dict[str, Any]) -> Any:
+    product = b.emit(aten.bmm.default, a["batch1"], a["batch2"])
+    if a["alpha"] != 1:
+        product = b.emit(aten.mul.Tensor, product, a["alpha"])
+    if a["beta"] == 0:
+        return product
+    bias = a["self"] if a["beta"] == 1 else b.emit(aten.mul.Tensor, a["self"], a["beta"])
+    return b.emit(aten.add.Tensor, product, bias)
+
+
+@rewrite("aten.addcmul")
+def _addcmul(b: Builder, a: dict[str, Any]) -> Any:
+    product = b.emit(aten.mul.Tensor, a["tensor1"], a["tensor2"])
+    return b.emit(aten.add.Tensor, a["self"], product, alpha=a["value"])
+
+
+@rewrite("aten.rsub")
+def _rsub(b: Builder, a: dict[str, Any]) -> Any:
+    if isinstance(a["other"], Node):
+        return b.emit(aten.sub.Tensor, a["other"], a["self"], alpha=a["alpha"])
+    negative = b.emit(aten.neg.default, a["self"])
+    if a["alpha"] != 1:
+        negative = b.emit(aten.mul.Tensor, negative, a["alpha"])
+    return b.emit(aten.add.Tensor, negative, a["other"])
+
+
+@rewrite("aten.square")
+def _square(b: Builder, a: dict[str, Any]) -> Any:
+    return b.emit(aten.pow.Tensor_Scalar, a["self"], 2)
+
+
+@rewrite("aten.mse_loss")
+def _mse_loss(b: Builder, a: dict[str, Any]) -> Any:
+    x, y = a["self"], a["target"]
+    square = b.emit(aten.pow.Tensor_Scalar, b.emit(aten.sub.Tensor, x, y), 2)
+    return _reduce(b, square, int(a["reduction"]))
+
+
+def _reduce(b: Builder, x: Any, reduction: int) -> Any:
+    if reduction == 0:
+        return x
+    return b.emit(aten.mean.dim if reduction == 1 else aten.sum.dim_IntList, x, list(range(len(x.shape))))
+
+
+@rewrite("aten.sum.default", "aten.mean.default")
+def _full_sum(b: Builder, a: dict[str, Any]) -> Any:
+    x = a["self"]
+    if not isinstance(x, Node) or not x.dtype.is_floating_point or a.get("dtype") not in (None, x.dtype):
+        return NotImplemented
+    return _reduce(b, x, 1 if a["__name__"] == "mean" else 2)
+
+
+def _split_sizes(b: Builder, x: Any, sizes: list[int], dim: int) -> list[Any]:
+    out, start = [], 0
+    for size in sizes:
+        out.append(b.emit(aten.slice.Tensor, x, dim, start, start + size))
+        start += size
+    return out
+
+
+@rewrite("aten.split.Tensor", "aten.split_with_sizes", "aten.split_with_sizes_copy", "aten.split.sizes")
+def _split(b: Builder, a: dict[str, Any]) -> Any:
+    x, dim = a["self"], int(a["dim"]) % len(a["self"].shape)
+    sizes = a.get("split_size", a.get("split_sizes"))
+    if isinstance(sizes, int):
+        total = x.shape[dim]
+        sizes = [min(sizes, total - s) for s in range(0, total, sizes)] if total else [0]
+    return _split_sizes(b, x, list(sizes or []), dim)
+
+
+@rewrite("aten.chunk")
+def _chunk(b: Builder, a: dict[str, Any]) -> Any:
+    x, dim = a["self"], int(a["dim"]) % len(a["self"].shape)
+    pieces = torch.empty(x.shape[dim], device="meta").chunk(int(a["chunks"]))
+    return _split_sizes(b, x, [p.shape[0] for p in pieces], dim)
+
+
+@rewrite("aten.unbind")
+def _unbind(b: Builder, a: dict[str, Any]) -> Any:
+    x, dim = a["self"], int(a["dim"]) % len(a["self"].shape)
+    return [b.emit(aten.select.int, x, dim, i) for i in range(x.shape[dim])]
+
+
+@rewrite("aten.scaled_dot_product_attention")
+def _attention(b: Builder, a: dict[str, Any]) -> Any:
+    q, k, v, mask = a["query"], a["key"], a["value"], a["attn_mask"]
+    if float(a["dropout_p"] or 0.0) > 0.0:
+        if b.dropout_seed is None:
+            return b.random("dropout_in_attention", a, _AttentionOrigin())
+    scale = 1 / math.sqrt(q.shape[-1]) if a["scale"] is None else float(a["scale"])
+    if a.get("enable_gqa") and k.shape[-3] != q.shape[-3]:
+        repeat = q.shape[-3] // k.shape[-3]
+        k, v = (b.emit(aten.repeat_interleave.self_int, t, repeat, -3) for t in (k, v))
+    kt = b.emit(aten.transpose.int, k, -2, -1)
+    scores = b.emit(aten.mul.Tensor, b.emit(aten.matmul.default, q, kt), scale)
+    if a["is_causal"]:
+        rows, cols = q.shape[-2], k.shape[-2]
+        mask = b.constant(torch.ones(rows, cols, dtype=torch.bool, device=b.values[q].device).tril())
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            hidden = b.emit(aten.logical_not.default, mask)
+            scores = b.emit(aten.masked_fill.Scalar, scores, hidden, float("-inf"))
+        else:
+            scores = b.emit(aten.add.Tensor, scores, mask)
+    weights = b.emit(aten.softmax.int, scores, -1)
+    if float(a["dropout_p"] or 0.0) > 0.0:
+        from dagh._lowering import fixed_dropout
+
+        b.dropouts += 1
+        assert b.dropout_seed is not None
+        weights = b.emit(fixed_dropout, weights, float(a["dropout_p"]), b.dropout_seed * 7919 + b.dropouts)
+    return b.emit(aten.matmul.default, weights, v)
+
+
+class _AttentionOrigin:
+    name = "scaled_dot_product_attention"

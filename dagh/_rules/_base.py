@@ -1,0 +1,216 @@
+"""What a derivative rule is, and the registry of rules.
+
+Layout everywhere: a value is ``[N, *shape]``, a bundle of tangents or cotangents ``[N, B, *shape]``. ``shape`` is
+that of the node, N the samples (1 for tensors that do not depend on the sample, e.g. parameters), B the bundle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dagh._ir import Node
+from dagh.errors import RuleError
+
+DerivativeClass = Literal["linear", "bilinear", "elementwise", "smooth", "kinked"]
+Tangents = Mapping[int, Tensor]
+
+
+@dataclass
+class KinkSites:
+    """Where a node stands with respect to its kinks.
+
+    ``margin``: ``[N, elements]`` non-negative distance of each element to its nearest kink, in units of the node's
+    input (pre-activation); 0 is an exact tie.
+    """
+
+    margin: Tensor
+
+
+@dataclass
+class Call:
+    """One node evaluated at given arguments: everything a rule may look at.
+
+    ``xs`` holds one ``[N or 1, *shape]`` tensor per tensor argument, ``out`` the node's value, ``memo`` whatever a rule
+    wants to keep between its methods, ``kink`` the user's choice at kinks (``None``: PyTorch's own).
+    """
+
+    node: Node
+    xs: list[Tensor]
+    out: Tensor
+    kink: Any = None
+    memo: dict[str, Any] = field(default_factory=dict)
+
+    def arg(self, name: str) -> Any:
+        """The non-tensor argument ``name``."""
+        return self.node.arg(name)
+
+    def tensor(self, name: str) -> Tensor | None:
+        """The tensor argument ``name``, if present."""
+        slot = self.node.slot(name)
+        return None if slot is None else self.xs[slot]
+
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """``compute()`` the first time, the kept result afterwards."""
+        if name not in self.memo:
+            self.memo[name] = compute()
+        return self.memo[name]
+
+
+class Rule:
+    """Derivatives of one operation.
+
+    Subclasses override what they know in closed form. The base class differentiates the operation with
+    ``torch.func``; it is exact for every operation PyTorch can differentiate twice, only slower.
+    """
+
+    derivative: DerivativeClass = "smooth"
+    #: acts on each element / each channel / each position separately (what the structure of a tangent survives)
+    acts_per: Literal["element", "channel", "position", "sample"] = "sample"
+    #: a closed form, as opposed to the generic fallback
+    closed_form: bool = True
+    #: shown in the table of supported operations
+    note: str = ""
+
+    def value(self, node: Node, xs: list[Tensor], kink: Any = None) -> Tensor:
+        """The node's value ``[N, *shape]`` from its arguments ``[N or 1, *shape_i]``."""
+        from dagh._rules import _generic
+
+        return _generic.value(node, xs)
+
+    def jvp(self, call: Call, tangents: Tangents) -> Tensor:
+        """``Σ_i D_i t_i``: ``[N, B, *shape]`` from tangents ``[N or 1, B, *shape_i]`` of some arguments."""
+        from dagh._rules import _generic
+
+        return _generic.jvp(call, tangents)
+
+    def vjp(self, call: Call, cotangent: Tensor, arg: int, keep: bool) -> Tensor:
+        """``D_argᵀ s``: ``[N, B, *shape_arg]``.
+
+        Where the argument does not depend on the sample, the result may be summed over samples (``[1, B, …]``) unless
+        ``keep`` is set; the engine sums what a rule leaves unsummed.
+        """
+        from dagh._rules import _generic
+
+        return _generic.vjp(call, cotangent, arg)
+
+    def curvature(
+        self, call: Call, adjoint: Tensor, tangents: Tangents, args: Iterable[int], keep: bool
+    ) -> dict[int, Tensor]:
+        """``Σ_j M_{ij} t_j`` for each requested argument i, where ``M = Σ_k adjoint_k ∇² f_k``.
+
+        ``adjoint`` is ``[N, *shape]``; results are ``[N, B, *shape_i]``, absent where zero; ``keep`` as in :meth:`vjp`.
+        """
+        from dagh._rules import _generic
+
+        return _generic.curvature(call, adjoint, tangents, args)
+
+    def curved(self, node: Node) -> bool:
+        """Whether the local curvature can be non-zero."""
+        return self.derivative != "linear"
+
+    def pairs(self, node: Node) -> set[tuple[int, int]] | None:
+        """Pairs of arguments with non-zero mixed second derivatives (``None``: all pairs)."""
+        if self.derivative == "linear":
+            return set()
+        return None
+
+    def kinks(self, call: Call) -> KinkSites | None:
+        """Distance of every element to its kinks, or ``None`` where the operation has none."""
+        return None
+
+    def flops(self, node: Node) -> int:
+        """Floating-point operations of one evaluation on one sample."""
+        return node.numel
+
+
+_RULES: dict[str, Rule] = {}
+
+
+def register_rule(*operations: Any, replace: bool = False) -> Callable[[type[Rule] | Rule], Any]:
+    """Register a rule for one or several operations.
+
+    ``operations`` are ATen or custom operators (``torch.ops.aten.relu.default``) or their names
+    (``"aten.relu.default"``; ``"aten.relu"`` covers every overload).
+
+    Raises :class:`~dagh.errors.RuleError` where an operation already has a rule, unless ``replace`` is set.
+    """
+
+    def decorate(rule: type[Rule] | Rule) -> Any:
+        instance = rule() if isinstance(rule, type) else rule
+        if not isinstance(instance, Rule):
+            raise RuleError(f"{rule!r} is not a dagh.Rule: subclass dagh.Rule and override its methods")
+        for operation in operations:
+            key = operation if isinstance(operation, str) else str(operation)
+            if key in _RULES and not replace:
+                raise RuleError(f"{key} already has a rule ({type(_RULES[key]).__name__}); pass replace=True")
+            _RULES[key] = instance
+        return rule
+
+    return decorate
+
+
+class _Fallback(Rule):
+    closed_form = False
+    note = "torch.func on the node alone"
+
+
+class _NonDifferentiable(Rule):
+    """Comparisons, integer arithmetic, masks: no derivative flows through them."""
+
+    derivative = "linear"
+
+
+_FALLBACK = _Fallback()
+_CONSTANT = _NonDifferentiable()
+
+
+def rule_for(node: Node) -> Rule:
+    """The rule of ``node``: exact overload, then packet, then the generic fallback."""
+    if node.op is None or not (node.dtype.is_floating_point or node.dtype.is_complex):
+        return _CONSTANT
+    rule = _RULES.get(node.key)
+    if rule is None:
+        packet, _, _ = node.key.rpartition(".")
+        rule = _RULES.get(packet)
+    return rule or _FALLBACK
+
+
+def has_rule(key: str) -> bool:
+    """Whether a closed-form rule is registered for the operation named ``key``."""
+    return key in _RULES or key.rpartition(".")[0] in _RULES
+
+
+def registered() -> dict[str, Rule]:
+    """Every registered rule by operation name, sorted."""
+    return dict(sorted(_RULES.items()))
+
+
+# -- helpers shared by the rules -------------------------------------------------------------------------------------
+
+
+def align(t: Tensor, lead: int, rank: int) -> Tensor:
+    """Insert size-1 axes after the ``lead`` leading ones so that broadcasting works against ``rank`` own axes."""
+    own = t.dim() - lead
+    if own >= rank:
+        return t
+    return t.reshape(*t.shape[:lead], *([1] * (rank - own)), *t.shape[lead:])
+
+
+def unbroadcast(t: Tensor, lead: int, shape: torch.Size) -> Tensor:
+    """Sum ``t`` (``lead`` leading axes) over the axes along which ``shape`` was broadcast."""
+    extra = t.dim() - lead - len(shape)
+    axes = list(range(lead, lead + extra))
+    axes += [lead + extra + i for i, s in enumerate(shape) if s == 1 and t.shape[lead + extra + i] != 1]
+    if axes:
+        t = t.sum(axes, keepdim=True)
+    return t.reshape(*t.shape[:lead], *shape)
+
+
+def bundle(x: Tensor) -> Tensor:
+    """A value ``[N, *shape]`` as something that broadcasts against bundles ``[N, B, *shape]``."""
+    return x.unsqueeze(1)

@@ -1,0 +1,229 @@
+"""Products of two tensors: linear layers, matrix products, einsum."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dagh._ir import Node
+from dagh._rules._base import Call, Rule, Tangents, bundle, register_rule, unbroadcast
+from dagh._rules._generic import over_samples
+
+
+class Multilinear(Rule):
+    """An operation linear in each floating-point argument separately (``einsum``, transposed convolution, bilinear)."""
+
+    derivative = "bilinear"
+
+    def jvp(self, call: Call, tangents: Tangents) -> Tensor:
+        terms = [self._replace(call, i, t) for i, t in tangents.items()]
+        return sum(terms[1:], start=terms[0])
+
+    def _replace(self, call: Call, arg: int, t: Tensor) -> Tensor:
+        """The operation with argument ``arg`` replaced by each tangent of a bundle."""
+        k = len(call.xs)
+
+        def per_sample(*tensors: Tensor) -> Tensor:
+            xs = tensors[:k]
+
+            def f(one: Tensor) -> Tensor:
+                return call.node.call([one if i == arg else x for i, x in enumerate(xs)])
+
+            return torch.func.vmap(f)(tensors[k])
+
+        result = over_samples(per_sample, [*call.xs, t])
+        assert isinstance(result, Tensor)
+        return result
+
+    def curvature(
+        self, call: Call, adjoint: Tensor, tangents: Tangents, args: Iterable[int], keep: bool
+    ) -> dict[int, Tensor]:
+        out: dict[int, Tensor] = {}
+        k = len(call.xs)
+        for arg in args:
+            for j, t in tangents.items():
+                if j == arg:
+                    continue
+
+                def per_sample(*tensors: Tensor, arg: int = arg, j: int = j) -> Tensor:
+                    xs, delta, ts = tensors[:k], tensors[k], tensors[k + 1]
+
+                    def pull(one: Tensor) -> Tensor:
+                        def f(x: Tensor) -> Tensor:
+                            return call.node.call([one if i == j else x if i == arg else v for i, v in enumerate(xs)])
+
+                        # Affine in x: an additive bias inside the operation drops out of the derivative.
+                        grad: Tensor = torch.func.vjp(f, xs[arg])[1](delta)[0]
+                        return grad
+
+                    return torch.func.vmap(pull)(ts)
+
+                term = over_samples(per_sample, [*call.xs, adjoint, t])
+                if self._affine_only(call.node, arg, j):
+                    continue
+                out[arg] = out[arg] + term if arg in out else term
+        return out
+
+    def _affine_only(self, node: Node, arg: int, j: int) -> bool:
+        """Whether the arguments ``arg`` and ``j`` never multiply each other."""
+        return False
+
+
+register_rule("aten.einsum", "aten.bilinear", "aten.dot", "aten.mv", "aten.outer", "aten.ger")(Multilinear())
+
+
+def _rows(x: Tensor, lead: int) -> Tensor:
+    """``[*lead, *positions, features]`` with the positions flattened: ``[*lead, T, features]``."""
+    return x.reshape(*x.shape[:lead], -1, x.shape[-1])
+
+
+@register_rule("aten.linear")
+class Linear(Rule):
+    """``y = x Wᵀ + b`` on the last axis."""
+
+    derivative = "bilinear"
+
+    def flops(self, node: Node) -> int:
+        return 2 * node.numel * node.inputs[0].shape[-1]
+
+    def value(self, node: Node, xs: list[Tensor], kink: Any = None) -> Tensor:
+        if all(x.shape[0] == 1 for x in xs[1:]):
+            return torch.nn.functional.linear(xs[0], xs[1][0], xs[2][0] if len(xs) > 2 else None)
+        return super().value(node, xs)
+
+    def pairs(self, node: Node) -> set[tuple[int, int]]:
+        return {(0, 1), (1, 0)}
+
+    def jvp(self, call: Call, tangents: Tangents) -> Tensor:
+        x, w = call.xs[0], call.xs[1]
+        lead = (max(t.shape[0] for t in [*call.xs, *tangents.values()]), next(iter(tangents.values())).shape[1])
+        total: Tensor | None = None
+        if 0 in tangents:
+            t = _rows(tangents[0], 2)
+            total = t @ w[0].T if w.shape[0] == 1 else t @ w.transpose(1, 2).unsqueeze(1)
+        if 1 in tangents:
+            tw, rows = tangents[1], _rows(x, 1)
+            if tw.shape[0] == 1:
+                b, o, i = tw.shape[1:]
+                term = (rows @ tw[0].reshape(b * o, i).T).reshape(*rows.shape[:2], b, o).transpose(1, 2)
+            else:
+                term = rows.unsqueeze(1) @ tw.transpose(2, 3)
+            total = term if total is None else total + term
+        if 2 in tangents:
+            term = tangents[2].unsqueeze(2)
+            total = term if total is None else total + term
+        assert total is not None
+        t_count = call.node.numel // call.node.shape[-1] if call.node.numel else 0
+        total = total.expand(*lead, t_count, call.node.shape[-1])
+        return total.reshape(*lead, *call.node.shape)
+
+    def vjp(self, call: Call, cotangent: Tensor, arg: int, keep: bool) -> Tensor:
+        w = call.xs[1]
+        s = _rows(cotangent, 2)
+        if arg == 0:
+            out = s @ w[0] if w.shape[0] == 1 else s @ w.unsqueeze(1)
+            return out.reshape(*cotangent.shape[:2], *call.node.inputs[0].shape)
+        if arg == 2:
+            return s.sum(2)
+        return _outer(s, bundle(_rows(call.xs[0], 1)), keep or w.shape[0] > 1)
+
+    def curvature(
+        self, call: Call, adjoint: Tensor, tangents: Tangents, args: Iterable[int], keep: bool
+    ) -> dict[int, Tensor]:
+        out = {}
+        delta = _rows(adjoint, 1)
+        for arg in args:
+            if arg == 0 and 1 in tangents:
+                tw = tangents[1]
+                if tw.shape[0] == 1:
+                    b, o, i = tw.shape[1:]
+                    flat = tw[0].permute(1, 0, 2).reshape(o, b * i)
+                    term = (delta @ flat).reshape(*delta.shape[:2], b, i).transpose(1, 2)
+                else:
+                    term = delta.unsqueeze(1) @ tw
+                out[0] = term.reshape(*term.shape[:2], *call.node.inputs[0].shape)
+            if arg == 1 and 0 in tangents:
+                t = _rows(tangents[0], 2)
+                out[1] = _outer(bundle(delta), t, keep or call.xs[1].shape[0] > 1)
+        return out
+
+
+def _outer(s: Tensor, x: Tensor, keep: bool) -> Tensor:
+    """``Σ_t s_t x_tᵀ`` for every sample and bundle member: ``[N, B, o, i]``, or summed over samples ``[1, B, o, i]``.
+
+    ``s``: ``[N, B or 1, T, o]``, ``x``: ``[N, B or 1, T, i]``.
+    """
+    if keep:
+        return s.transpose(2, 3) @ x
+    n = max(s.shape[0], x.shape[0])
+    s, x = s.expand(n, *s.shape[1:]), x.expand(n, *x.shape[1:])
+    o, i, bs, bx = s.shape[-1], x.shape[-1], s.shape[1], x.shape[1]
+    if bs > 1 and bx == 1:
+        flat = s.permute(1, 3, 0, 2).reshape(bs * o, -1) @ x[:, 0].reshape(-1, i)
+        return flat.reshape(1, bs, o, i)
+    if bx > 1 and bs == 1:
+        flat = s[:, 0].reshape(-1, o).T @ x.permute(0, 2, 1, 3).reshape(-1, bx * i)
+        return flat.reshape(o, bx, i).transpose(0, 1).unsqueeze(0)
+    return (s.permute(1, 3, 0, 2).flatten(2) @ x.permute(1, 0, 2, 3).flatten(1, 2)).unsqueeze(0)
+
+
+@register_rule("aten.matmul", "aten.mm", "aten.bmm")
+class MatMul(Rule):
+    """Matrix product with broadcasting over leading axes (both arguments of rank two or more)."""
+
+    derivative = "bilinear"
+
+    def flops(self, node: Node) -> int:
+        return 2 * node.numel * node.inputs[0].shape[-1]
+
+    def pairs(self, node: Node) -> set[tuple[int, int]]:
+        return {(0, 1), (1, 0)}
+
+    def _plain(self, node: Node) -> bool:
+        return all(len(p.shape) >= 2 for p in node.inputs)
+
+    def _align(self, node: Node, t: Tensor, lead: int) -> Tensor:
+        own, rank = t.dim() - lead, len(node.shape)
+        return t.reshape(*t.shape[:lead], *([1] * (rank - own)), *t.shape[lead:])
+
+    def value(self, node: Node, xs: list[Tensor], kink: Any = None) -> Tensor:
+        if not self._plain(node):
+            return super().value(node, xs)
+        return torch.matmul(self._align(node, xs[0], 1), self._align(node, xs[1], 1))
+
+    def jvp(self, call: Call, tangents: Tangents) -> Tensor:
+        node = call.node
+        if not self._plain(node):
+            return _MULTILINEAR.jvp(call, tangents)
+        terms = []
+        if 0 in tangents:
+            terms.append(self._align(node, tangents[0], 2) @ bundle(self._align(node, call.xs[1], 1)))
+        if 1 in tangents:
+            terms.append(bundle(self._align(node, call.xs[0], 1)) @ self._align(node, tangents[1], 2))
+        return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+
+    def vjp(self, call: Call, cotangent: Tensor, arg: int, keep: bool) -> Tensor:
+        if not self._plain(call.node):
+            return super().vjp(call, cotangent, arg, keep)
+        return self._pull(call, cotangent, bundle(self._align(call.node, call.xs[1 - arg], 1)), arg)
+
+    def _pull(self, call: Call, s: Tensor, other: Tensor, arg: int) -> Tensor:
+        out = s @ other.transpose(-1, -2) if arg == 0 else other.transpose(-1, -2) @ s
+        return unbroadcast(out, 2, call.node.inputs[arg].shape)
+
+    def curvature(
+        self, call: Call, adjoint: Tensor, tangents: Tangents, args: Iterable[int], keep: bool
+    ) -> dict[int, Tensor]:
+        if not self._plain(call.node):
+            return _MULTILINEAR.curvature(call, adjoint, tangents, args, keep)
+        return {
+            arg: self._pull(call, bundle(adjoint), self._align(call.node, tangents[1 - arg], 2), arg)
+            for arg in args
+            if 1 - arg in tangents
+        }
+
+
+_MULTILINEAR = Multilinear()

@@ -1,0 +1,242 @@
+"""Convolutions of one, two and three dimensions: strided, padded, dilated, grouped, transposed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dagh._ir import Node
+from dagh._rules._base import Call, Rule, Tangents, bundle, register_rule
+
+_aten = torch.ops.aten
+
+
+def convolution(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1,),
+    padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
+    transposed: bool = False,
+    output_padding: Sequence[int] = (0,),
+    groups: int = 1,
+) -> Tensor:
+    """Every convolution of a traced model, with symmetric zero padding made explicit: ``[M, C, *space]`` in and out."""
+    return _aten.convolution(  # type: ignore[no-any-return]
+        input, weight, bias, stride, padding, dilation, transposed, output_padding, groups
+    )
+
+
+def windows(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    """Sliding windows as a view: ``[M, C, *space]`` to ``[M, C, *kernel, *positions]`` (``x`` already padded)."""
+    m, c, *space = x.shape
+    count = [(s - d * (k - 1) - 1) // st + 1 for s, k, st, d in zip(space, kernel, stride, dilation, strict=True)]
+    steps = x.stride()
+    own = [s * d for s, d in zip(steps[2:], dilation, strict=True)]
+    moves = [s * st for s, st in zip(steps[2:], stride, strict=True)]
+    return x.as_strided((m, c, *kernel, *count), (steps[0], steps[1], *own, *moves), x.storage_offset())
+
+
+def pad_space(x: Tensor, padding: Sequence[int], fill: float = 0.0) -> Tensor:
+    """Pad every spatial axis symmetrically."""
+    if not any(padding):
+        return x
+    widths = [p for pair in reversed(list(padding)) for p in (pair, pair)]
+    return torch.nn.functional.pad(x, widths, value=fill)
+
+
+def _merge(t: Tensor, lead: int) -> Tensor:
+    """Fold the ``lead`` leading axes into the batch axis of a convolution."""
+    return t.reshape(-1, *t.shape[lead + 1 :])
+
+
+@register_rule("dagh.convolution")
+class Convolution(Rule):
+    """``y = x * W + b``; bilinear in ``(x, W)``, linear in ``b``."""
+
+    derivative = "bilinear"
+
+    def flops(self, node: Node) -> int:
+        w = node.inputs[1].shape
+        if node.arg("transposed"):
+            return 2 * node.inputs[0].numel * w[1:].numel()
+        return 2 * node.numel * w[1:].numel()
+
+    def pairs(self, node: Node) -> set[tuple[int, int]]:
+        return {(0, 1), (1, 0)}
+
+    def _settings(self, node: Node) -> tuple[list[int], list[int], list[int], bool, list[int], int]:
+        arg = node.arg
+        return (
+            list(arg("stride")),
+            list(arg("padding")),
+            list(arg("dilation")),
+            bool(arg("transposed")),
+            list(arg("output_padding")),
+            int(arg("groups")),
+        )
+
+    def _apply(self, node: Node, x: Tensor, w: Tensor, b: Tensor | None, groups: int | None = None) -> Tensor:
+        stride, padding, dilation, transposed, output_padding, own = self._settings(node)
+        return convolution(x, w, b, stride, padding, dilation, transposed, output_padding, groups or own)
+
+    def _gradient(self, node: Node, s: Tensor, x: Tensor, w: Tensor, wrt: int, groups: int) -> Tensor:
+        """Input (0) or weight (1) gradient of one plain convolution with output cotangent ``s``."""
+        stride, padding, dilation, transposed, output_padding, _ = self._settings(node)
+        mask = [wrt == 0, wrt == 1, False]
+        grads = _aten.convolution_backward(
+            s, x, w, None, stride, padding, dilation, transposed, output_padding, groups, mask
+        )
+        result = grads[wrt]
+        assert isinstance(result, Tensor)
+        return result
+
+    def value(self, node: Node, xs: list[Tensor], kink: Any = None) -> Tensor:
+        if any(x.shape[0] > 1 for x in xs[1:]):
+            return super().value(node, xs)
+        out = self._apply(node, _merge(xs[0], 1), xs[1][0], xs[2][0] if len(xs) > 2 else None)
+        return out.reshape(xs[0].shape[0], *node.shape)
+
+    # A bundle of B weights is one convolution with B times the output channels, group by group.
+
+    def _stack(self, w: Tensor, out_axis: int, groups: int) -> Tensor:
+        """``[B, *W]`` to one weight whose channels on ``out_axis`` are ordered (group, B, own)."""
+        b = w.shape[0]
+        w = w.movedim(out_axis + 1, 1)
+        if out_axis == 0:
+            w = w.reshape(b, groups, -1, *w.shape[2:]).transpose(0, 1)
+            return w.reshape(-1, *w.shape[3:])
+        # Weights [C_in, C_out / groups, …] of a transposed convolution (or input channels of a plain one).
+        return w.reshape(-1, *w.shape[2:]).movedim(0, 1)
+
+    def _unstack(self, y: Tensor, n: int, b: int, groups: int, shape: torch.Size) -> Tensor:
+        """Undo :meth:`_stack` on the channel axis of a result ``[N·m, groups·B·c, *space]``."""
+        m, space = shape[0], y.shape[2:]
+        y = y.reshape(n, m, groups, b, -1, *space)
+        return y.movedim(3, 1).reshape(n, b, *shape)
+
+    def _weight_tangent(self, call: Call, x: Tensor, tw: Tensor) -> Tensor:
+        """``Σ`` over nothing: the convolution of values ``x`` ``[N, *]`` with each weight of ``tw`` ``[1, B, *W]``."""
+        node, groups = call.node, self._settings(call.node)[5]
+        weight = self._stack(tw[0], 1 if node.arg("transposed") else 0, groups)
+        y = self._apply(node, _merge(x, 1), weight, None)
+        return self._unstack(y, x.shape[0], tw.shape[1], groups, node.shape)
+
+    def jvp(self, call: Call, tangents: Tangents) -> Tensor:
+        node = call.node
+        if call.xs[1].shape[0] > 1 or (1 in tangents and tangents[1].shape[0] > 1):
+            return super().jvp(call, tangents)
+        total: Tensor | None = None
+        if 0 in tangents:
+            t = tangents[0]
+            y = self._apply(node, _merge(t, 2), call.xs[1][0], None)
+            total = y.reshape(*t.shape[:2], *node.shape)
+        if 1 in tangents:
+            term = self._weight_tangent(call, call.xs[0], tangents[1])
+            total = term if total is None else total + term
+        if 2 in tangents:
+            t = tangents[2]
+            term = t.reshape(*t.shape[:2], 1, -1, *([1] * (len(node.shape) - 2)))
+            lead = max(call.xs[0].shape[0], t.shape[0])
+            total = term.expand(lead, t.shape[1], *node.shape) if total is None else total + term
+        assert total is not None
+        return total
+
+    def vjp(self, call: Call, cotangent: Tensor, arg: int, keep: bool) -> Tensor:
+        node = call.node
+        if arg == 2:
+            return cotangent.movedim(3, 2).flatten(3).sum(3)
+        if call.xs[1].shape[0] > 1:
+            return super().vjp(call, cotangent, arg, keep)
+        if arg == 0:
+            shape = node.inputs[0].shape
+            s = _merge(cotangent, 2)
+            like = s.new_empty(()).expand(s.shape[0], *shape[1:])
+            grad = self._gradient(node, s, like, call.xs[1][0], 0, self._settings(node)[5])
+            return grad.reshape(*cotangent.shape[:2], *shape)
+        return self._weight_gradient(call, cotangent, bundle(call.xs[0]), keep)
+
+    def curvature(
+        self, call: Call, adjoint: Tensor, tangents: Tangents, args: Iterable[int], keep: bool
+    ) -> dict[int, Tensor]:
+        if call.xs[1].shape[0] > 1 or (1 in tangents and tangents[1].shape[0] > 1):
+            return super().curvature(call, adjoint, tangents, args, keep)
+        out = {}
+        for arg in args:
+            if arg == 0 and 1 in tangents:
+                out[0] = self._input_curvature(call, adjoint, tangents[1])
+            if arg == 1 and 0 in tangents:
+                out[1] = self._weight_gradient(call, bundle(adjoint), tangents[0], keep)
+        return out
+
+    def _input_curvature(self, call: Call, adjoint: Tensor, tw: Tensor) -> Tensor:
+        """Input gradients at weights ``tw`` ``[1, B, *W]`` instead of W: ``[N, B, *x]``."""
+        node, groups, b = call.node, self._settings(call.node)[5], tw.shape[1]
+        shape = node.inputs[0].shape
+        n, s = adjoint.shape[0], _merge(adjoint, 1)
+        w = tw[0]
+        if node.arg("transposed"):  # W: [C_in, C_out/g, *k]; input channels ordered (group, B, own)
+            w = w.reshape(b, groups, -1, *w.shape[2:]).transpose(0, 1).reshape(-1, *w.shape[2:])
+        else:  # W: [C_out, C_in/g, *k]; per group the input channels become (B, own)
+            w = w.transpose(0, 1).reshape(w.shape[1], b * w.shape[2], *w.shape[3:])
+        like = s.new_empty(()).expand(s.shape[0], b * shape[1], *shape[2:])
+        grad = self._gradient(node, s, like, w, 0, groups)
+        return self._unstack(grad, n, b, groups, shape)
+
+    def _weight_gradient(self, call: Call, s: Tensor, x: Tensor, keep: bool) -> Tensor:
+        """Weight gradients for cotangents ``s`` ``[N, B or 1, *y]`` and inputs ``x`` ``[N, B or 1, *x]``.
+
+        Returns ``[N, B, *W]`` when ``keep``, else the sum over samples ``[1, B, *W]``.
+        """
+        node = call.node
+        _, _, _, transposed, _, groups = self._settings(node)
+        n = max(s.shape[0], x.shape[0])
+        b = max(s.shape[1], x.shape[1])
+        if keep or (s.shape[1] > 1 and x.shape[1] > 1):
+            grad = self._per_sample(node, s, x)
+            return grad if keep else grad.sum(0, keepdim=True)
+        # Without samples to keep, a bundle is just more channels of a single weight gradient.
+        s, x = s.expand(n, *s.shape[1:]), x.expand(n, *x.shape[1:])
+        s_, x_ = self._as_channels(s, groups), self._as_channels(x, groups)
+        w = node.inputs[1].shape
+        many_out = s.shape[1] > 1
+        c_in, c_out = x_.shape[1], s_.shape[1]
+        shape = (c_in, c_out // groups, *w[2:]) if transposed else (c_out, c_in // groups, *w[2:])
+        grad = self._gradient(node, s_, x_, s_.new_empty(()).expand(shape), 1, groups)
+        first = many_out != transposed  # is the bundle on weight axis 0?
+        if first:
+            grad = grad.reshape(groups, b, -1, *grad.shape[1:]).transpose(0, 1)
+        else:
+            grad = grad.reshape(grad.shape[0], b, -1, *grad.shape[2:]).transpose(0, 1)
+        return grad.reshape(1, b, *w)
+
+    def _as_channels(self, t: Tensor, groups: int) -> Tensor:
+        """``[N, B, m, C, *space]`` to ``[N·m, groups·B·C/groups, *space]`` ordered (group, B, own)."""
+        n, b, m, c, *space = t.shape
+        if b == 1:
+            return t.reshape(n * m, c, *space)
+        t = t.reshape(n, b, m, groups, c // groups, *space).movedim(1, 3)
+        return t.reshape(n * m, b * c, *space)
+
+    def _per_sample(self, node: Node, s: Tensor, x: Tensor) -> Tensor:
+        """One weight gradient per sample and bundle member, as batched matrix products on sliding windows."""
+        stride, padding, dilation, transposed, _, groups = self._settings(node)
+        w = node.inputs[1].shape
+        moving, still = (s, x) if transposed else (x, s)
+        kernel = w[2:]
+        nm, bm, m, cm = moving.shape[:4]
+        ns, bs, _, cs = still.shape[:4]
+        padded = pad_space(moving.reshape(-1, *moving.shape[3:]), padding)
+        view = windows(padded, kernel, stride, dilation)
+        positions = [min(a, b) for a, b in zip(view.shape[2 + len(kernel) :], still.shape[4:], strict=True)]
+        for axis, count in enumerate(positions):
+            view = view.narrow(2 + len(kernel) + axis, 0, count)
+            still = still.narrow(4 + axis, 0, count)
+        cols = view.reshape(nm, bm, m, groups, (cm // groups) * kernel.numel(), -1)
+        rows = still.reshape(ns, bs, m, groups, cs // groups, -1)
+        grad = (rows @ cols.transpose(-1, -2)).sum(2)  # [N, B, g, c_still, c_moving·k]
+        return grad.reshape(*grad.shape[:2], *w)

@@ -1,0 +1,489 @@
+"""Element-wise operations: a derivative and a second derivative per function, and where the kinks are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dagh._ir import Node
+from dagh._rules._base import Call, DerivativeClass, KinkSites, Rule, Tangents, align, bundle, register_rule, unbroadcast
+
+Derivative = Callable[[Call, Tensor], Tensor]
+Points = Callable[[Node], Sequence[float]]
+
+
+def _zero(call: Call, x: Tensor) -> Tensor:
+    return torch.zeros_like(x)
+
+
+@lru_cache(maxsize=None)
+def _probe(op: Any, constants: tuple[Any, ...], point: float, dtype: torch.dtype) -> tuple[float, float]:
+    """PyTorch's own first and second derivative of a unary operation at ``point``."""
+    with torch.enable_grad():
+        x = torch.tensor([point], dtype=dtype, requires_grad=True)
+        (first,) = torch.autograd.grad(op(x, *constants).sum(), x, create_graph=True)
+        second = 0.0
+        if first.requires_grad:
+            (grad,) = torch.autograd.grad(first.sum(), x, allow_unused=True)
+            second = 0.0 if grad is None else grad.item()
+    return first.item(), second
+
+
+class Unary(Rule):
+    """``f`` applied to every element of one tensor.
+
+    ``first`` and ``second`` are valid away from ``points(node)``, the kinks. *At* a kink the default is whatever
+    PyTorch does there (probed, not assumed); a user's choice λ ∈ [0, 1] takes (1-λ)·left + λ·right.
+    """
+
+    acts_per = "element"
+
+    def __init__(self, first: Derivative, second: Derivative | None = None, points: Points | None = None) -> None:
+        self.first, self.second, self.points = first, second or _zero, points
+        self.linear = second is None
+        self.derivative: DerivativeClass = "kinked" if points else "elementwise"
+
+    def curved(self, node: Node) -> bool:
+        return not self.linear
+
+    def value(self, node: Node, xs: list[Tensor], kink: Any = None) -> Tensor:
+        return node.call(xs)
+
+    def _derivatives(self, call: Call) -> tuple[Tensor, Tensor]:
+        def compute() -> tuple[Tensor, Tensor]:
+            x = call.xs[0]
+            first, second = self.first(call, x), self.second(call, x)
+            for point in self.points(call.node) if self.points else ():
+                at = x == point
+                if bool(at.any()):
+                    d1, d2 = self._at_kink(call, point)
+                    first, second = torch.where(at, d1, first), torch.where(at, d2, second)
+            return first, second
+
+        pair: tuple[Tensor, Tensor] = call.once("derivatives", compute)
+        return pair
+
+    def _at_kink(self, call: Call, point: float) -> tuple[float, float]:
+        node = call.node
+        if call.kink is None:
+            constants = tuple(call.arg(name) for name in list(node.bound)[1:])
+            return _probe(node.op, constants, point, node.dtype)
+        scale = 1e-3 * max(1.0, abs(point))
+        sides = call.xs[0].new_tensor([point - scale, point + scale])
+        # The branches are analytic on either side; extrapolate their derivatives to the kink itself.
+        local = Call(node, [sides], sides)
+        first, second = self.first(local, sides), self.second(local, sides)
+        at = first - second * (sides - point)
+        lam = float(call.kink)
+        return float((1 - lam) * at[0] + lam * at[1]), float((1 - lam) * second[0] + lam * second[1])
+
+    def jvp(self, call: Call, tangents: Tangents) -> Tensor:
+        return tangents[0] * bundle(self._derivatives(call)[0])
+
+    def vjp(self, call: Call, cotangent: Tensor, arg: int, keep: bool) -> Tensor:
+        return cotangent * bundle(self._derivatives(call)[0])
+
+    def curvature(
+        self, call: Call, adjoint: Tensor, tangents: Tangents, args: Iterable[int], keep: bool
+    ) -> dict[int, Tensor]:
+        if self.linear:
+            return {}
+        return {0: bundle(adjoint * self._derivatives(call)[1]) * tangents[0]}
+
+    def kinks(self, call: Call) -> KinkSites | None:
+        points = self.points(call.node) if self.points else ()
+        if not points:
+            return None
+        x = call.xs[0].flatten(1)
+        distance = torch.stack([(x - p).abs() for p in points]).amin(0)
+        return KinkSites(distance)
+
+
+def _const(name: str) -> Callable[[Call], Any]:
+    return lambda call: call.arg(name)
+
+
+def _sigmoid_slope(s: Tensor) -> Tensor:
+    return s * (1 - s)
+
+
+def _gelu_first(call: Call, x: Tensor) -> Tensor:
+    if call.arg("approximate") == "tanh":
+        c, k = math.sqrt(2 / math.pi), 0.044715
+        t = torch.tanh(c * (x + k * x**3))
+        return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * c * (1 + 3 * k * x * x)
+    return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+
+
+def _gelu_second(call: Call, x: Tensor) -> Tensor:
+    if call.arg("approximate") == "tanh":
+        c, k = math.sqrt(2 / math.pi), 0.044715
+        t = torch.tanh(c * (x + k * x**3))
+        u1, u2 = c * (1 + 3 * k * x * x), 6 * c * k * x
+        return (1 - t * t) * (u1 + 0.5 * x * u2 - x * t * u1 * u1)
+    return (2 - x * x) * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+
+
+def _silu_first(call: Call, x: Tensor) -> Tensor:
+    s = torch.sigmoid(x)
+    return s * (1 + x * (1 - s))
+
+
+def _silu_second(call: Call, x: Tensor) -> Tensor:
+    s = torch.sigmoid(x)
+    return _sigmoid_slope(s) * (2 + x * (1 - 2 * s))
+
+
+def _mish(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    sp, s = torch.nn.functional.softplus(x), torch.sigmoid(x)
+    t = torch.tanh(sp)
+    dt = (1 - t * t) * s
+    ddt = (1 - t * t) * s * (1 - s) - 2 * t * dt * s
+    return t, dt, ddt
+
+
+def _softplus(order: int) -> Derivative:
+    def derivative(call: Call, x: Tensor) -> Tensor:
+        beta, threshold = float(call.arg("beta")), float(call.arg("threshold"))
+        s = torch.sigmoid(beta * x)
+        linear = beta * x > threshold
+        if order == 1:
+            return torch.where(linear, torch.ones_like(x), s)
+        return torch.where(linear, torch.zeros_like(x), beta * _sigmoid_slope(s))
+
+    return derivative
+
+
+def _elu_coefficients(call: Call) -> tuple[float, float, float]:
+    """``(positive slope, negative factor, input scale)`` of ``elu``, ``selu`` and ``celu``."""
+    name = call.node.operation
+    if name.startswith("selu"):
+        return 1.0507009873554805, 1.0507009873554805 * 1.6732632423543772, 1.0
+    alpha = float(call.arg("alpha"))
+    if name.startswith("celu"):
+        return 1.0, alpha, 1.0 / alpha
+    return float(call.arg("scale")), alpha * float(call.arg("scale")), float(call.arg("input_scale"))
+
+
+def _elu(order: int) -> Derivative:
+    def derivative(call: Call, x: Tensor) -> Tensor:
+        slope, factor, scale = _elu_coefficients(call)
+        exponential = factor * scale**order * torch.exp(x.clamp(max=0) * scale)
+        positive = torch.full_like(x, slope if order == 1 else 0.0)
+        return torch.where(x > 0, positive, exponential)
+
+    return derivative
+
+
+def _between(low: str, high: str) -> Derivative:
+    def first(call: Call, x: Tensor) -> Tensor:
+        lo, hi = call.arg(low), call.arg(high)
+        inside = torch.ones_like(x, dtype=torch.bool)
+        if lo is not None:
+            inside &= x > lo
+        if hi is not None:
+            inside &= x < hi
+        return inside.to(x.dtype)
+
+    return first
+
+
+def _bounds(low: str, high: str) -> Points:
+    return lambda node: [float(node.arg(k)) for k in (low, high) if node.arg(k) is not None]
+
+
+def _at(*points: float) -> Points:
+    return lambda node: points
+
+
+def _inside(x: Tensor, low: float, high: float) -> Tensor:
+    return ((x > low) & (x < high)).to(x.dtype)
+
+
+def _power(order: int) -> Derivative:
+    def derivative(call: Call, x: Tensor) -> Tensor:
+        e = float(call.arg("exponent"))
+        factor = e if order == 1 else e * (e - 1)
+        return torch.zeros_like(x) if factor == 0 else factor * x ** (e - order)
+
+    return derivative
+
+
+def _register_unaries() -> None:
+    exp, sig, tanh = torch.exp, torch.sigmoid, torch.tanh
+    table: dict[str, Unary] = {
+        "relu": Unary(lambda c, x: (x > 0).to(x.dtype), points=_at(0.0)),
+        "relu6": Unary(lambda c, x: _inside(x, 0.0, 6.0), points=_at(0.0, 6.0)),
+        "leaky_relu": Unary(
+            lambda c, x: torch.where(x > 0, 1.0, float(c.arg("negative_slope"))).to(x.dtype), points=_at(0.0)
+        ),
+        "abs": Unary(lambda c, x: torch.sign(x), points=_at(0.0)),
+        "hardtanh": Unary(_between("min_val", "max_val"), points=_bounds("min_val", "max_val")),
+        "clamp": Unary(_between("min", "max"), points=_bounds("min", "max")),
+        "clamp_min": Unary(_between("min", "max"), points=_bounds("min", "max")),
+        "clamp_max": Unary(_between("min", "max"), points=_bounds("min", "max")),
+        "hardsigmoid": Unary(lambda c, x: _inside(x, -3.0, 3.0) / 6, points=_at(-3.0, 3.0)),
+        "hardswish": Unary(
+            lambda c, x: torch.where(x <= -3, 0.0, torch.where(x < 3, x / 3 + 0.5, 1.0)).to(x.dtype),
+            lambda c, x: _inside(x, -3.0, 3.0) / 3,
+            points=_at(-3.0, 3.0),
+        ),
+        "tanh": Unary(lambda c, x: 1 - c.out**2, lambda c, x: -2 * c.out * (1 - c.out**2)),
+        "sigmoid": Unary(lambda c, x: _sigmoid_slope(c.out), lambda c, x: _sigmoid_slope(c.out) * (1 - 2 * c.out)),
+        "log_sigmoid": Unary(lambda c, x: sig(-x), lambda c, x: -_sigmoid_slope(sig(x))),
+        "gelu": Unary(_gelu_first, _gelu_second),
+        "silu": Unary(_silu_first, _silu_second),
+        "mish": Unary(
+            lambda c, x: _mish(x)[0] + x * _mish(x)[1], lambda c, x: 2 * _mish(x)[1] + x * _mish(x)[2]
+        ),
+        "softplus": Unary(_softplus(1), _softplus(2)),
+        "elu": Unary(_elu(1), _elu(2), points=_at(0.0)),
+        "selu": Unary(_elu(1), _elu(2), points=_at(0.0)),
+        "celu": Unary(_elu(1), _elu(2), points=_at(0.0)),
+        "exp": Unary(lambda c, x: c.out, lambda c, x: c.out),
+        "expm1": Unary(lambda c, x: exp(x), lambda c, x: exp(x)),
+        "log": Unary(lambda c, x: 1 / x, lambda c, x: -1 / x**2),
+        "log1p": Unary(lambda c, x: 1 / (1 + x), lambda c, x: -1 / (1 + x) ** 2),
+        "sqrt": Unary(lambda c, x: 0.5 / c.out, lambda c, x: -0.25 / c.out**3),
+        "rsqrt": Unary(lambda c, x: -0.5 * c.out**3, lambda c, x: 0.75 * c.out**5),
+        "reciprocal": Unary(lambda c, x: -(c.out**2), lambda c, x: 2 * c.out**3),
+        "sin": Unary(lambda c, x: torch.cos(x), lambda c, x: -c.out),
+        "cos": Unary(lambda c, x: -torch.sin(x), lambda c, x: -c.out),
+        "atan": Unary(lambda c, x: 1 / (1 + x * x), lambda c, x: -2 * x / (1 + x * x) ** 2),
+        "erf": Unary(
+            lambda c, x: 2 / math.sqrt(math.pi) * exp(-x * x), lambda c, x: -4 * x / math.sqrt(math.pi) * exp(-x * x)
+        ),
+        "sinh": Unary(lambda c, x: torch.cosh(x), lambda c, x: c.out),
+        "cosh": Unary(lambda c, x: torch.sinh(x), lambda c, x: c.out),
+        "neg": Unary(lambda c, x: -torch.ones_like(x)),
+    }
+    for name, rule in table.items():
+        register_rule(f"aten.{name}")(rule)
+    register_rule("aten.pow.Tensor_Scalar")(Unary(_power(1), _power(2)))
+    assert tanh is torch.tanh
+
+
+_register_unaries()
+
+
+# -- two arguments -----------------------------------------------------------------------------------------------------
+
+
+class _Binary(Rule):
+    """Two broadcast tensors, or a tensor and a number."""
+
+    acts_per = "element"
+
+    def value(self, node: Node, xs: list[Tensor], kink: Any = None) -> Tensor:
+        return node.call([align(x, 1, len(node.shape)) for x in xs])
+
+    def _operands(self, call: Call) -> tuple[Tensor | float, Tensor | float]:
+        rank = len(call.node.shape)
+
+        def one(name: str) -> Tensor | float:
+            t = call.tensor(name)
+            return float(call.arg(name)) if t is None else bundle(align(t, 1, rank))
+
+        first = next(iter(call.node.bound))
+        return one(first), one("other")
+
+    def _positions(self, node: Node) -> tuple[int | None, int | None]:
+        return node.slot(next(iter(node.bound))), node.slot("other")
+
+    def _tangents(self, call: Call, tangents: Tangents) -> tuple[Tensor | None, Tensor | None]:
+        rank = len(call.node.shape)
+        a, b = self._positions(call.node)
+
+        def one(slot: int | None) -> Tensor | None:
+            t = None if slot is None else tangents.get(slot)
+            return None if t is None else align(t, 2, rank)
+
+        return one(a), one(b)
+
+    def partials(self, call: Call) -> tuple[Tensor | float, Tensor | float]:
+        """``∂f/∂first`` and ``∂f/∂other``, broadcastable against bundles."""
+        raise NotImplementedError
+
+    def seconds(self, call: Call) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
+        """``f_aa``, ``f_ab``, ``f_bb``, broadcastable against bundles."""
+        return 0.0, 0.0, 0.0
+
+    def jvp(self, call: Call, tangents: Tangents) -> Tensor:
+        ta, tb = self._tangents(call, tangents)
+        da, db = self.partials(call)
+        terms = [t * d for t, d in ((ta, da), (tb, db)) if t is not None]
+        total = terms[0] if len(terms) == 1 else terms[0] + terms[1]
+        lead = total.shape[:2]
+        return total.expand(*lead, *call.node.shape)
+
+    def vjp(self, call: Call, cotangent: Tensor, arg: int, keep: bool) -> Tensor:
+        partial = self.partials(call)[0 if arg == self._positions(call.node)[0] else 1]
+        return unbroadcast(cotangent * partial, 2, call.node.inputs[arg].shape)
+
+    def curvature(
+        self, call: Call, adjoint: Tensor, tangents: Tangents, args: Iterable[int], keep: bool
+    ) -> dict[int, Tensor]:
+        aa, ab, bb = self.seconds(call)
+        ta, tb = self._tangents(call, tangents)
+        a, b = self._positions(call.node)
+        delta = bundle(adjoint)
+        out: dict[int, Tensor] = {}
+        for arg in args:
+            own, cross = (aa, ab) if arg == a else (bb, ab)
+            mine, other = (ta, tb) if arg == a else (tb, ta)
+            terms = [
+                delta * (t * c)
+                for t, c in ((mine, own), (other, cross))
+                if t is not None and not (isinstance(c, float) and c == 0.0)
+            ]
+            if terms:
+                total = terms[0] if len(terms) == 1 else terms[0] + terms[1]
+                out[arg] = unbroadcast(total, 2, call.node.inputs[arg].shape)
+        assert a is not None or b is not None
+        return out
+
+
+@register_rule("aten.add", "aten.sub")
+class Add(_Binary):
+    """Sum or difference, ``alpha`` included."""
+
+    derivative = "linear"
+
+    def partials(self, call: Call) -> tuple[Tensor | float, Tensor | float]:
+        alpha = float(call.arg("alpha") if call.arg("alpha") is not None else 1)
+        return 1.0, -alpha if call.node.operation.startswith("sub") else alpha
+
+
+@register_rule("aten.mul")
+class Mul(_Binary):
+    """Element-wise product."""
+
+    derivative = "bilinear"
+
+    def curved(self, node: Node) -> bool:
+        return len(node.inputs) == 2
+
+    def pairs(self, node: Node) -> set[tuple[int, int]]:
+        return {(0, 1), (1, 0)} if len(node.inputs) == 2 else set()
+
+    def partials(self, call: Call) -> tuple[Tensor | float, Tensor | float]:
+        a, b = self._operands(call)
+        return b, a
+
+    def seconds(self, call: Call) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
+        return 0.0, 1.0, 0.0
+
+
+@register_rule("aten.div.Tensor", "aten.div.Scalar")
+class Div(_Binary):
+    """Element-wise quotient (true division)."""
+
+    derivative = "elementwise"
+
+    def curved(self, node: Node) -> bool:
+        return node.slot("other") is not None
+
+    def partials(self, call: Call) -> tuple[Tensor | float, Tensor | float]:
+        a, b = self._operands(call)
+        return 1 / b, -a / (b * b)
+
+    def seconds(self, call: Call) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
+        a, b = self._operands(call)
+        return 0.0, -1 / (b * b), 2 * a / (b * b * b)
+
+
+@register_rule("aten.maximum", "aten.minimum")
+class Extremum(_Binary):
+    """Larger or smaller of two tensors; PyTorch splits ties evenly, λ gives the weight of ``other``."""
+
+    derivative = "kinked"
+
+    def curved(self, node: Node) -> bool:
+        return False
+
+    def _weight(self, call: Call) -> Tensor:
+        a, b = (align(x, 1, len(call.node.shape)) for x in call.xs)
+        sign = 1 if call.node.operation.startswith("max") else -1
+        other = ((b - a) * sign > 0).to(call.out.dtype)
+        lam = 0.5 if call.kink is None else float(call.kink)
+        return torch.where(a == b, lam, other)
+
+    def partials(self, call: Call) -> tuple[Tensor | float, Tensor | float]:
+        w = bundle(self._weight(call))
+        return 1 - w, w
+
+    def kinks(self, call: Call) -> KinkSites | None:
+        a, b = (align(x, 1, len(call.node.shape)) for x in call.xs)
+        return KinkSites((a - b).abs().flatten(1))
+
+
+@register_rule("aten.prelu")
+class PReLU(Rule):
+    """``x`` where positive, ``w x`` elsewhere; ``w`` is one number or one per channel (axis 1)."""
+
+    derivative = "kinked"
+    acts_per = "channel"
+
+    def _weight(self, call: Call) -> Tensor:
+        w, rank = call.xs[1], len(call.node.shape)
+        if w.shape[-1] == 1 or rank < 2:
+            return w.reshape(w.shape[0], *([1] * rank))
+        return w.reshape(w.shape[0], 1, -1, *([1] * (rank - 2)))
+
+    def _spread(self, call: Call, t: Tensor) -> Tensor:
+        """A bundle of weight tangents, broadcastable against bundles of the output."""
+        rank = len(call.node.shape)
+        if t.shape[-1] == 1 or rank < 2:
+            return t.reshape(*t.shape[:2], *([1] * rank))
+        return t.reshape(*t.shape[:2], 1, -1, *([1] * (rank - 2)))
+
+    def _collect(self, call: Call, t: Tensor) -> Tensor:
+        """Sum a bundle of the output's shape onto the weight's shape."""
+        if call.node.inputs[1].numel == 1 or len(call.node.shape) < 2:
+            return t.flatten(2).sum(2, keepdim=True)
+        return t.movedim(3, 2).flatten(3).sum(3)
+
+    def _slope(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Derivatives of ``x ↦ prelu(x)`` and of that slope with respect to ``w``."""
+
+        def compute() -> tuple[Tensor, Tensor]:
+            x, w = call.xs[0], self._weight(call)
+            right = (x > 0).to(x.dtype)
+            if call.kink is not None:
+                right = torch.where(x == 0, float(call.kink), right)
+            return right + (1 - right) * w, 1 - right
+
+        pair: tuple[Tensor, Tensor] = call.once("slope", compute)
+        return pair
+
+    def jvp(self, call: Call, tangents: Tangents) -> Tensor:
+        terms = []
+        if 0 in tangents:
+            terms.append(tangents[0] * bundle(self._slope(call)[0]))
+        if 1 in tangents:
+            terms.append(self._spread(call, tangents[1]) * bundle(call.xs[0].clamp(max=0)))
+        return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+
+    def vjp(self, call: Call, cotangent: Tensor, arg: int, keep: bool) -> Tensor:
+        if arg == 0:
+            return cotangent * bundle(self._slope(call)[0])
+        return self._collect(call, cotangent * bundle(call.xs[0].clamp(max=0)))
+
+    def curvature(
+        self, call: Call, adjoint: Tensor, tangents: Tangents, args: Iterable[int], keep: bool
+    ) -> dict[int, Tensor]:
+        factor, out = bundle(adjoint * self._slope(call)[1]), {}
+        for arg in args:
+            if arg == 0 and 1 in tangents:
+                out[0] = factor * self._spread(call, tangents[1])
+            if arg == 1 and 0 in tangents:
+                out[1] = self._collect(call, factor * tangents[0])
+        return out
+
+    def kinks(self, call: Call) -> KinkSites | None:
+        return KinkSites(call.xs[0].abs().flatten(1))

@@ -1,0 +1,261 @@
+"""Operations that are linear in all their floating-point arguments jointly: views, gathers, sums, pads, averages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dagh._ir import Node
+from dagh._rules._base import Call, Rule, Tangents, align, register_rule, unbroadcast
+from dagh._rules._generic import over_samples
+
+
+class LinearMap(Rule):
+    """A linear operation: the tangent map is the operation itself."""
+
+    derivative = "linear"
+
+    def jvp(self, call: Call, tangents: Tangents) -> Tensor:
+        node, k, moving = call.node, len(call.xs), list(tangents)
+
+        def per_sample(*tensors: Tensor) -> Tensor:
+            xs, ts = tensors[:k], tensors[k:]
+            base = [torch.zeros_like(x) if x.dtype.is_floating_point else x for x in xs]
+
+            def f(*some: Tensor) -> Tensor:
+                full = list(base)
+                for i, t in zip(moving, some, strict=True):
+                    full[i] = t
+                return node.call(full)
+
+            return torch.func.vmap(f)(*ts)
+
+        result = over_samples(per_sample, [*call.xs, *(tangents[i] for i in moving)])
+        assert isinstance(result, Tensor)
+        return result
+
+    def curvature(
+        self, call: Call, adjoint: Tensor, tangents: Tangents, args: Iterable[int], keep: bool
+    ) -> dict[int, Tensor]:
+        return {}
+
+
+_GENERIC = (
+    "sum mean cumsum flip roll index index_select gather constant_pad_nd pad pixel_shuffle pixel_unshuffle "
+    "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d "
+    "_adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d "
+    "upsample_linear1d upsample_trilinear3d upsample_bicubic2d reflection_pad1d reflection_pad2d reflection_pad3d "
+    "replication_pad1d replication_pad2d replication_pad3d im2col col2im unfold tril triu diagonal diag_embed "
+    "where masked_fill.Scalar repeat repeat_interleave stack slice_scatter select_scatter index_put "
+    "unfold_copy narrow trace channel_shuffle _to_copy to copy scatter_add index_add movedim swapaxes rot90 "
+    "take_along_dim expand_as broadcast_to"
+).split()
+for _name in _GENERIC:
+    register_rule(f"aten.{_name}")(LinearMap())
+
+
+@register_rule(
+    "aten.view", "aten.reshape", "aten.flatten", "aten.unflatten", "aten.unsqueeze", "aten.squeeze", "aten._unsafe_view"
+)
+class Reshape(LinearMap):
+    """Any change of shape that keeps the row-major order of elements."""
+
+    def value(self, node: Node, xs: list[Tensor], kink: Any = None) -> Tensor:
+        return xs[0].reshape(xs[0].shape[0], *node.shape)
+
+    def jvp(self, call: Call, tangents: Tangents) -> Tensor:
+        t = tangents[0]
+        return t.reshape(*t.shape[:2], *call.node.shape)
+
+    def vjp(self, call: Call, cotangent: Tensor, arg: int, keep: bool) -> Tensor:
+        return cotangent.reshape(*cotangent.shape[:2], *call.node.inputs[0].shape)
+
+
+@register_rule("aten.permute", "aten.transpose", "aten.t", "aten.numpy_T", "aten.mT")
+class Permute(LinearMap):
+    """Reordering of axes."""
+
+    def _order(self, node: Node) -> list[int]:
+        rank = len(node.shape)
+        if node.operation == "permute":
+            return [int(d) % rank for d in node.arg("dims")]
+        order = list(range(rank))
+        if node.operation == "transpose":
+            a, b = int(node.arg("dim0")) % rank, int(node.arg("dim1")) % rank
+            order[a], order[b] = order[b], order[a]
+        elif node.operation == "mT":
+            order[-1], order[-2] = order[-2], order[-1]
+        else:
+            order.reverse()
+        return order
+
+    def value(self, node: Node, xs: list[Tensor], kink: Any = None) -> Tensor:
+        return xs[0].permute(0, *(d + 1 for d in self._order(node)))
+
+    def jvp(self, call: Call, tangents: Tangents) -> Tensor:
+        return tangents[0].permute(0, 1, *(d + 2 for d in self._order(call.node)))
+
+    def vjp(self, call: Call, cotangent: Tensor, arg: int, keep: bool) -> Tensor:
+        order = self._order(call.node)
+        inverse = [order.index(i) for i in range(len(order))]
+        return cotangent.permute(0, 1, *(d + 2 for d in inverse))
+
+
+@register_rule("aten.expand")
+class Expand(LinearMap):
+    """Broadcasting to a larger shape."""
+
+    def value(self, node: Node, xs: list[Tensor], kink: Any = None) -> Tensor:
+        x = align(xs[0], 1, len(node.shape))
+        return x.expand(x.shape[0], *node.shape)
+
+    def jvp(self, call: Call, tangents: Tangents) -> Tensor:
+        t = align(tangents[0], 2, len(call.node.shape))
+        return t.expand(*t.shape[:2], *call.node.shape)
+
+    def vjp(self, call: Call, cotangent: Tensor, arg: int, keep: bool) -> Tensor:
+        return unbroadcast(cotangent, 2, call.node.inputs[0].shape)
+
+
+@register_rule("aten.select", "aten.slice")
+class Narrow(LinearMap):
+    """One index, or a strided range of indices, along one axis."""
+
+    def _take(self, node: Node, t: Tensor, lead: int) -> Tensor:
+        size = node.inputs[0].shape
+        dim = int(node.arg("dim")) % len(size)
+        if node.operation == "select":
+            return t.select(dim + lead, int(node.arg("index")))
+        start, stop, step = slice(node.arg("start"), node.arg("end"), node.arg("step")).indices(size[dim])
+        return t[(slice(None),) * (dim + lead) + (slice(start, stop, step),)]
+
+    def value(self, node: Node, xs: list[Tensor], kink: Any = None) -> Tensor:
+        return self._take(node, xs[0], 1)
+
+    def jvp(self, call: Call, tangents: Tangents) -> Tensor:
+        return self._take(call.node, tangents[0], 2)
+
+    def vjp(self, call: Call, cotangent: Tensor, arg: int, keep: bool) -> Tensor:
+        full = cotangent.new_zeros(*cotangent.shape[:2], *call.node.inputs[0].shape)
+        self._take(call.node, full, 2).copy_(cotangent)
+        return full
+
+
+@register_rule("aten.cat")
+class Concatenate(LinearMap):
+    """Tensors joined along one axis."""
+
+    def _dim(self, node: Node) -> int:
+        return int(node.arg("dim")) % len(node.shape)
+
+    def value(self, node: Node, xs: list[Tensor], kink: Any = None) -> Tensor:
+        n = max(x.shape[0] for x in xs)
+        return torch.cat([x.expand(n, *x.shape[1:]) for x in xs], self._dim(node) + 1)
+
+    def jvp(self, call: Call, tangents: Tangents) -> Tensor:
+        n = max(t.shape[0] for t in tangents.values())
+        width = next(iter(tangents.values())).shape[1]
+        parts = []
+        for i, parent in enumerate(call.node.inputs):
+            t = tangents.get(i)
+            if t is None:
+                t = call.out.new_zeros(()).expand(n, width, *parent.shape)
+            parts.append(t.expand(n, *t.shape[1:]))
+        return torch.cat(parts, self._dim(call.node) + 2)
+
+    def vjp(self, call: Call, cotangent: Tensor, arg: int, keep: bool) -> Tensor:
+        dim = self._dim(call.node)
+        offset = sum(p.shape[dim] for p in call.node.inputs[:arg])
+        return cotangent.narrow(dim + 2, offset, call.node.inputs[arg].shape[dim])
+
+
+@register_rule("aten.sum.dim_IntList", "aten.mean.dim")
+class Reduce(LinearMap):
+    """Sum or mean over axes."""
+
+    def _axes(self, node: Node) -> list[int]:
+        rank = len(node.inputs[0].shape)
+        dims = node.arg("dim")
+        return sorted({int(d) % rank for d in dims}) if dims else list(range(rank))
+
+    def _reduce(self, node: Node, t: Tensor, lead: int) -> Tensor:
+        axes = [d + lead for d in self._axes(node)]
+        if not axes:
+            return t
+        keepdim = bool(node.arg("keepdim"))
+        return t.sum(axes, keepdim) if node.operation == "sum" else t.mean(axes, keepdim)
+
+    def value(self, node: Node, xs: list[Tensor], kink: Any = None) -> Tensor:
+        return self._reduce(node, xs[0], 1)
+
+    def jvp(self, call: Call, tangents: Tangents) -> Tensor:
+        return self._reduce(call.node, tangents[0], 2)
+
+    def vjp(self, call: Call, cotangent: Tensor, arg: int, keep: bool) -> Tensor:
+        shape = call.node.inputs[0].shape
+        axes = self._axes(call.node)
+        kept = [1 if d in axes else s for d, s in enumerate(shape)]
+        out = cotangent.reshape(*cotangent.shape[:2], *kept).expand(*cotangent.shape[:2], *shape)
+        count = 1
+        for d in axes:
+            count *= shape[d]
+        return out / count if call.node.operation == "mean" else out
+
+
+@register_rule("aten.embedding")
+class Embedding(LinearMap):
+    """Rows of a table by integer index; as in PyTorch no derivative flows to the row ``padding_idx``."""
+
+    def _mask(self, call: Call, t: Tensor, lead: int) -> Tensor:
+        padding = call.arg("padding_idx")
+        if padding is None or int(padding) < 0:
+            return t
+        t = t.clone()
+        t.select(lead, int(padding)).zero_()
+        return t
+
+    def jvp(self, call: Call, tangents: Tangents) -> Tensor:
+        (t,) = tangents.values()
+        table, index = self._mask(call, t, 2), call.xs[1]
+        if table.shape[0] == 1:
+            rows = table[0][:, index]
+            return rows.movedim(1, 0)
+        return over_samples(lambda tab, idx: tab[:, idx], [table, index])  # type: ignore[no-any-return]
+
+    def vjp(self, call: Call, cotangent: Tensor, arg: int, keep: bool) -> Tensor:
+        shape = call.node.inputs[0].shape
+        index = call.xs[1]
+        n = max(cotangent.shape[0], index.shape[0])
+        flat_index = index.reshape(index.shape[0], -1).expand(n, -1)
+        rows = cotangent.flatten(2, -2).expand(n, -1, -1, -1)
+        shared = call.xs[0].shape[0] == 1 and not keep
+        out = cotangent.new_zeros(1 if shared else n, cotangent.shape[1], *shape)
+        if shared:
+            out[0].index_add_(1, flat_index.flatten(), rows.transpose(0, 1).flatten(1, 2))
+        else:
+            for i in range(n):
+                out[i].index_add_(1, flat_index[i], rows[i])
+        return self._mask(call, out, 2)
+
+
+@register_rule("dagh.fixed_dropout")
+class FixedDropout(LinearMap):
+    """Dropout whose mask is drawn once from a seed, independently for every sample."""
+
+    def _mask(self, node: Node, x: Tensor) -> Tensor:
+        from dagh._lowering import dropout_mask
+
+        return dropout_mask(x, float(node.arg("p")), int(node.arg("seed")))
+
+    def value(self, node: Node, xs: list[Tensor], kink: Any = None) -> Tensor:
+        return xs[0] * self._mask(node, xs[0])
+
+    def jvp(self, call: Call, tangents: Tangents) -> Tensor:
+        mask: Tensor = call.once("mask", lambda: self._mask(call.node, call.xs[0]).unsqueeze(1))
+        return tangents[0] * mask
+
+    def vjp(self, call: Call, cotangent: Tensor, arg: int, keep: bool) -> Tensor:
+        return self.jvp(call, {0: cotangent})

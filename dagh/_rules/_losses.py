@@ -1,0 +1,126 @@
+"""Losses with closed-form curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dagh._ir import Node
+from dagh._rules._base import Call, Rule, Tangents, bundle, register_rule
+from dagh._rules._bilinear import Multilinear
+
+_MEAN, _SUM = 1, 2
+
+
+@register_rule("aten.cross_entropy_loss")
+class CrossEntropy(Rule):
+    """``ℓ = m·logsumexp(z) - qᵀz`` per position, with target mass ``q`` and ``m = Σ q``.
+
+    Gradient ``m p - q``, Hessian ``m (diag p - p pᵀ)`` with ``p = softmax(z)``; class weights, label smoothing,
+    ``ignore_index`` and probability targets all live in ``q``.
+    """
+
+    derivative = "smooth"
+
+    def flops(self, node: Node) -> int:
+        return 5 * node.inputs[0].numel
+
+    def _axis(self, node: Node) -> int:
+        return 1 if len(node.inputs[0].shape) > 1 else 0
+
+    def _mass(self, call: Call) -> tuple[Tensor, Tensor]:
+        """``p`` and ``q``, both ``[N, *logits]``; ``q`` includes the reduction's normaliser."""
+
+        def compute() -> tuple[Tensor, Tensor]:
+            z, target = call.xs[0], call.xs[1]
+            axis = self._axis(call.node) + 1
+            classes = z.shape[axis]
+            weight, smoothing = call.tensor("weight"), float(call.arg("label_smoothing") or 0.0)
+            shape = [1] * z.dim()
+            shape[axis] = classes
+            w = z.new_ones(shape) if weight is None else weight.reshape(-1, *shape[1:])
+            p = torch.softmax(z, axis)
+            if target.dtype.is_floating_point:
+                q = w * ((1 - smoothing) * target + smoothing / classes)
+                count = z.numel() / z.shape[0] / classes
+                norm = z.new_full([1] * z.dim(), count)
+            else:
+                ignored = (target == int(call.arg("ignore_index"))).unsqueeze(axis)
+                hot = torch.zeros_like(z).scatter(axis, target.clamp(min=0).unsqueeze(axis), 1.0)
+                q = torch.where(ignored, 0.0, (1 - smoothing) * w * hot + smoothing / classes * w)
+                used = torch.where(ignored, 0.0, (w * hot).sum(axis, keepdim=True))
+                norm = used.flatten(1).sum(1).reshape(-1, *([1] * (z.dim() - 1)))
+            return p, q / norm if int(call.arg("reduction")) == _MEAN else q
+
+        pair: tuple[Tensor, Tensor] = call.once("mass", compute)
+        return pair
+
+    def _weigh(self, call: Call, s: Tensor, lead: int) -> Tensor:
+        """An adjoint or cotangent of the loss, broadcastable against logits."""
+        axis, rank = self._axis(call.node) + lead, len(call.node.inputs[0].shape)
+        if int(call.arg("reduction")) in (_MEAN, _SUM):
+            return s.reshape(*s.shape[:lead], *([1] * rank))
+        return s.unsqueeze(axis)
+
+    def _gradient(self, call: Call) -> Tensor:
+        p, q = self._mass(call)
+        return q.sum(self._axis(call.node) + 1, keepdim=True) * p - q
+
+    def jvp(self, call: Call, tangents: Tangents) -> Tensor:
+        g = bundle(self._gradient(call)) * tangents[0]
+        if int(call.arg("reduction")) in (_MEAN, _SUM):
+            return g.flatten(2).sum(2)
+        return g.sum(self._axis(call.node) + 2)
+
+    def vjp(self, call: Call, cotangent: Tensor, arg: int, keep: bool) -> Tensor:
+        return bundle(self._gradient(call)) * self._weigh(call, cotangent, 2)
+
+    def curvature(
+        self, call: Call, adjoint: Tensor, tangents: Tangents, args: Iterable[int], keep: bool
+    ) -> dict[int, Tensor]:
+        p, q = self._mass(call)
+        axis = self._axis(call.node)
+        mass = bundle(q.sum(axis + 1, keepdim=True) * self._weigh(call, adjoint, 1))
+        p, t = bundle(p), tangents[0]
+        return {0: mass * p * (t - (p * t).sum(axis + 2, keepdim=True))}
+
+    def factor(self, call: Call, adjoint: Tensor) -> Tensor | None:
+        """``S`` with ``∇²ℓ = S Sᵀ``: ``[N, r, *logits]``, columns ``√(m p_c) (e_c - p)`` for every class and position."""
+        p, q = self._mass(call)
+        axis = self._axis(call.node) + 1
+        mass = q.sum(axis, keepdim=True) * self._weigh(call, adjoint, 1)
+        if bool((mass < 0).any()):
+            return None
+        n, classes = p.shape[0], p.shape[axis]
+        p = p.movedim(axis, 1).flatten(2)  # [N, C, T]
+        root = (mass.movedim(axis, 1).flatten(2) * p).sqrt()
+        eye = torch.eye(classes, dtype=p.dtype, device=p.device)
+        columns = root.unsqueeze(2) * (eye[None, :, :, None] - p.unsqueeze(1))  # [N, c, C, T]
+        positions = p.shape[2]
+        if positions > 1:
+            columns = torch.diag_embed(columns).movedim(3, 1).flatten(1, 2)  # [N, T·c, C, T]
+        shape = call.node.inputs[0].shape
+        rest = [s for i, s in enumerate(shape) if i != axis - 1]
+        return columns.reshape(n, -1, classes, *rest).movedim(2, axis + 1)
+
+
+@register_rule("aten.nll_loss", "aten.nll_loss_nd", "aten.nll_loss2d")
+class NegativeLogLikelihood(Multilinear):
+    """Linear in the log-probabilities (class weights are constants)."""
+
+    def curved(self, node: Node) -> bool:
+        return False
+
+    derivative = "linear"
+
+
+def loss_factor(rule: Rule, call: Call, adjoint: Tensor) -> Tensor | None:
+    """Closed-form factor of a loss node's curvature, where its rule knows one."""
+    factor: Any = getattr(rule, "factor", None)
+    if factor is None:
+        return None
+    result: Tensor | None = factor(call, adjoint)
+    return result

@@ -1,0 +1,209 @@
+"""Operations that pick elements by comparing them: max-pool, maxima over axes, sort, top-k, median."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dagh._ir import Node
+from dagh._rules._base import Call, KinkSites, Rule, Tangents, bundle, register_rule
+from dagh._rules._conv import windows
+from dagh.errors import ReductionError
+
+_POOL = {1: torch.nn.functional.max_pool1d, 2: torch.nn.functional.max_pool2d, 3: torch.nn.functional.max_pool3d}
+
+
+def max_pool(
+    input: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool = False,
+) -> Tensor:
+    """Max-pooling of ``[M, C, *space]`` over one, two or three spatial axes."""
+    return _POOL[len(kernel)](input, kernel, stride, padding, dilation, ceil_mode)  # type: ignore[no-any-return]
+
+
+@register_rule("dagh.max_pool")
+class MaxPool(Rule):
+    """Each output copies one input; on a tie PyTorch copies one index, ``split`` or weights share."""
+
+    derivative = "kinked"
+    acts_per = "channel"
+
+    def flops(self, node: Node) -> int:
+        size = 1
+        for k in node.arg("kernel"):
+            size *= k
+        return node.numel * size
+
+    def curved(self, node: Node) -> bool:
+        return False
+
+    def _settings(self, node: Node) -> tuple[list[int], list[int], list[int], list[int]]:
+        arg = node.arg
+        return list(arg("kernel")), list(arg("stride")), list(arg("padding")), list(arg("dilation"))
+
+    def value(self, node: Node, xs: list[Tensor], kink: Any = None) -> Tensor:
+        x = xs[0]
+        out = node.call([x.reshape(-1, *x.shape[2:])])
+        return out.reshape(x.shape[0], *node.shape)
+
+    def _windows(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Values ``[N, m, C, K, L]`` (−inf where padded) and flat input positions ``[K, L]`` of every window."""
+        kernel, stride, padding, dilation = self._settings(call.node)
+        x = call.xs[0]
+        space, out = x.shape[3:], call.node.shape[2:]
+        widths: list[int] = []
+        for s, k, st, p, d, o in reversed(list(zip(space, kernel, stride, padding, dilation, out, strict=True))):
+            need = (o - 1) * st + d * (k - 1) + 1
+            widths += [p, max(0, need - s - p)]
+        flat = x.reshape(-1, *x.shape[2:])
+        padded = torch.nn.functional.pad(flat, widths, value=float("-inf"))
+        grid = torch.arange(space.numel(), device=x.device).reshape(1, 1, *space)
+        places = torch.nn.functional.pad(grid, widths, value=0)
+        rank = len(kernel)
+
+        def cut(t: Tensor) -> Tensor:
+            view = windows(t, kernel, stride, dilation)
+            for axis, count in enumerate(out):
+                view = view.narrow(2 + rank + axis, 0, count)
+            return view.flatten(2 + rank).flatten(2, 1 + rank)
+
+        return cut(padded).reshape(*x.shape[:3], -1, out.numel()), cut(places)[0, 0]
+
+    def _weights(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Weight of every window position ``[N, m, C, K, L]`` under the chosen tie rule, and the positions."""
+
+        def compute() -> tuple[Tensor, Tensor]:
+            values, places = self._windows(call)
+            tied = (values == values.amax(3, keepdim=True)).to(values.dtype)
+            if call.kink == "first":
+                tied = tied * (tied.cumsum(3) == 1)
+            elif call.kink == "last":
+                tied = tied * (tied.flip(3).cumsum(3).flip(3) == 1)
+            elif call.kink != "split":
+                weights = torch.as_tensor(call.kink, dtype=values.dtype, device=values.device).flatten()
+                if weights.numel() != values.shape[3] or bool((weights < 0).any()):
+                    raise ReductionError(
+                        f"max-pool tie weights of {call.node.name!r} need {values.shape[3]} non-negative numbers, "
+                        f"one per window position; got {call.kink!r}"
+                    )
+                weighted = tied * weights[:, None]
+                tied = torch.where(weighted.sum(3, keepdim=True) > 0, weighted, tied)
+            return tied / tied.sum(3, keepdim=True), places
+
+        pair: tuple[Tensor, Tensor] = call.once("weights", compute)
+        return pair
+
+    def _index(self, call: Call) -> Tensor:
+        def compute() -> Tensor:
+            kernel, stride, padding, dilation = self._settings(call.node)
+            x = call.xs[0]
+            _, index = _POOL[len(kernel)](
+                x.reshape(-1, *x.shape[2:]), kernel, stride, padding, dilation,
+                bool(call.arg("ceil_mode")), return_indices=True,
+            )  # fmt: skip
+            return index.reshape(x.shape[0], 1, *call.node.shape[:2], -1)
+
+        result: Tensor = call.once("index", compute)
+        return result
+
+    def jvp(self, call: Call, tangents: Tangents) -> Tensor:
+        t = tangents[0].flatten(4)
+        n = max(t.shape[0], call.xs[0].shape[0])
+        t = t.expand(n, *t.shape[1:])
+        if call.kink is None:
+            index = self._index(call)
+            out = t.gather(4, index.expand(n, t.shape[1], *index.shape[2:]))
+        else:
+            weights, places = self._weights(call)
+            out = (t[..., places] * bundle(weights)).sum(4)
+        return out.reshape(n, t.shape[1], *call.node.shape)
+
+    def vjp(self, call: Call, cotangent: Tensor, arg: int, keep: bool) -> Tensor:
+        shape = call.node.inputs[0].shape
+        s = cotangent.flatten(4)
+        n = max(s.shape[0], call.xs[0].shape[0])
+        s = s.expand(n, *s.shape[1:])
+        out = s.new_zeros(*s.shape[:4], shape[2:].numel())
+        if call.kink is None:
+            index = self._index(call)
+            out.scatter_add_(4, index.expand(n, s.shape[1], *index.shape[2:]), s)
+        else:
+            weights, places = self._weights(call)
+            spread = (s.unsqueeze(4) * bundle(weights)).flatten(4)
+            out.index_add_(4, places.flatten(), spread)
+        return out.reshape(*cotangent.shape[:0], n, s.shape[1], *shape)
+
+    def kinks(self, call: Call) -> KinkSites | None:
+        values, _ = self._windows(call)
+        if values.shape[3] < 2:
+            return None
+        top = values.topk(2, dim=3).values
+        return KinkSites((top[..., 0, :] - top[..., 1, :]).flatten(1))
+
+
+class Selection(Rule):
+    """Piecewise linear: derivatives are PyTorch's own, curvature is zero."""
+
+    derivative = "kinked"
+    note = "PyTorch's choice at ties"
+
+    def curved(self, node: Node) -> bool:
+        return False
+
+    def curvature(
+        self, call: Call, adjoint: Tensor, tangents: Tangents, args: Iterable[int], keep: bool
+    ) -> dict[int, Tensor]:
+        return {}
+
+    def _axes(self, node: Node) -> list[int] | None:
+        rank = len(node.inputs[0].shape)
+        dims = node.arg("dim")
+        if dims is None or dims == []:
+            return list(range(rank)) if not node.operation.startswith(("sort", "topk")) else None
+        dims = [dims] if isinstance(dims, int) else dims
+        return [int(d) % rank for d in dims]
+
+    def kinks(self, call: Call) -> KinkSites | None:
+        node = call.node
+        if not node.operation.startswith(("amax", "amin", "max", "min")) or len(node.inputs) != 1:
+            return None
+        axes = self._axes(node)
+        if not axes:
+            return None
+        rank = len(node.inputs[0].shape)
+        kept = [d for d in range(rank) if d not in axes]
+        x = call.xs[0].permute(0, *(d + 1 for d in kept), *(d + 1 for d in axes)).flatten(1 + len(kept))
+        if x.shape[-1] < 2:
+            return None
+        sign = -1 if node.operation.startswith(("amin", "min")) else 1
+        top = (sign * x).topk(2, dim=-1).values
+        return KinkSites((top[..., 0] - top[..., 1]).reshape(x.shape[0], -1))
+
+
+for _name in (
+    "aten.amax",
+    "aten.amin",
+    "aten.max.default",
+    "aten.min.default",
+    "aten.max.dim[0]",
+    "aten.min.dim[0]",
+    "aten.sort.default[0]",
+    "aten.sort.stable[0]",
+    "aten.topk.default[0]",
+    "aten.median.dim[0]",
+    "aten.median.default",
+    "aten.kthvalue.default[0]",
+    "aten.cummax.default[0]",
+    "aten.cummin.default[0]",
+    "aten.adaptive_max_pool1d.default[0]",
+    "aten.adaptive_max_pool2d.default[0]",
+    "aten.adaptive_max_pool3d.default[0]",
+):
+    register_rule(_name)(Selection())

@@ -1,0 +1,132 @@
+"""Sweeps over the DAG: tangents forward, adjoints and second-order rows backward.
+
+A bundle is ``[N, B, *shape]`` per node. The reverse sweep carries, for a fixed bundle of directions ``t`` with tangents
+``J_v t``, the rows ``H_v = ∂(δ_v)/∂t``; eliminating a node u in reverse topological order adds
+
+    H_p += D_{u←p}ᵀ H_u + Σ_q [M_u]_{p,q} J_q t        for every argument p of u,
+
+which is the elimination of the live-block recursion restricted to the columns t. Structural zeros are never formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from dagh._ir import Node
+
+if TYPE_CHECKING:
+    from dagh._state import State
+
+Bundle = dict[Node, Tensor]
+
+
+def push_forward(
+    state: State, seeds: Mapping[Node, Tensor], within: Collection[Node], held: Collection[Node] | None = None
+) -> Bundle:
+    """Tangents of every node of ``within`` that depends on a seed. A seed adds to what flows into its node.
+
+    With ``held``, only those nodes' tangents are returned and the others are dropped as soon as they are used up.
+    """
+    tangents: Bundle = dict(seeds)
+    waiting = {n: sum(u in within for u in state.program.users[n]) for n in within} if held is not None else {}
+    for node in state.program:
+        if node.op is None or node not in within:
+            continue
+        incoming = {i: tangents[p] for i, p in enumerate(node.inputs) if p in tangents}
+        if not incoming or not node.dtype.is_floating_point:
+            continue
+        t = state.rule(node).jvp(state.call(node), incoming)
+        tangents[node] = t + seeds[node] if node in seeds else t
+        if held is None:
+            continue
+        for parent in dict.fromkeys(node.inputs):
+            if parent in waiting:
+                waiting[parent] -= 1
+                if waiting[parent] == 0 and parent not in held:
+                    tangents.pop(parent, None)
+    return tangents
+
+
+def pull_back(
+    state: State,
+    start: Mapping[Node, Tensor],
+    wanted: Collection[Node],
+    *,
+    tangents: Mapping[Node, Tensor] | None = None,
+    curved: Collection[Node] = (),
+    keep: bool = False,
+) -> Bundle:
+    """Rows of every node of ``wanted``.
+
+    ``start`` holds the rows to begin with; curvature is added at the nodes of ``curved``, along ``tangents``. Rows of
+    nodes that do not depend on the sample are summed over samples unless ``keep``.
+    """
+    tangents = tangents or {}
+    rows: Bundle = {}
+    route = state.program.descendants(list(wanted))
+
+    def add(node: Node, row: Tensor) -> None:
+        samples = state.values[node].shape[0]
+        if samples == 1 and row.shape[0] > 1 and not keep:
+            row = row.sum(0, keepdim=True)
+        elif samples > 1 and row.shape[0] == 1:
+            row = row.expand(samples, *row.shape[1:])
+        rows[node] = rows[node] + row if node in rows else row
+
+    for node, row in start.items():
+        add(node, row)
+    wanted = set(wanted)
+    found: Bundle = {}
+    for node in reversed(state.program.nodes):
+        current = rows.pop(node, None)
+        if node in wanted and current is not None:
+            found[node] = current
+        if node.op is None or node not in route:
+            continue
+        args = [i for i, p in enumerate(node.inputs) if p in route and p.dtype.is_floating_point]
+        if not args:
+            continue
+        rule, call = state.rule(node), state.call(node)
+        if current is not None:
+            for i in args:
+                add(node.inputs[i], rule.vjp(call, current, i, keep))
+        if node in curved and rule.curved(node):
+            incoming = {i: tangents[p] for i, p in enumerate(node.inputs) if p in tangents}
+            delta = state.adjoints.get(node)
+            if incoming and delta is not None:
+                for i, row in rule.curvature(call, delta, incoming, args, keep).items():
+                    add(node.inputs[i], row)
+    return found
+
+
+def adjoints(state: State) -> dict[Node, Tensor]:
+    """``δ_v = ∇_{f_v} L`` for every node on a path to the loss: ``[N, *shape]`` (``[1, …]`` where shared)."""
+    program = state.program
+    loss = program.loss
+    assert loss is not None
+    result: dict[Node, Tensor] = {}
+    n = state.samples
+    pending: dict[Node, Tensor] = {loss: state.weights.expand(n).reshape(n, *([1] * len(loss.shape)))}
+    for node in reversed(program.nodes):
+        delta = pending.pop(node, None)
+        if delta is None:
+            continue
+        result[node] = delta
+        if node.op is None:
+            continue
+        rule, call = state.rule(node), state.call(node)
+        for i, parent in enumerate(node.inputs):
+            if not parent.dtype.is_floating_point or not state.active(parent):
+                continue
+            back = rule.vjp(call, delta.unsqueeze(1), i, False)
+            samples = state.values[parent].shape[0]
+            if samples == 1 and back.shape[0] > 1:
+                back = back.sum(0, keepdim=True)
+            elif samples > 1 and back.shape[0] == 1:
+                back = back.expand(samples, *back.shape[1:])
+            back = back.squeeze(1)
+            pending[parent] = pending[parent] + back if parent in pending else back
+    return result

@@ -1,0 +1,107 @@
+"""Exceptions raised by dagh; every one derives from :class:`DaghError` and carries a one-line message."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+__all__ = [
+    "BlockNotComputedError",
+    "CaptureError",
+    "CoupledSamplesError",
+    "DaghError",
+    "DtypeError",
+    "FileFormatError",
+    "LossError",
+    "MemoryBudgetError",
+    "NoParametersError",
+    "NonDeterministicError",
+    "NonFiniteError",
+    "OutputError",
+    "RandomnessError",
+    "ReductionError",
+    "RuleError",
+    "ShapeError",
+    "UnknownNameError",
+]
+
+
+class DaghError(Exception):
+    """Base class of every error raised on purpose by dagh."""
+
+
+class CaptureError(DaghError):
+    """The model could not be turned into a graph."""
+
+
+class OutputError(DaghError):
+    """The model returns several tensors, or none, and the one to differentiate is not named."""
+
+
+class RandomnessError(DaghError):
+    """The model draws random numbers (dropout in training mode) and no fixed seed was given."""
+
+
+class NonDeterministicError(DaghError):
+    """Two evaluations of the model on the same inputs differ."""
+
+
+class NonFiniteError(DaghError):
+    """NaN or Inf appeared in the forward pass; the message names the first node."""
+
+
+class CoupledSamplesError(DaghError):
+    """Per-sample quantities were asked of a model or loss whose samples interact."""
+
+
+class LossError(DaghError):
+    """The loss is unknown, not scalar, or does not fit the output and targets."""
+
+
+class ShapeError(DaghError):
+    """Tensors whose shapes do not fit together."""
+
+
+class DtypeError(DaghError):
+    """A dtype the engine refuses (half precision, complex) or a mixture of dtypes or devices."""
+
+
+class NoParametersError(DaghError):
+    """Nothing to differentiate with respect to."""
+
+
+class ReductionError(DaghError):
+    """An unknown value of ``reduction``, ``blocks``, ``kinks`` or a similar option."""
+
+
+class RuleError(DaghError):
+    """A derivative rule is missing, invalid or was registered twice."""
+
+
+class MemoryBudgetError(DaghError):
+    """The request does not fit the memory budget; the message lists cheaper ways."""
+
+
+class BlockNotComputedError(DaghError):
+    """A block outside the request was asked for."""
+
+
+class FileFormatError(DaghError):
+    """A file is not what it should be."""
+
+
+class UnknownNameError(DaghError):
+    """A parameter, node or module name that does not exist."""
+
+    @classmethod
+    def of(cls, kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
+        """Build the error for ``name`` with close matches among ``known`` suggested."""
+        known = list(known)
+        close = get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(repr(c) for c in close)}?" if close else f"known: {_shorten(known)}"
+        return cls(f"no {kind} named {name!r}; {hint}")
+
+
+def _shorten(names: list[str], limit: int = 8) -> str:
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown}, … ({len(names)} in all)"
