@@ -61,7 +61,7 @@ def assemble(
     return results
 
 
-# -- chunks ------------------------------------------------------------------------------------------------------------
+# -- chunks ----------------------------------------------------------------------------------------
 
 
 def _windows(state: State, request: Request, plan: Plan, parts: tuple[str, ...], working: int) -> Iterator[slice]:
@@ -92,7 +92,7 @@ def _width(column: Column, samples: int, working: int, size: int) -> int:
     return int(max(1, min(column.width, working // max(1, 3 * column.unit * samples * size))))
 
 
-# -- the two parts ---------------------------------------------------------------------------------------------------------
+# -- the two parts ---------------------------------------------------------------------------------
 
 
 def _add_outer(state: State, request: Request, plan: Plan, result: Accumulator, window: slice) -> None:
@@ -149,7 +149,15 @@ def _sweep_column(
 
 
 def _add_activation_piece(
-    state: State, column: Column, h: Tensor, row: int, result: Accumulator, window: slice, start: int, stop: int, node: Node
+    state: State,
+    column: Column,
+    h: Tensor,
+    row: int,
+    result: Accumulator,
+    window: slice,
+    start: int,
+    stop: int,
+    node: Node,
 ) -> None:
     """Apply the layer's inputs: directions of ``z`` become directions of W (or b)."""
     assert column.gate is not None

@@ -28,15 +28,13 @@ class Block(ABC):
     structure: ClassVar[str] = "dense"
     fields: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(
-        self, shape: tuple[int, int], samples: int | None, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, shape: tuple[int, int], samples: int | None, dtype: torch.dtype, device: torch.device) -> None:
         self.shape = (int(shape[0]), int(shape[1]))
         self.samples = samples
         self.dtype = dtype
         self.device = device
 
-    # -- what each structure defines -------------------------------------------------------------
+    # -- what each structure defines ---------------------------------------------------------------
     @abstractmethod
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows ``start:stop`` as a dense tensor [(N,) stop-start, p_b]."""
@@ -62,7 +60,7 @@ class Block(ABC):
     def diagonal(self) -> Tensor:
         """Main diagonal [(N,) min(p_a, p_b)]."""
 
-    # -- shared ----------------------------------------------------------------------------------
+    # -- shared ------------------------------------------------------------------------------------
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors held, in the order of ``fields``; each leads with N when per sample."""
         return tuple(getattr(self, name) for name in self.fields)

@@ -107,9 +107,7 @@ class BlockMatrix:
                 f"with samples={self.samples}, not {block!r}"
             )
         if block.dtype != self.dtype:
-            raise DtypeError(
-                f"block ({self.names[i]!r}, {self.names[j]!r}) is {block.dtype}, not {self.dtype}"
-            )
+            raise DtypeError(f"block ({self.names[i]!r}, {self.names[j]!r}) is {block.dtype}, not {self.dtype}")
         if i > j:
             (i, j), block = (j, i), block.T
         if (i, j) in self.blocks:
@@ -141,7 +139,7 @@ class BlockMatrix:
         } | changes
         return BlockMatrix(blocks=blocks, kinds=self.kinds if kinds is None else kinds, **options)
 
-    # -- shape and contents ----------------------------------------------------------------------
+    # -- shape and contents ------------------------------------------------------------------------
     @property
     def sizes(self) -> dict[str, int]:
         """Number of entries of each parameter."""
@@ -253,7 +251,7 @@ class BlockMatrix:
         ends = list(accumulate(self.numels))
         return [slice(end - n, end) for n, end in zip(self.numels, ends, strict=True)]
 
-    # -- products and reductions -----------------------------------------------------------------
+    # -- products and reductions -------------------------------------------------------------------
     def __matmul__(self, v: Vector) -> Any:
         """Product with a vector [P], a matrix [P, k], or a dict of tensors shaped like the parameters.
 
@@ -302,7 +300,7 @@ class BlockMatrix:
         """The matrix as a scipy ``LinearOperator`` on a CPU copy; ``ReductionError`` when per sample."""
         return scipy_operator(self)
 
-    # -- derived matrices ------------------------------------------------------------------------
+    # -- derived matrices --------------------------------------------------------------------------
     def sample(self, n: int) -> BlockMatrix:
         """The matrix of sample ``n`` of a per-sample one, by itself."""
         if self.samples is None or not -self.samples <= n < self.samples:
@@ -352,7 +350,7 @@ class BlockMatrix:
     def __neg__(self) -> BlockMatrix:
         return self * -1.0
 
-    # -- files and display -----------------------------------------------------------------------
+    # -- files and display -------------------------------------------------------------------------
     def save(self, path: str | Path) -> None:
         """Write to a ``.safetensors`` or ``.npz`` file, whole or not at all; factors are kept as factors."""
         save(self, Path(path))

@@ -9,6 +9,7 @@ from html import escape
 from math import log10, sqrt
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.measure import Measurement
 from rich.table import Table
@@ -134,33 +135,63 @@ class BlockMap:
             lines.append(f"numbers: Frobenius norm{mean}")
         return lines + self.notes
 
-    # -- console ---------------------------------------------------------------------------------
+    # -- console -----------------------------------------------------------------------------------
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        detail = len(self.rows) <= DETAIL_ROWS
-        table = self.table(detail, ascii_only=options.ascii_only)
-        if detail and Measurement.get(console, options, table).maximum > options.max_width:
-            table = self.table(False, ascii_only=options.ascii_only)
-        yield table
+        unbounded = options.update(max_width=10_000)
+        for layout in (self.detailed, self.plain):
+            table = layout(options.ascii_only)
+            if Measurement.get(console, unbounded, table).maximum <= options.max_width:
+                yield table
+                return
+        yield self.compact(options.ascii_only)
 
-    def table(self, detail: bool, *, ascii_only: bool = False) -> Table:
-        """The upper triangle as a rich table; ``detail`` adds norms, or structures when norms are dear."""
-        norms = detail and self._norms is not None
+    def detailed(self, ascii_only: bool = False) -> Table:
+        """The upper triangle with norms, or structures when norms are dear; plain when the rows are many."""
+        if len(self.rows) > DETAIL_ROWS:
+            return self.plain(ascii_only)
+        return self._table(ascii_only, detail=True)
+
+    def plain(self, ascii_only: bool = False) -> Table:
+        """The upper triangle in symbols."""
+        return self._table(ascii_only, detail=False)
+
+    def compact(self, ascii_only: bool = False) -> Table:
+        """The upper triangle in two characters a cell, columns numbered by their last digit, no shapes."""
+        table = self._frame(ascii_only, norms=False)
+        table.add_column("".join(f"{c % 10} " for c in range(1, len(self.rows) + 1)), no_wrap=True)
+        for r, (label, _, _) in enumerate(self.rows):
+            line = Text("  " * r)
+            for cell in self.cells[r][r:]:
+                text = self._text(cell, False, ascii_only)
+                text.pad_right(2 - len(text))
+                line.append_text(text)
+            table.add_row(str(r + 1), Text(shorten(label, LABEL_WIDTH // 2)), line)
+        return table
+
+    def _table(self, ascii_only: bool, detail: bool) -> Table:
+        table = self._frame(ascii_only, norms=detail and self._norms is not None)
+        table.add_column("shape", no_wrap=True, style="dim")
+        for number in range(1, len(self.rows) + 1):
+            table.add_column(str(number), no_wrap=True)
+        for r, (label, shape, _) in enumerate(self.rows):
+            cells = [Text("")] * r + [self._text(cell, detail, ascii_only) for cell in self.cells[r][r:]]
+            table.add_row(str(r + 1), Text(shorten(label)), Text(shape), *cells)
+        return table
+
+    def _frame(self, ascii_only: bool, norms: bool) -> Table:
+        """An empty table with its title, legend and the columns of numbers and labels."""
         caption = "\n".join(self.caption(norms))
         table = Table(
             title=Text(self.title()),
             caption=Text(caption.replace("·", ".") if ascii_only else caption),
             title_justify="left",
             caption_justify="left",
+            box=SIMPLE_HEAD,
             padding=(0, 1, 0, 0),
+            pad_edge=False,
         )
-        table.add_column("")
+        table.add_column("", justify="right", no_wrap=True, style="dim")
         table.add_column("", no_wrap=True)
-        table.add_column("shape", no_wrap=True, style="dim")
-        for number in range(1, len(self.rows) + 1):
-            table.add_column(str(number), no_wrap=True)
-        for r, (label, shape, _) in enumerate(self.rows):
-            cells = [Text("")] * r + [self._text(cell, detail, ascii_only) for cell in self.cells[r][r:]]
-            table.add_row(str(r + 1), Text(shorten(label)), shape, *cells)
         return table
 
     def _text(self, cell: Cell, detail: bool, ascii_only: bool) -> Text:
@@ -175,7 +206,7 @@ class BlockMap:
             text = f"{text} {extra}"
         return Text(text, style=STYLES[cell.kind])
 
-    # -- HTML ------------------------------------------------------------------------------------
+    # -- HTML --------------------------------------------------------------------------------------
     def to_html(self) -> str:
         """A self-contained ``<div>``: the whole symmetric table, heat-coloured by the log of the norm."""
         positive = [c.norm for c in self._flat() if c.norm]

@@ -274,7 +274,7 @@ class _ReadValues(torch.overrides.TorchFunctionMode):
 
             x = args[0]
             if torch._is_functional_tensor(x):
-                torch._sync(x)  # type: ignore[no-untyped-call]
+                torch._sync(x)  # type: ignore[attr-defined, no-untyped-call]
                 x = torch._from_functional_tensor(x)
             with disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():
                 return func(x, *args[1:], **(kwargs or {}))

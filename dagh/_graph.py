@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import networkx as nx
@@ -13,20 +12,34 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dagh import _capture, _objectives
+from dagh._inputs import (
+    check_tensors,
+    close,
+    input_labels,
+    normalize_inputs,
+    parameter_names,
+    probe_batch,
+    resize,
+    same_output,
+    warn_about_mode,
+)
 from dagh._ir import Node, Program
 from dagh._lowering import Builder
+from dagh._outputs import choose_output, prune
 from dagh._state import State, as_policy, check_finite, evaluate_program
 from dagh.errors import (
     CoupledSamplesError,
     DtypeError,
     LossError,
     NonDeterministicError,
-    OutputError,
     ReductionError,
     ShapeError,
 )
 
 Mode = Literal["eval", "train"]
+
+#: Programs with a loss appended that a graph remembers.
+_KEPT_LOSSES = 8
 
 
 def trace(
@@ -80,13 +93,13 @@ class Graph:
         self.output_name = ""
         self.coupled = False
         self.coupling = ""
-        self.parameter_names = _parameter_names(model)
+        self.parameter_names = parameter_names(model)
         self._programs: dict[Any, Program] = {}
         self._losses: dict[Any, Program] = {}
         self._captured: dict[int | None, _capture.Captured] = {}
         args, kwargs = normalize_inputs(example_inputs)
-        _check_tensors(model, args, kwargs)
-        _warn_about_mode(model, mode)
+        check_tensors(model, args, kwargs)
+        warn_about_mode(model, mode)
         self._inputs_like = pytree.tree_flatten((args, kwargs))[1]
         self._example = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs))
         captured = _capture.capture(model, args, kwargs, mode, batch=None)
@@ -95,7 +108,7 @@ class Graph:
         self._settle(args, kwargs)
         self.seconds = time.perf_counter() - started
 
-    # -- structure -------------------------------------------------------------------------------------------------------
+    # -- structure ---------------------------------------------------------------------------------
 
     @property
     def program(self) -> Program:
@@ -156,11 +169,11 @@ class Graph:
             f"{self.method}{', coupled samples' if self.coupled else ''})"
         )
 
-    # -- capture ---------------------------------------------------------------------------------------------------------
+    # -- capture -----------------------------------------------------------------------------------
 
     def _settle(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Decide whether samples are coupled, by comparing the per-sample program with the model itself."""
-        probe_args, probe_kwargs = _probe_batch(args, kwargs)
+        probe_args, probe_kwargs = probe_batch(args, kwargs)
         try:
             self._program(1)
         except (CoupledSamplesError, RuntimeError, ValueError) as error:
@@ -184,13 +197,13 @@ class Graph:
             wanted = self._pick(_capture.run_model(self.model, args, kwargs, self.mode))
             program = self._program(1)
             try:
-                values = evaluate_program(
-                    program, self._leaf_values(program, args, kwargs, False), n, as_policy("torch"),
-                    program.ancestors([program.output]),
-                )  # fmt: skip
+                leaves = self._leaf_values(program, args, kwargs, False)
+                values = evaluate_program(program, leaves, as_policy("torch"), program.ancestors([program.output]))
             except ShapeError as error:
                 return False, str(error)
-        return _same(values[program.output], wanted, n), "the model's output on a batch differs from its output sample by sample"
+        return same_output(
+            values[program.output], wanted, n
+        ), "the model's output on a batch differs from its output sample by sample"
 
     def _capture_for(self, batch: int) -> _capture.Captured:
         """A captured graph valid for this batch size."""
@@ -227,7 +240,7 @@ class Graph:
             buffer_nodes: dict[str, Node] = {}
             inputs: list[Node] = []
             supplied: list[Any] = []
-            labels = _input_labels(self.model, args, kwargs)
+            labels = input_labels(self.model, args, kwargs)
             for kind, what in captured.leaves:
                 if kind == "parameter":
                     supplied.append(leaf_of[what])
@@ -244,7 +257,7 @@ class Graph:
                         supplied.append(x)
                         continue
                     per_batch = x.dim() > 0 and x.shape[0] == n
-                    sample = _resize(x, batch) if per_batch else x
+                    sample = resize(x, batch) if per_batch else x
                     node = builder.leaf(labels[what], "input", sample, batched=per_batch and not self.coupled)
                     node.names = (str(what),)
                     inputs.append(node)
@@ -252,17 +265,17 @@ class Graph:
             results = builder.walk(captured.module, supplied)
         flat_out = pytree.tree_leaves(results) if not isinstance(results, (list, tuple)) else list(results)
         outputs = [flat_out[i] for i in captured.outputs]
-        node, self.output_name = _choose_output(outputs, captured.out_spec, self._output)
-        return _prune(builder.nodes, {names[0]: leaf_of[names[0]] for names in self.parameter_names}, inputs, node)
+        node, self.output_name = choose_output(outputs, captured.out_spec, self._output)
+        return prune(builder.nodes, {names[0]: leaf_of[names[0]] for names in self.parameter_names}, inputs, node)
 
     def _pick(self, result: Any) -> Tensor:
         """The chosen output among everything the model returned."""
         leaves, spec = pytree.tree_flatten(result)
-        chosen, _ = _choose_output(leaves, spec, self._output)
+        chosen, _ = choose_output(leaves, spec, self._output)
         assert isinstance(chosen, Tensor)
         return chosen
 
-    # -- evaluation --------------------------------------------------------------------------------------------------------
+    # -- evaluation --------------------------------------------------------------------------------
 
     def evaluate(
         self,
@@ -293,23 +306,23 @@ class Graph:
             raise ShapeError("the batch is empty: give at least one sample")
         objective = _objectives.resolve(loss)
         policy = as_policy(kinks)
-        targets = _targets(targets, n)
-        output = self._verify(args, kwargs, n)
+        targets = _objectives.check_targets(targets, n)
+        output, known = self._verify(args, kwargs, n)
         coupled = self.coupled
         if not coupled and objective.is_callable and reduction == "mean":
-            scale = _scale_of(objective, output, targets, n)
+            scale = _objectives.scale_of(objective, output, targets, n)
             if scale is None:
                 coupled = True
                 reason = f"loss {objective.name!r} on the batch is neither the mean nor the sum of its values on single samples"
             else:
                 weights = output.new_full((n,), scale)
         elif not coupled:
-            weights = _weights(objective, reduction, output, targets, n)
+            weights = _objectives.sample_weights(objective, reduction, output, targets, n)
         if coupled and reduction == "none":
             why = self.coupling if self.coupled else reason
             raise CoupledSamplesError(f"per-sample blocks do not exist: {why}; use reduction='mean'")
         if coupled:
-            weights = _coupled_weights(objective, reduction, output, targets)
+            weights = _objectives.coupled_weight(objective, reduction, output, targets)
             if not self.coupled:
                 self._require_batch(args, kwargs, n)
         program = self._with_loss(objective, output, targets, n if coupled else 1, n)
@@ -319,9 +332,11 @@ class Graph:
             leaves[node] = t.unsqueeze(0) if coupled else t.unsqueeze(1)
         samples = 1 if coupled else n
         with torch.no_grad():
-            values = evaluate_program(program, leaves, samples, policy)
+            values = evaluate_program(program, leaves, policy, known=known)
         check_finite(program, values)
-        sources = [v for v in program if v.op is None and v.dtype.is_floating_point and v.kind in ("parameter", "input")]
+        sources = [
+            v for v in program if v.op is None and v.dtype.is_floating_point and v.kind in ("parameter", "input")
+        ]
         if wrt is not None:
             wanted = {program.parameters[w] if w in program.parameters else program.by_name[w] for w in wrt}
             sources = list(wanted)
@@ -329,7 +344,7 @@ class Graph:
 
     def _accept(self, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args, kwargs = normalize_inputs(inputs)
-        _check_tensors(self.model, args, kwargs)
+        check_tensors(self.model, args, kwargs)
         if pytree.tree_flatten((args, kwargs))[1] != self._inputs_like:
             raise ShapeError("the inputs are organised differently from the traced example (number, names or nesting)")
         old, new = (pytree.tree_leaves(x) for x in (self._example, (args, kwargs)))
@@ -341,20 +356,21 @@ class Graph:
             shape_b = b.shape[1:] if b.dim() and b.shape[0] == n_new else b.shape
             if shape_a != shape_b:
                 raise ShapeError(
-                    f"an input has shape {tuple(b.shape)}; the traced example had {tuple(a.shape)} (only axis 0 may change)"
+                    f"an input has shape {tuple(b.shape)}; the traced example had {tuple(a.shape)} "
+                    "(only axis 0 may change)"
                 )
             if a.dtype != b.dtype and a.dtype.is_floating_point != b.dtype.is_floating_point:
                 raise DtypeError(f"an input has dtype {b.dtype}; the traced example had {a.dtype}")
         return args, kwargs
 
-    def _verify(self, args: tuple[Any, ...], kwargs: dict[str, Any], n: int) -> Tensor:
-        """The model's own output on these inputs, after checking that the program reproduces it."""
+    def _verify(self, args: tuple[Any, ...], kwargs: dict[str, Any], n: int) -> tuple[Tensor, dict[Node, Tensor]]:
+        """The model's own output on these inputs, after checking that the program reproduces it; and its values."""
         if self.dropout_seed is not None and self.mode == "train":
             program = self._program(n if self.coupled else 1)
             leaves = self._leaf_values(program, args, kwargs, self.coupled)
-            values = evaluate_program(program, leaves, n, as_policy("torch"), program.ancestors([program.output]))
+            values = evaluate_program(program, leaves, as_policy("torch"), program.ancestors([program.output]))
             out = values[program.output]
-            return out[0] if self.coupled else out.flatten(0, 1)
+            return (out[0] if self.coupled else out.flatten(0, 1)), values
         output = self._pick(_capture.run_model(self.model, args, kwargs, self.mode))
         if self.coupled:
             self._require_batch(args, kwargs, n)
@@ -363,21 +379,19 @@ class Graph:
             leaves = self._leaf_values(program, args, kwargs, self.coupled)
             try:
                 with torch.no_grad():
-                    values = evaluate_program(
-                        program, leaves, 1 if self.coupled else n, as_policy("torch"), program.ancestors([program.output])
-                    )
+                    values = evaluate_program(program, leaves, as_policy("torch"), program.ancestors([program.output]))
                 got = values[program.output]
-                if _same(got, output.unsqueeze(0) if self.coupled else output, 1 if self.coupled else n):
-                    return output
+                if same_output(got, output.unsqueeze(0) if self.coupled else output, 1 if self.coupled else n):
+                    return output, values
                 if not bool(torch.isfinite(got).all()):
                     check_finite(program, values)
             except ShapeError:
                 if self.coupled:
                     raise
             again = self._pick(_capture.run_model(self.model, args, kwargs, self.mode))
-            if not _close(output, again):
+            if not close(output, again):
                 raise NonDeterministicError(
-                    "two evaluations of the model on the same inputs differ; remove the randomness or seed it inside forward"
+                    "two evaluations of the model on the same inputs differ; remove the randomness or seed it in forward"
                 )
             if attempt == 0:
                 # The traced branch does not fit these inputs: trace the batch as it is.
@@ -388,8 +402,8 @@ class Graph:
                 self._programs = {}
                 self._losses = {}
         raise NonDeterministicError(
-            "the traced graph does not reproduce the model on these inputs; its control flow depends on values in a way "
-            "that tracing cannot follow"
+            "the traced graph does not reproduce the model on these inputs: its control flow depends on values "
+            "in a way that tracing cannot follow"
         )
 
     def _require_batch(self, args: tuple[Any, ...], kwargs: dict[str, Any], n: int) -> None:
@@ -402,7 +416,7 @@ class Graph:
     def _with_loss(self, objective: _objectives.Objective, output: Tensor, targets: Any, batch: int, n: int) -> Program:
         """The model's program with the loss appended."""
         flat, spec = _objectives.target_tensors(targets)
-        key = (objective.name, objective.summed if objective.is_callable else None, _freeze(objective), batch,
+        key = (objective.key, batch,
                tuple((t.shape[1:], t.dtype) for t in flat))  # fmt: skip
         if key in self._losses:
             return self._losses[key]
@@ -423,7 +437,8 @@ class Graph:
         for name, t in traced.named_buffers():
             if t.requires_grad:
                 raise LossError(
-                    f"loss {objective.name!r} closes over a tensor that requires a gradient ({name}, shape {tuple(t.shape)}); "
+                    f"loss {objective.name!r} closes over a tensor that requires a gradient ({name}, "
+                    f"shape {tuple(t.shape)}); "
                     "make it an output of the model, or detach it"
                 )
         with torch.no_grad():
@@ -437,11 +452,15 @@ class Graph:
             raise LossError(f"loss {objective.name!r} does not depend on the model's output through tensor operations")
         if result.name not in ("loss",) and "loss" not in base.by_name:
             result.name = "loss"
-        program = Program([*base.nodes, *builder.nodes], base.parameters, base.inputs, base.output, target_nodes, result)
+        program = Program(
+            [*base.nodes, *builder.nodes], base.parameters, base.inputs, base.output, target_nodes, result
+        )
         keep = program.ancestors([result]) | set(program.parameters.values()) | set(target_nodes) | set(base.inputs)
         program = Program(
             [n for n in program.nodes if n in keep], base.parameters, base.inputs, base.output, target_nodes, result
         )
+        while len(self._losses) >= _KEPT_LOSSES:
+            self._losses.pop(next(iter(self._losses)))
         self._losses[key] = program
         return program
 
@@ -466,242 +485,3 @@ class Graph:
                 shared = not (x.dim() and x.shape[0] == n)
                 leaves[node] = x.unsqueeze(0) if coupled or shared else x.unsqueeze(1)
         return leaves
-
-
-# -- helpers -----------------------------------------------------------------------------------------------------------
-
-
-def normalize_inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """``inputs`` as positional and keyword arguments (keywords sorted)."""
-    if isinstance(inputs, Tensor):
-        return (inputs,), {}
-    if isinstance(inputs, Mapping):
-        return (), {k: inputs[k] for k in sorted(inputs)}
-    if isinstance(inputs, (tuple, list)):
-        return tuple(inputs), {}
-    raise ShapeError(f"inputs must be a tensor, a tuple or a dict of tensors, not {type(inputs).__name__}")
-
-
-def _check_tensors(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    leaves = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-    if not leaves:
-        raise ShapeError("the inputs contain no tensor")
-    named = [*model.named_parameters(), *model.named_buffers()]
-    devices: dict[torch.device, str] = {}
-    floats: dict[torch.dtype, str] = {}
-    for what, t in [*((f"parameter {n!r}", p) for n, p in named), *(("an input", x) for x in leaves)]:
-        if t.dtype in (torch.float16, torch.bfloat16) or t.dtype.is_complex:
-            raise DtypeError(f"{what} is {str(t.dtype).removeprefix('torch.')}; dagh needs float32 or float64 (use .float() or .double())")
-        devices.setdefault(t.device, what)
-        if t.dtype.is_floating_point:
-            floats.setdefault(t.dtype, what)
-    if len(devices) > 1:
-        (d1, w1), (d2, w2) = list(devices.items())[:2]
-        raise DtypeError(f"{w1} is on {d1} and {w2} on {d2}; move the model and its inputs to one device")
-    if len(floats) > 1:
-        (d1, w1), (d2, w2) = list(floats.items())[:2]
-        raise DtypeError(f"{w1} is {str(d1)[6:]} and {w2} is {str(d2)[6:]}; use one floating-point dtype for model and inputs")
-
-
-def _warn_about_mode(model: nn.Module, mode: Mode) -> None:
-    if mode != "eval" or not model.training:
-        return
-    kinds = {type(m).__name__ for m in model.modules() if isinstance(m, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd))}
-    if kinds:
-        warnings.warn(
-            f"the model is in training mode and has {', '.join(sorted(kinds))}; dagh uses eval mode (running statistics, no "
-            "dropout) unless it is traced with mode='train'",
-            stacklevel=4,
-        )
-
-
-def _parameter_names(model: nn.Module) -> list[tuple[str, ...]]:
-    """All names of each distinct parameter, in order of first appearance."""
-    groups: dict[int, list[str]] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(p), []).append(name)
-    return [tuple(g) for g in groups.values()]
-
-
-def _input_labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, str]:
-    """A readable name for every leaf of the inputs."""
-    import inspect
-
-    names = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind != p.VAR_KEYWORD]
-    labels: dict[int, str] = {}
-    position = 0
-    pairs = [(names[i] if i < len(names) else f"input_{i}", a) for i, a in enumerate(args)] + list(kwargs.items())
-    for name, value in pairs:
-        leaves = pytree.tree_leaves(value)
-        for k, _ in enumerate(leaves):
-            labels[position] = name if len(leaves) == 1 else f"{name}_{k}"
-            position += 1
-    return labels
-
-
-def _resize(x: Tensor, batch: int) -> Tensor:
-    """The first ``batch`` samples, repeated when there are fewer."""
-    if x.shape[0] >= batch:
-        return x[:batch]
-    return x[torch.arange(batch, device=x.device) % x.shape[0]]
-
-
-def _probe_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The example with at least three different samples, to reveal interactions between them."""
-    n = _capture.batch_size(args, kwargs)
-    if n >= 3:
-        return args, kwargs
-    generator = torch.Generator().manual_seed(0)
-
-    def vary(x: Any) -> Any:
-        if not (isinstance(x, Tensor) and x.dim() and x.shape[0] == n):
-            return x
-        rows = [x, *(x[:1] for _ in range(3 - n))]
-        for k in range(1, len(rows)):
-            if x.dtype.is_floating_point:
-                noise = torch.rand(rows[k].shape, generator=generator, dtype=torch.float64).to(x)
-                rows[k] = rows[k] * (0.5 + noise) + 0.1 * noise
-            elif x.dim() > 1:
-                rows[k] = rows[k].roll(k, -1)
-        return torch.cat(rows)
-
-    result: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(vary, (args, kwargs))
-    return result
-
-
-def _same(got: Tensor, wanted: Tensor, n: int) -> bool:
-    """Whether a program's output ``[N or 1, *one sample]`` equals the model's ``[N, …]``."""
-    if got.shape[0] == 1 and n > 1:
-        got = got.expand(n, *got.shape[1:])
-    if got.numel() != wanted.numel():
-        return False
-    return _close(got.reshape(wanted.shape), wanted)
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape:
-        return False
-    tolerance = 1e-8 if a.dtype == torch.float64 else 2e-3
-    finite = torch.isfinite(a) & torch.isfinite(b)
-    scale = float(b[finite].abs().max()) if bool(finite.any()) else 1.0
-    difference = (a[finite] - b[finite]).abs()
-    return bool(torch.isfinite(a).equal(torch.isfinite(b))) and (
-        difference.numel() == 0 or float(difference.max()) <= tolerance * max(scale, 1e-30)
-    )
-
-
-def _choose_output(leaves: Sequence[Any], spec: Any, wanted: str | int | None) -> tuple[Any, str]:
-    """The output tensor to differentiate, and its name."""
-    names = _output_names(spec, len(leaves))
-    candidates = {
-        name: leaf for name, leaf in zip(names, leaves, strict=True)
-        if isinstance(leaf, (Tensor, Node)) and leaf.dtype.is_floating_point
-    }  # fmt: skip
-    if wanted is not None:
-        key = str(wanted)
-        if key not in candidates and isinstance(wanted, int) and wanted < len(names):
-            key = names[wanted]
-        if key not in candidates:
-            raise OutputError(f"the model has no output {wanted!r}; outputs: {', '.join(map(repr, candidates))}")
-        return candidates[key], key
-    if len(candidates) == 1:
-        name, leaf = next(iter(candidates.items()))
-        return leaf, name
-    if not candidates:
-        raise OutputError("the model returns no floating-point tensor")
-    raise OutputError(
-        f"the model returns {len(candidates)} tensors ({', '.join(map(repr, candidates))}); say which with output={next(iter(candidates))!r}"
-    )
-
-
-def _output_names(spec: Any, count: int) -> list[str]:
-    """Dotted paths of the leaves of a pytree."""
-    dummy = pytree.tree_unflatten(list(range(count)), spec)
-    paths, _ = pytree.tree_flatten_with_path(dummy)
-    names = [""] * count
-    for path, index in paths:
-        parts = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path]
-        names[index] = ".".join(parts) or "output"
-    return names
-
-
-def _prune(nodes: list[Node], parameters: dict[str, Node], inputs: list[Node], output: Any) -> Program:
-    if not isinstance(output, Node):
-        raise OutputError("the chosen output is not computed by the graph")
-    keep = {output}
-    for node in reversed(nodes):
-        if node in keep:
-            keep.update(node.inputs)
-    keep.update(parameters.values())
-    keep.update(inputs)
-    return Program([n for n in nodes if n in keep], parameters, inputs, output)
-
-
-def _targets(targets: Any, n: int) -> Any:
-    flat, spec = pytree.tree_flatten(targets)
-    for t in flat:
-        if not isinstance(t, Tensor):
-            raise LossError(f"targets must be tensors, not {type(t).__name__}")
-        if t.dim() == 0 or t.shape[0] != n:
-            raise ShapeError(f"inputs have {n} samples, targets {tuple(t.shape)}: axis 0 must agree")
-    return targets
-
-
-def _scale_of(objective: _objectives.Objective, output: Tensor, targets: Any, n: int) -> float | None:
-    """1/N where a callable averages over samples, 1 where it sums, ``None`` where it does neither."""
-    with torch.no_grad():
-        total = objective.summed(output, targets)
-        if not isinstance(total, Tensor) or total.numel() != 1:
-            shape = tuple(total.shape) if isinstance(total, Tensor) else type(total).__name__
-            raise LossError(f"loss {objective.name!r} must return a scalar; it returned {shape}")
-        if n == 1:
-            return 1.0
-        try:
-            each = torch.stack(
-                [objective.summed(output[i : i + 1], pytree.tree_map(lambda t: t[i : i + 1], targets)) for i in range(n)]
-            )
-        except (RuntimeError, ValueError, IndexError):
-            return None
-    tolerance = 1e-9 if output.dtype == torch.float64 else 1e-4
-    size = max(float(each.abs().sum()), 1e-30)
-    if abs(float(total) - float(each.mean())) <= tolerance * size / n:
-        return 1.0 / n
-    if abs(float(total) - float(each.sum())) <= tolerance * size:
-        return 1.0
-    return None
-
-
-def _weights(
-    objective: _objectives.Objective, reduction: _objectives.Reduction, output: Tensor, targets: Any, n: int
-) -> Tensor:
-    """``c_n``."""
-    ones = output.new_ones(n)
-    if objective.weigh is None or not objective.averages and reduction != "none":
-        return ones
-    if reduction == "sum":
-        return ones
-    share = _share(objective, output, targets)
-    if reduction == "none":
-        return ones / share if objective.averages else ones
-    return ones / share.sum()
-
-
-def _coupled_weights(
-    objective: _objectives.Objective, reduction: _objectives.Reduction, output: Tensor, targets: Any
-) -> Tensor:
-    if objective.weigh is None or not objective.averages or reduction == "sum":
-        return output.new_ones(1)
-    return output.new_ones(1) / _share(objective, output, targets).sum()
-
-
-def _share(objective: _objectives.Objective, output: Tensor, targets: Any) -> Tensor:
-    assert objective.weigh is not None
-    try:
-        with torch.no_grad():
-            return objective.weigh(output, targets).detach()
-    except (RuntimeError, IndexError, AttributeError) as error:
-        raise LossError(f"loss {objective.name!r} does not fit output {tuple(output.shape)}: {str(error).splitlines()[0]}") from None
-
-
-def _freeze(objective: _objectives.Objective) -> Any:
-    return objective.summed if objective.name not in _objectives.loss_names() else None

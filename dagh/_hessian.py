@@ -61,8 +61,8 @@ def hessian(
         wrt: as ``params``, and also names of nodes: an additive probe on that activation (one probe for all samples,
             as a bias would be; one per sample with ``reduction="none"``).
         blocks: ``"all"``, ``"diagonal"``, or pairs of names (globs allowed). Nothing else is formed.
-        reduction: ``"mean"``: the loss as PyTorch would average it (a module's own ``reduction``, a callable's own value);
-            ``"sum"`` over samples; ``"none"``: one Hessian per sample, blocks ``[N, p_a, p_b]``.
+        reduction: ``"mean"``: the loss as PyTorch would average it (a module's own ``reduction``, a callable's own
+            value); ``"sum"`` over samples; ``"none"``: one Hessian per sample, blocks ``[N, p_a, p_b]``.
         kinks: ``"torch"``, or a dict or function choosing σ'(0) ∈ [0, 1] and max-pool's tie rule; see the docs.
         memory_budget: bytes for results and work (default: half of the free memory).
         plan: a plan made for the same graph and request, e.g. another matrix's ``H.plan``.
@@ -75,7 +75,22 @@ def hessian(
     Raises:
         DaghError: one of its subclasses in :mod:`dagh.errors`, with a one-line message.
     """
-    return _compute(("full",), model, loss, inputs, targets, params, wrt, blocks, reduction, kinks, memory_budget, plan, output, mode)["full"]  # fmt: skip
+    return _compute(
+        ("full",),
+        model,
+        loss,
+        inputs,
+        targets,
+        params,
+        wrt,
+        blocks,
+        reduction,
+        kinks,
+        memory_budget,
+        plan,
+        output,
+        mode,
+    )["full"]
 
 
 def gauss_newton(
@@ -96,10 +111,25 @@ def gauss_newton(
 ) -> BlockMatrix:
     """The outer-product Hessian H_O = Σ Jᵀ (∇²ℓ) J, the generalised Gauss–Newton matrix.
 
-    The split is at the model's output: for a model that returns log-probabilities with an ``"nll"`` loss, ∇²ℓ = 0 and H_O
-    vanishes; return logits and use ``"cross_entropy"`` for the usual matrix. Arguments as in :func:`hessian`.
+    The split is at the model's output: for a model that returns log-probabilities with an ``"nll"`` loss, ∇²ℓ = 0 and
+    H_O vanishes; return logits and use ``"cross_entropy"`` for the usual matrix. Arguments as in :func:`hessian`.
     """
-    return _compute(("outer",), model, loss, inputs, targets, params, wrt, blocks, reduction, kinks, memory_budget, plan, output, mode)["outer"]  # fmt: skip
+    return _compute(
+        ("outer",),
+        model,
+        loss,
+        inputs,
+        targets,
+        params,
+        wrt,
+        blocks,
+        reduction,
+        kinks,
+        memory_budget,
+        plan,
+        output,
+        mode,
+    )["outer"]
 
 
 def functional_hessian(
@@ -119,7 +149,22 @@ def functional_hessian(
     mode: Mode = "eval",
 ) -> BlockMatrix:
     """The functional part H_F = H - H_O: the curvature of the network itself. Arguments as in :func:`hessian`."""
-    return _compute(("functional",), model, loss, inputs, targets, params, wrt, blocks, reduction, kinks, memory_budget, plan, output, mode)["functional"]  # fmt: skip
+    return _compute(
+        ("functional",),
+        model,
+        loss,
+        inputs,
+        targets,
+        params,
+        wrt,
+        blocks,
+        reduction,
+        kinks,
+        memory_budget,
+        plan,
+        output,
+        mode,
+    )["functional"]
 
 
 def decompose(
@@ -139,7 +184,22 @@ def decompose(
     mode: Mode = "eval",
 ) -> Decomposition:
     """Both parts and their sum, from one evaluation. Arguments as in :func:`hessian`."""
-    found = _compute(("full", "outer", "functional"), model, loss, inputs, targets, params, wrt, blocks, reduction, kinks, memory_budget, plan, output, mode)  # fmt: skip
+    found = _compute(
+        ("full", "outer", "functional"),
+        model,
+        loss,
+        inputs,
+        targets,
+        params,
+        wrt,
+        blocks,
+        reduction,
+        kinks,
+        memory_budget,
+        plan,
+        output,
+        mode,
+    )
     return Decomposition(found["full"], found["outer"], found["functional"])
 
 
@@ -167,7 +227,13 @@ def _compute(
     program = state.program
     names, leaves = choose_names(program, graph.trainable, params, wrt)
     request = Request(names, leaves, choose_pairs(names, blocks))
-    parts = ("outer",) if wanted == ("outer",) else ("functional",) if wanted == ("functional",) else ("outer", "functional")
+    parts = (
+        ("outer",)
+        if wanted == ("outer",)
+        else ("functional",)
+        if wanted == ("functional",)
+        else ("outer", "functional")
+    )
     keep = reduction == "none"
     budget = _check_budget(request, state, len(wanted) + (len(parts) > 1), keep, memory_budget)
     signature = (id(graph), names, request.pairs, id(program))
@@ -225,7 +291,9 @@ def _matrix(
         else ZeroBlock((sizes[i], sizes[j]), dtype=dtype, device=device, samples=samples)
         for i, j in request.pairs
     }
-    modules = [_module_of(name, leaf.kind, leaf.module) for name, leaf in zip(request.names, request.leaves, strict=True)]
+    modules = [
+        _module_of(name, leaf.kind, leaf.module) for name, leaf in zip(request.names, request.leaves, strict=True)
+    ]
     return BlockMatrix(
         request.names,
         [leaf.shape for leaf in request.leaves],

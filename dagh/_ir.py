@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -35,10 +35,11 @@ class Item:
     index: int
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.op(*args, **kwargs)[self.index]
+        result: Tensor = self.op(*args, **kwargs)[self.index]
+        return result
 
 
-@lru_cache(maxsize=None)
+@cache
 def operation_key(op: Any) -> str:
     """Name under which rules are registered, e.g. ``aten.relu.default`` or ``dagh.standardize``."""
     if isinstance(op, Item):
@@ -50,7 +51,7 @@ def operation_key(op: Any) -> str:
     return f"dagh.{name}" if module.startswith("dagh.") else f"{module}.{name}"
 
 
-@lru_cache(maxsize=None)
+@cache
 def signature(op: Any) -> tuple[tuple[str, Any], ...]:
     """Argument names of ``op`` in order, with their defaults."""
     if isinstance(op, Item):

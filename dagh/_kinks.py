@@ -21,8 +21,7 @@ class KinkPolicy:
     """Which derivative to take at a kink.
 
     ``choices`` is ``None`` (PyTorch's own), a dict from operation names, node names, module paths or globs of them to a
-    choice, or a function ``NodeInfo -> choice | None`` called with the node's name, operation and module. A choice is a number λ in
-    [0, 1] for element-wise kinks (the derivative is (1-λ)·left + λ·right, so λ = σ'(0) for ReLU), or ``"first"``,
+    choice, or a function ``NodeInfo -> choice | None``. A choice is a number λ in [0, 1] for element-wise kinks (the derivative is (1-λ)·left + λ·right, so λ = σ'(0) for ReLU), or ``"first"``,
     ``"last"``, ``"split"`` or a sequence of weights per window position for max-pool.
     """
 
@@ -65,7 +64,9 @@ def _validated(node: Node, choice: Any) -> Any:
             return choice
         if not isinstance(choice, (int, float, str)):
             return tuple(float(c) for c in choice)
-        raise ReductionError(f"kinks[{node.name!r}] = {choice!r}: max-pool takes 'first', 'last', 'split' or weights per window position")
+        raise ReductionError(
+            f"kinks[{node.name!r}] = {choice!r}: max-pool takes 'first', 'last', 'split' or weights per window position"
+        )
     if isinstance(choice, (int, float)) and 0 <= choice <= 1:
         return float(choice)
     raise ReductionError(f"kinks[{node.name!r}] = {choice!r}: {node.operation} takes a number between 0 and 1")

@@ -118,7 +118,9 @@ class Builder:
                 self.module = self.source = ""
                 return fx.map_arg(node.args[0], env.__getitem__)
             else:
-                raise CaptureError(f"the traced graph has a {node.op!r} node ({node.target}); only ATen calls are expected")
+                raise CaptureError(
+                    f"the traced graph has a {node.op!r} node ({node.target}); only ATen calls are expected"
+                )
         raise CaptureError("the traced graph has no output")
 
     def constant(self, value: Tensor) -> Node:
@@ -138,7 +140,11 @@ class Builder:
             return _tensor_of(self, args[0]).numel()
         if packet.startswith(("_assert", "sym_constrain")):
             return None
-        if not _has_node(args) and not _has_node(list(kwargs.values())) and packet in ("sym_stride", "sym_storage_offset"):
+        if (
+            not _has_node(args)
+            and not _has_node(list(kwargs.values()))
+            and packet in ("sym_stride", "sym_storage_offset")
+        ):
             return target(*args, **kwargs)
         from dagh._rewrites import REWRITES
 
@@ -160,13 +166,24 @@ class Builder:
             if not bound["train"] or p == 0.0:
                 return [bound["input"], None] if packet == "native_dropout" else bound["input"]
             if self.dropout_seed is not None and packet in ("dropout", "native_dropout"):
-                self.dropouts += 1
-                out = self.emit(fixed_dropout, bound["input"], p, self.dropout_seed * 7919 + self.dropouts)
+                out = self.drop(bound["input"], p)
                 return [out, None] if packet == "native_dropout" else out
+        raise self.refused(origin.name)
+
+    def drop(self, x: Node, p: float) -> Node:
+        """Dropout with the next fixed mask."""
+        assert self.dropout_seed is not None
+        self.dropouts += 1
+        node = self.emit(fixed_dropout, x, p, self.dropout_seed * 7919 + self.dropouts)
+        assert isinstance(node, Node)
+        return node
+
+    def refused(self, what: str) -> RandomnessError:
+        """The error for an operation that draws random numbers."""
         where = f" in {self.module!r}" if self.module else ""
         line = f" ({self.source})" if self.source else ""
-        raise RandomnessError(
-            f"the model draws random numbers: {origin.name}{where}{line}; trace it in eval mode, "
+        return RandomnessError(
+            f"the model draws random numbers: {what}{where}{line}; trace it in eval mode, "
             "or fix the dropout masks with dropout_seed=0"
         )
 

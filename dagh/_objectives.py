@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dagh.errors import LossError
+from dagh.errors import LossError, ShapeError
 
 Reduction = Literal["mean", "sum", "none"]
 F = torch.nn.functional
@@ -28,10 +28,12 @@ class Objective:
     """A loss in the form the engine uses.
 
     ``summed(output, target)`` is a scalar; ``weigh(output, target)`` gives each sample's share of the normaliser
-    (``[N]``), or is ``None`` where the callable's own value on the batch is the definition.
+    (``[N]``), or is ``None`` where the callable's own value on the batch is the definition. Two objectives with equal
+    ``key`` are the same function.
     """
 
     name: str
+    key: Any
     summed: Callable[[Any, Any], Tensor]
     weigh: Callable[[Any, Any], Tensor] | None
     averages: bool = True
@@ -103,7 +105,7 @@ def resolve(loss: Any) -> Objective:
             hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(loss_names())}"
             raise LossError(f"unknown loss {loss!r}; {hint}")
         summed, weigh = _NAMED[loss]
-        return Objective(loss, _checked(loss, summed), weigh)
+        return Objective(loss, loss, _checked(loss, summed), weigh)
     if isinstance(loss, nn.modules.loss._Loss) and hasattr(loss, "reduction"):
         return _from_module(loss)
     if not callable(loss):
@@ -114,7 +116,15 @@ def resolve(loss: Any) -> Objective:
         value: Tensor = loss(output) if target is None else loss(output, target)
         return value
 
-    return Objective(name, call, None)
+    return Objective(name, _callable_key(loss), call, None)
+
+
+def _callable_key(loss: Any) -> Any:
+    try:
+        hash(loss)
+    except TypeError:
+        return id(loss)
+    return loss
 
 
 def _checked(name: str, summed: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
@@ -136,19 +146,25 @@ def _checked(name: str, summed: Callable[[Any, Any], Tensor]) -> Callable[[Any, 
 def _from_module(loss: Any) -> Objective:
     name = type(loss).__name__
     own = loss.reduction
+    options = tuple((k, v) for k, v in sorted(vars(loss).items()) if isinstance(v, (bool, int, float, str)))
+    key = (loss, options)
     if own == "none":
         raise LossError(f"{name}(reduction='none') is not scalar; use reduction='mean' or 'sum'")
     summing = copy.copy(loss)
     summing.reduction = "sum"
     if isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss)):
         weigh = _class_share(loss.weight, loss.ignore_index)
-    elif own == "batchmean" or isinstance(loss, (nn.MultiMarginLoss, nn.MultiLabelMarginLoss, nn.MultiLabelSoftMarginLoss)):
+    elif own == "batchmean" or isinstance(
+        loss, (nn.MultiMarginLoss, nn.MultiLabelMarginLoss, nn.MultiLabelSoftMarginLoss)
+    ):
         weigh = _one
     else:
         weigh = _count
     # Modules with several targets, or whose unreduced shape is not the output's, are taken at their own word.
-    if isinstance(loss, (nn.CosineEmbeddingLoss, nn.TripletMarginLoss, nn.CTCLoss, nn.GaussianNLLLoss, nn.MarginRankingLoss)):
-        return Objective(name, lambda o, t: loss(o, *t) if isinstance(t, (tuple, list)) else loss(o, t), None)
+    if isinstance(
+        loss, (nn.CosineEmbeddingLoss, nn.TripletMarginLoss, nn.CTCLoss, nn.GaussianNLLLoss, nn.MarginRankingLoss)
+    ):
+        return Objective(name, key, lambda o, t: loss(o, *t) if isinstance(t, (tuple, list)) else loss(o, t), None)
 
     def summed(output: Any, target: Any) -> Tensor:
         if target is None:
@@ -156,10 +172,79 @@ def _from_module(loss: Any) -> Objective:
         value: Tensor = summing(output, target)
         return value
 
-    return Objective(name, summed, weigh, averages=own != "sum")
+    return Objective(name, key, summed, weigh, averages=own != "sum")
 
 
 def target_tensors(targets: Any) -> tuple[list[Tensor], Any]:
     """Flatten targets (a tensor, a nest of tensors, or ``None``)."""
     flat, spec = pytree.tree_flatten(targets)
     return flat, spec
+
+
+# -- weights of the samples ------------------------------------------------------------------------
+
+
+def check_targets(targets: Any, n: int) -> Any:
+    flat = pytree.tree_leaves(targets)
+    for t in flat:
+        if not isinstance(t, Tensor):
+            raise LossError(f"targets must be tensors, not {type(t).__name__}")
+        if t.dim() == 0 or t.shape[0] != n:
+            raise ShapeError(f"inputs have {n} samples, targets {tuple(t.shape)}: axis 0 must agree")
+    return targets
+
+
+def scale_of(objective: Objective, output: Tensor, targets: Any, n: int) -> float | None:
+    """1/N where a callable averages over samples, 1 where it sums, ``None`` where it does neither."""
+    with torch.no_grad():
+        total = objective.summed(output, targets)
+        if not isinstance(total, Tensor) or total.numel() != 1:
+            shape = tuple(total.shape) if isinstance(total, Tensor) else type(total).__name__
+            raise LossError(f"loss {objective.name!r} must return a scalar; it returned {shape}")
+        if n == 1:
+            return 1.0
+        try:
+            each = torch.stack([_on_sample(objective, output, targets, i) for i in range(n)])
+        except (RuntimeError, ValueError, IndexError):
+            return None
+    tolerance = 1e-9 if output.dtype == torch.float64 else 1e-4
+    size = max(float(each.abs().sum()), 1e-30)
+    if abs(float(total) - float(each.mean())) <= tolerance * size / n:
+        return 1.0 / n
+    if abs(float(total) - float(each.sum())) <= tolerance * size:
+        return 1.0
+    return None
+
+
+def _on_sample(objective: Objective, output: Tensor, targets: Any, i: int) -> Tensor:
+    return objective.summed(output[i : i + 1], pytree.tree_map(lambda t: t[i : i + 1], targets))
+
+
+def sample_weights(objective: Objective, reduction: Reduction, output: Tensor, targets: Any, n: int) -> Tensor:
+    """``c_n``."""
+    ones = output.new_ones(n)
+    if objective.weigh is None or (not objective.averages and reduction != "none"):
+        return ones
+    if reduction == "sum":
+        return ones
+    share = _share(objective, output, targets)
+    if reduction == "none":
+        return ones / share if objective.averages else ones
+    return ones / share.sum()
+
+
+def coupled_weight(objective: Objective, reduction: Reduction, output: Tensor, targets: Any) -> Tensor:
+    if objective.weigh is None or not objective.averages or reduction == "sum":
+        return output.new_ones(1)
+    return output.new_ones(1) / _share(objective, output, targets).sum()
+
+
+def _share(objective: Objective, output: Tensor, targets: Any) -> Tensor:
+    assert objective.weigh is not None
+    try:
+        with torch.no_grad():
+            return objective.weigh(output, targets).detach()
+    except (RuntimeError, IndexError, AttributeError) as error:
+        raise LossError(
+            f"loss {objective.name!r} does not fit output {tuple(output.shape)}: {str(error).splitlines()[0]}"
+        ) from None

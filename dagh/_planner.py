@@ -85,7 +85,8 @@ class Plan:
     def __str__(self) -> str:
         lines = [f"{len(self.pairs)} blocks; H_F by {len(self.columns)} column sweeps, H_O by the loss factor"]
         lines += [
-            f"  {self.names[c.leaf]}: {c.width} {c.basis} directions, rows of {len(c.rows)} leaves, {c.flops / 1e6:.3g} MFLOP per sample"
+            f"  {self.names[c.leaf]}: {c.width} {c.basis} directions, rows of {len(c.rows)} leaves, "
+            f"{c.flops / 1e6:.3g} MFLOP per sample"
             for c in self.columns
         ]
         if self.fallbacks:
@@ -125,9 +126,7 @@ def structure(program: Program, request: Request, bits: dict[Node, int]) -> dict
     assert program.loss is not None
     useful = program.ancestors([program.loss])
     at_output = bits[program.output]
-    loss_curved = any(
-        _curved_pairs(n, bits) for n in program if n.part == "loss" and n.op is not None and n in useful
-    )
+    loss_curved = any(_curved_pairs(n, bits) for n in program if n.part == "loss" and n.op is not None and n in useful)
     meets = [
         pair
         for node in program
@@ -191,7 +190,10 @@ def make_plan(program: Program, request: Request, *, functional: bool = True) ->
             assert column is not None
             columns.append(column)
     fallbacks = sorted({n.operation for n in program if n.op is not None and bits[n] and not rule_for(n).closed_form})
-    labels = {p: {(0, 0): "zero", (1, 0): "H_O", (0, 1): "H_F", (1, 1): "H_O+H_F"}[int(o), int(f)] for p, (o, f) in kinds.items()}
+    labels = {
+        p: {(0, 0): "zero", (1, 0): "H_O", (0, 1): "H_F", (1, 1): "H_O+H_F"}[int(o), int(f)]
+        for p, (o, f) in kinds.items()
+    }
     return Plan(request.names, request.pairs, labels, columns, gates, fallbacks, program.output.numel)
 
 
@@ -207,8 +209,13 @@ def _column(
     node = request.leaves[leaf]
     gate = gates.get(leaf)
     basis: Basis = "parameter"
-    if gate is not None and gate.width < node.numel and all(
-        not (bits[gate.node.inputs[0]] >> row & 1) and not _after(program, request.leaves[row], gate.node) for row in rows
+    if (
+        gate is not None
+        and gate.width < node.numel
+        and all(
+            not (bits[gate.node.inputs[0]] >> row & 1) and not _after(program, request.leaves[row], gate.node)
+            for row in rows
+        )
     ):
         basis = "activation"
     seed = gate.node if basis == "activation" and gate is not None else node
@@ -225,7 +232,9 @@ def _column(
     reverse_flops = sum(rule_for(n).flops(n) for n in back if n.op is not None)
     held = frozenset(arguments)
     unit = sum(n.numel for n in held) + max((n.numel for n in within), default=0)
-    unit += max((n.numel for n in back), default=0) + sum(request.leaves[r].numel for r in rows if basis == "activation")
+    unit += max((n.numel for n in back), default=0) + sum(
+        request.leaves[r].numel for r in rows if basis == "activation"
+    )
     return Column(
         leaf, basis, gate if basis == "activation" else None, list(rows), width, seed,
         frozenset(within), held, frozenset(meeting), forward_flops + 2 * reverse_flops, unit,
@@ -233,5 +242,5 @@ def _column(
 
 
 def _after(program: Program, leaf: Node, node: Node) -> bool:
-    """Whether ``leaf`` is a probe on a node at or before ``node`` (its rows would need the layer's own second order)."""
+    """Whether ``leaf`` is a probe on a node at or before ``node`` (it would need the layer's own curvature)."""
     return leaf.op is not None and node in program.descendants([leaf])

@@ -60,7 +60,11 @@ def choose_names(
         chosen = {program.parameters[n]: n for n in trainable}
     for pattern in as_list(params or ()):
         _match(pattern, alias, chosen, "parameter", alias)
-    nodes = {n.name: n for n in program if n.kind in ("operation", "input") and n.dtype.is_floating_point and n.part == "model"}
+    nodes = {
+        n.name: n
+        for n in program
+        if n.kind in ("operation", "input") and n.dtype.is_floating_point and n.part == "model"
+    }
     for pattern in as_list(wrt or ()):
         _match(pattern, {**nodes, **alias}, chosen, "parameter or node", {**alias, **nodes})
     if not chosen:
@@ -72,10 +76,7 @@ def choose_names(
 
 
 def _match(pattern: str, names: dict[str, Node], chosen: dict[Node, str], kind: str, known: dict[str, Node]) -> None:
-    if pattern in names:
-        hits = [pattern]
-    else:
-        hits = [n for n in names if fnmatchcase(n, pattern)]
+    hits = [pattern] if pattern in names else [n for n in names if fnmatchcase(n, pattern)]
     if not hits:
         raise UnknownNameError.of(kind, pattern, known)
     for name in hits:

@@ -31,8 +31,7 @@ def rewrite(*operations: str) -> Callable[[Rewrite], Rewrite]:
     return decorate
 
 
-@rewrite("aten.clone", "aten.alias", "aten.contiguous", "aten.lift_fresh_copy", "aten.view_as", "aten.lift_fresh",
-         "aten._reshape_alias.identity", "aten.native_dropout.identity", "aten.positive")  # fmt: skip
+@rewrite("aten.clone", "aten.alias", "aten.contiguous", "aten.lift_fresh_copy", "aten.lift_fresh", "aten.positive")
 def _identity(b: Builder, a: dict[str, Any]) -> Any:
     return a["self"]
 
@@ -306,9 +305,8 @@ def _unbind(b: Builder, a: dict[str, Any]) -> Any:
 @rewrite("aten.scaled_dot_product_attention")
 def _attention(b: Builder, a: dict[str, Any]) -> Any:
     q, k, v, mask = a["query"], a["key"], a["value"], a["attn_mask"]
-    if float(a["dropout_p"] or 0.0) > 0.0:
-        if b.dropout_seed is None:
-            return b.random("dropout_in_attention", a, _AttentionOrigin())
+    if float(a["dropout_p"] or 0.0) > 0.0 and b.dropout_seed is None:
+        raise b.refused("scaled_dot_product_attention")
     scale = 1 / math.sqrt(q.shape[-1]) if a["scale"] is None else float(a["scale"])
     if a.get("enable_gqa") and k.shape[-3] != q.shape[-3]:
         repeat = q.shape[-3] // k.shape[-3]
@@ -326,13 +324,5 @@ def _attention(b: Builder, a: dict[str, Any]) -> Any:
             scores = b.emit(aten.add.Tensor, scores, mask)
     weights = b.emit(aten.softmax.int, scores, -1)
     if float(a["dropout_p"] or 0.0) > 0.0:
-        from dagh._lowering import fixed_dropout
-
-        b.dropouts += 1
-        assert b.dropout_seed is not None
-        weights = b.emit(fixed_dropout, weights, float(a["dropout_p"]), b.dropout_seed * 7919 + b.dropouts)
+        weights = b.drop(weights, float(a["dropout_p"]))
     return b.emit(aten.matmul.default, weights, v)
-
-
-class _AttentionOrigin:
-    name = "scaled_dot_product_attention"

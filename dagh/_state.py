@@ -43,7 +43,7 @@ class State:
         self._calls: dict[Node, Call] = {}
         self._reached = self.program.descendants([n for n in self.program if n in self.sources])
 
-    # -- what the sweeps need ------------------------------------------------------------------------------------------
+    # -- what the sweeps need ----------------------------------------------------------------------
 
     def rule(self, node: Node) -> Rule:
         return rule_for(node)
@@ -65,7 +65,7 @@ class State:
         """δ of every node between the sources and the loss."""
         return _sweep.adjoints(self)
 
-    # -- public ------------------------------------------------------------------------------------------------------------
+    # -- public ------------------------------------------------------------------------------------
 
     @property
     def nodes(self) -> list[str]:
@@ -167,9 +167,7 @@ class State:
         assert loss is not None
         within = self.program.descendants([column]) & self.program.ancestors([loss])
         tangents = _sweep.push_forward(self, {column: self._identity(column)}, within)
-        found = _sweep.pull_back(
-            self, {}, [row], tangents=tangents, curved=set(self.program.nodes), keep=keep
-        )
+        found = _sweep.pull_back(self, {}, [row], tangents=tangents, curved=set(self.program.nodes), keep=keep)
         n = max(self.values[row].shape[0], self.values[column].shape[0])
         if row not in found:
             return self.values[row].new_zeros(n, row.numel, column.numel)
@@ -184,7 +182,7 @@ class State:
 
         return KinkTable.of(self, tol)
 
-    # -- helpers -----------------------------------------------------------------------------------------------------------
+    # -- helpers -----------------------------------------------------------------------------------
 
     def _identity(self, node: Node) -> Tensor:
         like = self.values[node]
@@ -216,12 +214,20 @@ class State:
 
 
 def evaluate_program(
-    program: Program, leaves: dict[Node, Tensor], samples: int, policy: KinkPolicy, only: Collection[Node] | None = None
+    program: Program,
+    leaves: dict[Node, Tensor],
+    policy: KinkPolicy,
+    only: Collection[Node] | None = None,
+    known: dict[Node, Tensor] | None = None,
 ) -> dict[Node, Tensor]:
-    """Values of every node (``[N or 1, *shape]``) from the values of the leaves."""
+    """Values of every node (``[N or 1, *shape]``) from the values of the leaves; ``known`` ones are not recomputed."""
     values: dict[Node, Tensor] = {}
+    known = known or {}
     for node in program:
         if only is not None and node not in only:
+            continue
+        if node in known:
+            values[node] = known[node]
             continue
         if node.op is None:
             values[node] = leaves[node]
@@ -248,7 +254,7 @@ def check_finite(program: Program, values: dict[Node, Tensor]) -> None:
             continue
         if node.op is None:
             kind = "parameter" if node.kind == "parameter" else node.kind
-            raise NonFiniteError(f"{kind} {node.name!r} contains {_what(value)}; clean it before asking for derivatives")
+            raise NonFiniteError(f"{kind} {node.name!r} contains {_what(value)}; clean it first")
         if all(bool(torch.isfinite(values[p]).all()) for p in node.inputs if p.dtype.is_floating_point):
             if bool(torch.isnan(value).any()):
                 fallback = node
@@ -275,4 +281,6 @@ def as_policy(kinks: Any) -> KinkPolicy:
         return kinks
     if kinks == "torch" or kinks is None or isinstance(kinks, dict) or callable(kinks):
         return KinkPolicy(None if kinks in ("torch", None) else kinks)
-    raise ReductionError(f"kinks={kinks!r}: expected 'torch', a dict like {{'relu': 0.5, 'max_pool': 'split'}}, or a function of the node")
+    raise ReductionError(
+        f"kinks={kinks!r}: expected 'torch', a dict like {{'relu': 0.5, 'max_pool': 'split'}}, or a function of the node"
+    )

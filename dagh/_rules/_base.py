@@ -190,7 +190,7 @@ def registered() -> dict[str, Rule]:
     return dict(sorted(_RULES.items()))
 
 
-# -- helpers shared by the rules -------------------------------------------------------------------------------------
+# -- helpers shared by the rules -------------------------------------------------------------------
 
 
 def align(t: Tensor, lead: int, rank: int) -> Tensor:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from dagh._ir import Node
-from dagh._rules._base import Call, Rule, Tangents, bundle, register_rule, unbroadcast
+from dagh._rules._base import Call, DerivativeClass, Rule, Tangents, bundle, register_rule, unbroadcast
 from dagh._rules._generic import over_samples
 
 
 class Multilinear(Rule):
     """An operation linear in each floating-point argument separately (``einsum``, transposed convolution, bilinear)."""
 
-    derivative = "bilinear"
+    derivative: DerivativeClass = "bilinear"
 
     def jvp(self, call: Call, tangents: Tangents) -> Tensor:
         terms = [self._replace(call, i, t) for i, t in tangents.items()]
@@ -55,21 +55,14 @@ class Multilinear(Rule):
                         def f(x: Tensor) -> Tensor:
                             return call.node.call([one if i == j else x if i == arg else v for i, v in enumerate(xs)])
 
-                        # Affine in x: an additive bias inside the operation drops out of the derivative.
                         grad: Tensor = torch.func.vjp(f, xs[arg])[1](delta)[0]
                         return grad
 
                     return torch.func.vmap(pull)(ts)
 
                 term = over_samples(per_sample, [*call.xs, adjoint, t])
-                if self._affine_only(call.node, arg, j):
-                    continue
                 out[arg] = out[arg] + term if arg in out else term
         return out
-
-    def _affine_only(self, node: Node, arg: int, j: int) -> bool:
-        """Whether the arguments ``arg`` and ``j`` never multiply each other."""
-        return False
 
 
 register_rule("aten.einsum", "aten.bilinear", "aten.dot", "aten.mv", "aten.outer", "aten.ger")(Multilinear())

@@ -60,6 +60,8 @@ def jvp(call: Call, tangents: Mapping[int, Tensor]) -> Tensor:
     if call.node.key not in _NO_FORWARD:
         try:
             return _forward_jvp(call, tangents)
+        except torch.OutOfMemoryError:
+            raise
         except (NotImplementedError, RuntimeError):
             _NO_FORWARD.add(call.node.key)
     return _double_reverse_jvp(call, tangents)
@@ -73,7 +75,8 @@ def _forward_jvp(call: Call, tangents: Mapping[int, Tensor]) -> Tensor:
         xs, ts = tensors[:k], tensors[k:]
         f = close(xs)
         point = tuple(xs[i] for i in active)
-        return torch.func.vmap(lambda *t: torch.func.jvp(f, point, t)[1])(*ts)
+        pushed: Tensor = torch.func.vmap(lambda *t: torch.func.jvp(f, point, t)[1])(*ts)
+        return pushed
 
     result = over_samples(per_sample, [*call.xs, *(tangents[i] for i in active)])
     assert isinstance(result, Tensor)
@@ -86,21 +89,22 @@ def vjp(call: Call, cotangent: Tensor, arg: int) -> Tensor:
 
     def per_sample(*tensors: Tensor) -> Tensor:
         xs, s = tensors[:k], tensors[k]
-        _, pull = torch.func.vjp(close(xs), xs[arg])
-        return torch.func.vmap(lambda c: pull(c)[0])(s)
+        pull = torch.func.vjp(close(xs), xs[arg])[1]
+        pulled: Tensor = torch.func.vmap(lambda c: pull(c)[0])(s)
+        return pulled
 
     result = over_samples(per_sample, [*call.xs, cotangent])
     assert isinstance(result, Tensor)
     return result
 
 
-def curvature(
-    call: Call, adjoint: Tensor, tangents: Mapping[int, Tensor], args: Iterable[int]
-) -> dict[int, Tensor]:
+def curvature(call: Call, adjoint: Tensor, tangents: Mapping[int, Tensor], args: Iterable[int]) -> dict[int, Tensor]:
     args = list(args)
     if call.node.key not in _NO_FORWARD:
         try:
             return _forward_over_reverse(call, adjoint, tangents, args)
+        except torch.OutOfMemoryError:
+            raise
         except (NotImplementedError, RuntimeError):
             _NO_FORWARD.add(call.node.key)
     return _reverse_over_reverse(call, adjoint, tangents, args)
@@ -121,8 +125,7 @@ def _forward_over_reverse(
             point = [xs[i] for i in active]
             for i, tensor in zip(moving, some, strict=True):
                 point[active.index(i)] = tensor
-            _, pull = torch.func.vjp(f, *point)
-            grads = pull(delta)
+            grads = torch.func.vjp(f, *point)[1](delta)
             return tuple(grads[active.index(i)] for i in args)
 
         base = tuple(xs[i] for i in moving)
@@ -137,7 +140,7 @@ def _forward_over_reverse(
     return dict(zip(args, results, strict=True))
 
 
-# -- operations without forward-mode formulas --------------------------------------------------------------------------
+# -- operations without forward-mode formulas ------------------------------------------------------
 
 
 def _pick(t: Tensor, n: int) -> Tensor:
@@ -159,7 +162,11 @@ def _double_reverse_jvp(call: Call, tangents: Mapping[int, Tensor]) -> Tensor:
             pulled = torch.autograd.grad(out, point, s, create_graph=True, allow_unused=True)
             for b in range(width):
                 total = sum(
-                    ((p * _pick(tangents[i], n)[b]).sum() for i, p in zip(moving, pulled, strict=True) if p is not None),
+                    (
+                        (p * _pick(tangents[i], n)[b]).sum()
+                        for i, p in zip(moving, pulled, strict=True)
+                        if p is not None
+                    ),
                     start=s.sum() * 0,
                 )
                 rows.append(torch.autograd.grad(total, s, retain_graph=True)[0].detach())

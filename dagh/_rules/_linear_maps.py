@@ -43,16 +43,71 @@ class LinearMap(Rule):
         return {}
 
 
-_GENERIC = (
-    "sum mean cumsum flip roll index index_select gather constant_pad_nd pad pixel_shuffle pixel_unshuffle "
-    "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d "
-    "_adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d "
-    "upsample_linear1d upsample_trilinear3d upsample_bicubic2d reflection_pad1d reflection_pad2d reflection_pad3d "
-    "replication_pad1d replication_pad2d replication_pad3d im2col col2im unfold tril triu diagonal diag_embed "
-    "where masked_fill.Scalar repeat repeat_interleave stack slice_scatter select_scatter index_put "
-    "unfold_copy narrow trace channel_shuffle _to_copy to copy scatter_add index_add movedim swapaxes rot90 "
-    "take_along_dim expand_as broadcast_to"
-).split()
+_GENERIC = [
+    "sum",
+    "mean",
+    "cumsum",
+    "flip",
+    "roll",
+    "index",
+    "index_select",
+    "gather",
+    "constant_pad_nd",
+    "pad",
+    "pixel_shuffle",
+    "pixel_unshuffle",
+    "avg_pool1d",
+    "avg_pool2d",
+    "avg_pool3d",
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d",
+    "_adaptive_avg_pool2d",
+    "_adaptive_avg_pool3d",
+    "upsample_nearest1d",
+    "upsample_nearest2d",
+    "upsample_nearest3d",
+    "upsample_bilinear2d",
+    "upsample_linear1d",
+    "upsample_trilinear3d",
+    "upsample_bicubic2d",
+    "reflection_pad1d",
+    "reflection_pad2d",
+    "reflection_pad3d",
+    "replication_pad1d",
+    "replication_pad2d",
+    "replication_pad3d",
+    "im2col",
+    "col2im",
+    "unfold",
+    "tril",
+    "triu",
+    "diagonal",
+    "diag_embed",
+    "where",
+    "masked_fill.Scalar",
+    "repeat",
+    "repeat_interleave",
+    "stack",
+    "slice_scatter",
+    "select_scatter",
+    "index_put",
+    "unfold_copy",
+    "narrow",
+    "trace",
+    "channel_shuffle",
+    "_to_copy",
+    "to",
+    "copy",
+    "scatter_add",
+    "index_add",
+    "movedim",
+    "swapaxes",
+    "rot90",
+    "take_along_dim",
+    "expand_as",
+    "broadcast_to",
+]
 for _name in _GENERIC:
     register_rule(f"aten.{_name}")(LinearMap())
 
@@ -259,3 +314,17 @@ class FixedDropout(LinearMap):
 
     def vjp(self, call: Call, cotangent: Tensor, arg: int, keep: bool) -> Tensor:
         return self.jvp(call, {0: cotangent})
+
+
+@register_rule("dagh.stop_gradient")
+class StopGradient(LinearMap):
+    """``Tensor.detach``: the value passes, no derivative does."""
+
+    def value(self, node: Node, xs: list[Tensor], kink: Any = None) -> Tensor:
+        return xs[0]
+
+    def jvp(self, call: Call, tangents: Tangents) -> Tensor:
+        return torch.zeros_like(tangents[0])
+
+    def vjp(self, call: Call, cotangent: Tensor, arg: int, keep: bool) -> Tensor:
+        return torch.zeros_like(cotangent)

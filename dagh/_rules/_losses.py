@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dagh._ir import Node
-from dagh._rules._base import Call, Rule, Tangents, bundle, register_rule
+from dagh._rules._base import Call, DerivativeClass, Rule, Tangents, bundle, register_rule
 from dagh._rules._bilinear import Multilinear
 
 _MEAN, _SUM = 1, 2
@@ -88,7 +88,7 @@ class CrossEntropy(Rule):
         return {0: mass * p * (t - (p * t).sum(axis + 2, keepdim=True))}
 
     def factor(self, call: Call, adjoint: Tensor) -> Tensor | None:
-        """``S`` with ``∇²ℓ = S Sᵀ``: ``[N, r, *logits]``, columns ``√(m p_c) (e_c - p)`` for every class and position."""
+        """``S`` with ``∇²ℓ = S Sᵀ``: ``[N, r, *logits]``, columns ``√(m p_c) (e_c - p)`` per class and position."""
         p, q = self._mass(call)
         axis = self._axis(call.node) + 1
         mass = q.sum(axis, keepdim=True) * self._weigh(call, adjoint, 1)
@@ -111,10 +111,10 @@ class CrossEntropy(Rule):
 class NegativeLogLikelihood(Multilinear):
     """Linear in the log-probabilities (class weights are constants)."""
 
+    derivative: DerivativeClass = "linear"
+
     def curved(self, node: Node) -> bool:
         return False
-
-    derivative = "linear"
 
 
 def loss_factor(rule: Rule, call: Call, adjoint: Tensor) -> Tensor | None:

@@ -22,7 +22,7 @@ def standardize(input: Tensor, dims: Sequence[int], eps: float, center: bool = T
 
 @register_rule("dagh.standardize")
 class Standardize(Rule):
-    """With ``y`` the output, ``s`` the scale and ``P`` the centring: ``D t = (P t - y ⟨y, t⟩) / s`` (⟨⟩ is the mean)."""
+    """With output ``y``, scale ``s`` and centring ``P``: ``D t = (P t - y ⟨y, t⟩) / s`` (⟨⟩ is the mean)."""
 
     derivative = "smooth"
 

@@ -25,7 +25,9 @@ def max_pool(
     ceil_mode: bool = False,
 ) -> Tensor:
     """Max-pooling of ``[M, C, *space]`` over one, two or three spatial axes."""
-    return _POOL[len(kernel)](input, kernel, stride, padding, dilation, ceil_mode)  # type: ignore[no-any-return]
+    pool: Any = _POOL[len(kernel)]
+    result: Tensor = pool(input, kernel, stride, padding, dilation, ceil_mode)
+    return result
 
 
 @register_rule("dagh.max_pool")

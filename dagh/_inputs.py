@@ -1,0 +1,141 @@
+"""The user's inputs: organised, checked, and compared."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from dagh._capture import batch_size
+from dagh.errors import DtypeError, ShapeError
+
+
+def normalize_inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``inputs`` as positional and keyword arguments (keywords sorted)."""
+    if isinstance(inputs, Tensor):
+        return (inputs,), {}
+    if isinstance(inputs, Mapping):
+        return (), {k: inputs[k] for k in sorted(inputs)}
+    if isinstance(inputs, (tuple, list)):
+        return tuple(inputs), {}
+    raise ShapeError(f"inputs must be a tensor, a tuple or a dict of tensors, not {type(inputs).__name__}")
+
+
+def check_tensors(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    leaves = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    if not leaves:
+        raise ShapeError("the inputs contain no tensor")
+    named = [*model.named_parameters(), *model.named_buffers()]
+    devices: dict[torch.device, str] = {}
+    floats: dict[torch.dtype, str] = {}
+    for what, t in [*((f"parameter {n!r}", p) for n, p in named), *(("an input", x) for x in leaves)]:
+        if t.dtype in (torch.float16, torch.bfloat16) or t.dtype.is_complex:
+            raise DtypeError(
+                f"{what} is {str(t.dtype).removeprefix('torch.')}; "
+                "dagh needs float32 or float64 (use .float() or .double())"
+            )
+        devices.setdefault(t.device, what)
+        if t.dtype.is_floating_point:
+            floats.setdefault(t.dtype, what)
+    if len(devices) > 1:
+        (d1, w1), (d2, w2) = list(devices.items())[:2]
+        raise DtypeError(f"{w1} is on {d1} and {w2} on {d2}; move the model and its inputs to one device")
+    if len(floats) > 1:
+        (t1, w1), (t2, w2) = list(floats.items())[:2]
+        raise DtypeError(
+            f"{w1} is {str(t1)[6:]} and {w2} is {str(t2)[6:]}; use one floating-point dtype for model and inputs"
+        )
+
+
+def warn_about_mode(model: nn.Module, mode: str) -> None:
+    if mode != "eval" or not model.training:
+        return
+    kinds = {
+        type(m).__name__
+        for m in model.modules()
+        if isinstance(m, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd))
+    }
+    if kinds:
+        warnings.warn(
+            f"the model is in training mode and has {', '.join(sorted(kinds))}; dagh uses eval mode (running "
+            "statistics, no dropout) unless it is traced with mode='train'",
+            stacklevel=4,
+        )
+
+
+def parameter_names(model: nn.Module) -> list[tuple[str, ...]]:
+    """All names of each distinct parameter, in order of first appearance."""
+    groups: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(p), []).append(name)
+    return [tuple(g) for g in groups.values()]
+
+
+def input_labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, str]:
+    """A readable name for every leaf of the inputs."""
+    names = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind != p.VAR_KEYWORD]
+    labels: dict[int, str] = {}
+    position = 0
+    pairs = [(names[i] if i < len(names) else f"input_{i}", a) for i, a in enumerate(args)] + list(kwargs.items())
+    for name, value in pairs:
+        leaves = pytree.tree_leaves(value)
+        for k, _ in enumerate(leaves):
+            labels[position] = name if len(leaves) == 1 else f"{name}_{k}"
+            position += 1
+    return labels
+
+
+def resize(x: Tensor, batch: int) -> Tensor:
+    """The first ``batch`` samples, repeated when there are fewer."""
+    if x.shape[0] >= batch:
+        return x[:batch]
+    return x[torch.arange(batch, device=x.device) % x.shape[0]]
+
+
+def probe_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The example with at least three different samples, to reveal interactions between them."""
+    n = batch_size(args, kwargs)
+    if n >= 3:
+        return args, kwargs
+    generator = torch.Generator().manual_seed(0)
+
+    def vary(x: Any) -> Any:
+        if not (isinstance(x, Tensor) and x.dim() and x.shape[0] == n):
+            return x
+        rows = [x, *(x[:1] for _ in range(3 - n))]
+        for k in range(1, len(rows)):
+            if x.dtype.is_floating_point:
+                noise = torch.rand(rows[k].shape, generator=generator, dtype=torch.float64).to(x)
+                rows[k] = rows[k] * (0.5 + noise) + 0.1 * noise
+            elif x.dim() > 1:
+                rows[k] = rows[k].roll(k, -1)
+        return torch.cat(rows)
+
+    result: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(vary, (args, kwargs))
+    return result
+
+
+def same_output(got: Tensor, wanted: Tensor, n: int) -> bool:
+    """Whether a program's output ``[N or 1, *one sample]`` equals the model's ``[N, …]``."""
+    if got.shape[0] == 1 and n > 1:
+        got = got.expand(n, *got.shape[1:])
+    if got.numel() != wanted.numel():
+        return False
+    return close(got.reshape(wanted.shape), wanted)
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    tolerance = 1e-8 if a.dtype == torch.float64 else 2e-3
+    finite = torch.isfinite(a) & torch.isfinite(b)
+    scale = float(b[finite].abs().max()) if bool(finite.any()) else 1.0
+    difference = (a[finite] - b[finite]).abs()
+    return bool(torch.isfinite(a).equal(torch.isfinite(b))) and (
+        difference.numel() == 0 or float(difference.max()) <= tolerance * max(scale, 1e-30)
+    )
