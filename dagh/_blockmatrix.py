@@ -28,22 +28,16 @@ Vector = Tensor | Mapping[str, Tensor]
 class BlockMatrix:
     """Blocks p_a x p_b of a symmetric P x P matrix, one row of blocks per named parameter (or node).
 
-    Parameters
-    ----------
-    names, shapes, modules
-        One entry per parameter: its name, its shape, and the path of the module that holds it.
-    blocks
-        The requested blocks and no others, keyed by positions ``(i, j)``; mirror images are implied.
-    part
-        ``"full"``, ``"outer"`` (H_O), ``"functional"`` (H_F) or ``"combination"``.
-    reduction, samples
-        ``"mean"`` or ``"sum"`` with ``samples=None``; ``"none"`` with N per-sample blocks.
-    memory_budget
-        Bytes that one dense result may take; None for no limit.
-    kinds
-        Structural class of each block: ``"zero"``, ``"H_O"``, ``"H_F"`` or ``"H_O+H_F"``.
-    plan, info
-        How the blocks were computed, for display and for the record.
+    Args:
+        names, shapes, modules: One entry per parameter: its name, its shape, the path of its module.
+        blocks: The requested blocks and no others, keyed by positions ``(i, j)``; mirror images are implied.
+        part: ``"full"``, ``"outer"`` (H_O), ``"functional"`` (H_F) or ``"combination"``.
+        reduction: ``"mean"`` or ``"sum"``, with ``samples=None``; ``"none"`` with N per-sample blocks.
+        dtype, device: Those of the blocks.
+        samples: N when per sample.
+        memory_budget: Bytes that one dense result may take; None for no limit.
+        kinds: Structural class of each block: ``"zero"``, ``"H_O"``, ``"H_F"`` or ``"H_O+H_F"``.
+        plan, info: How the blocks were computed, for display and for the record.
 
     Raises ``ShapeError`` when the pieces do not fit together, ``ReductionError`` for an unknown option.
     """
@@ -107,7 +101,9 @@ class BlockMatrix:
                 f"with samples={self.samples}, not {block!r}"
             )
         if block.dtype != self.dtype:
-            raise DtypeError(f"block ({self.names[i]!r}, {self.names[j]!r}) is {block.dtype}, not {self.dtype}")
+            raise DtypeError(
+                f"block ({self.names[i]!r}, {self.names[j]!r}) is {block.dtype}, not {self.dtype}"
+            )
         if i > j:
             (i, j), block = (j, i), block.T
         if (i, j) in self.blocks:
