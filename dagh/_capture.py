@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import time
 import warnings
@@ -58,7 +59,8 @@ def quiet() -> Iterator[None]:
     """Silence PyTorch's own chatter while it traces."""
     loggers = [logging.getLogger(n) for n in ("torch.export", "torch._dynamo", "torch.fx", "torch._export")]
     levels = [log.level for log in loggers]
-    with warnings.catch_warnings():
+    # A failed export prints the partial graph on standard error, whatever the log level.
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
             for log in loggers:

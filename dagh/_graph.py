@@ -306,14 +306,14 @@ class Graph:
             raise ShapeError("the batch is empty: give at least one sample")
         objective = _objectives.resolve(loss)
         policy = as_policy(kinks)
-        targets = _objectives.check_targets(targets, n)
         output, known = self._verify(args, kwargs, n)
+        _objectives.check_targets(targets, None if self.coupled else n)
         coupled = self.coupled
         if not coupled and objective.is_callable and reduction == "mean":
             scale = _objectives.scale_of(objective, output, targets, n)
             if scale is None:
                 coupled = True
-                reason = f"loss {objective.name!r} on the batch is neither the mean nor the sum of its values on single samples"
+                reason = f"on the batch, loss {objective.name!r} is neither the mean nor the sum over single samples"
             else:
                 weights = output.new_full((n,), scale)
         elif not coupled:

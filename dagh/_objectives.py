@@ -184,12 +184,13 @@ def target_tensors(targets: Any) -> tuple[list[Tensor], Any]:
 # -- weights of the samples ------------------------------------------------------------------------
 
 
-def check_targets(targets: Any, n: int) -> Any:
+def check_targets(targets: Any, n: int | None) -> Any:
+    """Refuse targets that are not tensors, or whose axis 0 is not the ``n`` samples (``None``: not checked)."""
     flat = pytree.tree_leaves(targets)
     for t in flat:
         if not isinstance(t, Tensor):
             raise LossError(f"targets must be tensors, not {type(t).__name__}")
-        if t.dim() == 0 or t.shape[0] != n:
+        if n is not None and (t.dim() == 0 or t.shape[0] != n):
             raise ShapeError(f"inputs have {n} samples, targets {tuple(t.shape)}: axis 0 must agree")
     return targets
 
