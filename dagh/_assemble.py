@@ -12,10 +12,13 @@ from dagh import _outer, _sweep
 from dagh._ir import Node
 from dagh._planner import Column, Plan
 from dagh._request import Pair, Request, itemsize
+from dagh._rules._conv import Convolution
 from dagh._state import State
 
 #: Smallest working memory the chunking aims for.
 _FLOOR = 32 * 2**20
+#: Largest bundle formed at once: beyond it fresh memory costs more than the arithmetic on it.
+_CACHE = 16 * 2**20
 
 
 class Accumulator:
@@ -42,6 +45,17 @@ class Accumulator:
             self.block(i, j)[(*lead, rows)] += piece
         else:
             self.block(j, i)[(*lead, slice(None), rows)] += piece.transpose(-1, -2)
+
+    def add_channels(self, i: int, j: int, piece: Tensor, channels: int, part: slice, window: slice) -> None:
+        """As :meth:`add` for rows (channel, member) with the members of ``part``: ``[(n,) C·part, all of j]``."""
+        target = self.block(min(i, j), max(i, j))
+        if self.keep:
+            target = target[window]
+        piece = piece.unflatten(-2, (channels, -1))
+        if i <= j:
+            target.unflatten(-2, (channels, -1))[..., part, :] += piece
+        else:
+            target.unflatten(-1, (channels, -1))[..., part] += piece.movedim(-1, -3)
 
 
 def assemble(
@@ -89,7 +103,9 @@ def narrow(state: State, window: slice) -> State:
 
 
 def _width(column: Column, samples: int, working: int, size: int) -> int:
-    return int(max(1, min(column.width, working // max(1, 3 * column.unit * samples * size))))
+    fits = working // max(1, 3 * column.unit * samples * size)
+    cached = _CACHE // max(1, column.largest * samples * size)
+    return int(max(1, min(column.width, fits, cached)))
 
 
 # -- the two parts ---------------------------------------------------------------------------------
@@ -114,7 +130,7 @@ def _add_column(
     state: State, request: Request, column: Column, result: Accumulator, window: slice, keep: bool, working: int
 ) -> None:
     node = request.leaves[column.leaf]
-    per_sample = keep or column.gate is not None
+    per_sample = keep or column.basis == "activation"
     step = _width(column, state.samples, working, itemsize(state.weights.dtype))
     for start in range(0, column.width, step):
         stop = min(start + step, column.width)
@@ -129,9 +145,11 @@ def _add_column(
             if not per_sample and h.shape[0] > 1:
                 h = h.sum(0, keepdim=True)
             h = h.flatten(2)  # [N or 1, B, p_row]
-            if column.gate is None:
-                piece = h if keep else h[0]
+            piece = h if keep else h[0]
+            if column.basis == "parameter":
                 result.add(column.leaf, row, piece, slice(start, stop), window)
+            elif column.gate is not None and column.basis == "channel":
+                result.add_channels(column.leaf, row, piece, column.gate.channels, slice(start, stop), window)
             else:
                 _add_activation_piece(state, column, h, row, result, window, start, stop, node)
 
@@ -140,10 +158,14 @@ def _sweep_column(
     state: State, request: Request, column: Column, start: int, stop: int, per_sample: bool
 ) -> dict[Node, Tensor]:
     like = state.values[column.seed]
-    eye = torch.zeros(stop - start, column.seed.numel, dtype=like.dtype, device=like.device)
-    eye[torch.arange(stop - start), torch.arange(start, stop)] = 1
-    seeds = {column.seed: eye.reshape(1, stop - start, *column.seed.shape)}
-    tangents = _sweep.push_forward(state, seeds, column.within, column.held)
+    channelwise = column.basis == "channel"
+    if channelwise and column.gate is not None:
+        seed = Convolution().seed_channels(state.call(column.gate.node), column.gate.argument)[:, start:stop]
+    else:
+        eye = torch.zeros(stop - start, column.seed.numel, dtype=like.dtype, device=like.device)
+        eye[torch.arange(stop - start), torch.arange(start, stop)] = 1
+        seed = eye.reshape(1, stop - start, *column.seed.shape)
+    tangents = _sweep.push_forward(state, {column.seed: seed}, column.within, column.held, channelwise=channelwise)
     rows = [request.leaves[r] for r in column.rows]
     return _sweep.pull_back(state, {}, rows, tangents=tangents, curved=column.curved, keep=per_sample)
 

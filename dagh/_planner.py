@@ -19,19 +19,17 @@ from dagh._ir import Node, Program
 from dagh._request import Pair, Request
 from dagh._rules import rule_for
 
-Basis = Literal["parameter", "activation"]
+Basis = Literal["parameter", "activation", "channel"]
 
 
 @dataclass(frozen=True)
 class Gate:
-    """The linear layer through which alone a leaf acts: ``z = x Wᵀ + b`` on one row per sample."""
+    """The layer through which alone a leaf acts: a linear one on a single row per sample, or a convolution."""
 
     node: Node
     argument: int
-
-    @property
-    def width(self) -> int:
-        return self.node.numel
+    channels: int = 0
+    """Output channels of a convolution; 0 for a linear layer."""
 
 
 @dataclass
@@ -50,6 +48,8 @@ class Column:
     flops: int
     unit: int
     """Elements held per sample and direction."""
+    largest: int
+    """Elements of the largest bundle per sample and direction."""
 
 
 @dataclass
@@ -143,17 +143,19 @@ def structure(program: Program, request: Request, bits: dict[Node, int]) -> dict
 
 
 def gate_of(program: Program, leaf: Node) -> Gate | None:
-    """The linear layer that is the leaf's only user, with a single row per sample."""
+    """The layer that is the leaf's only user: a linear one on a single row per sample, or a plain convolution."""
     users = program.users[leaf]
-    if leaf.op is not None or len(users) != 1:
+    if leaf.op is not None or len(users) != 1 or users[0].inputs.count(leaf) != 1:
         return None
     node = users[0]
-    if node.key != "aten.linear.default" or node.inputs.count(leaf) != 1 or not node.inputs[0].batched:
-        return None
     argument = node.inputs.index(leaf)
-    if argument == 0 or node.inputs[0].numel != node.inputs[0].shape[-1]:
+    if argument == 0 or not node.inputs[0].batched:
         return None
-    return Gate(node, argument)
+    if node.key == "aten.linear.default" and node.inputs[0].numel == node.inputs[0].shape[-1]:
+        return Gate(node, argument)
+    if node.key == "dagh.convolution" and int(node.arg("groups")) == 1 and not node.arg("transposed"):
+        return Gate(node, argument, channels=node.shape[1])
+    return None
 
 
 def make_plan(program: Program, request: Request, *, functional: bool = True) -> Plan:
@@ -162,6 +164,7 @@ def make_plan(program: Program, request: Request, *, functional: bool = True) ->
     bits = reach(program, request.leaves)
     kinds = structure(program, request, bits)
     gates = {i: g for i, leaf in enumerate(request.leaves) if (g := gate_of(program, leaf)) is not None}
+    linear = {i: g for i, g in gates.items() if not g.channels}
     useful = program.ancestors([program.loss])
     curved = [n for n in program if n.op is not None and n.part == "model" and n in useful and rule_for(n).curved(n)]
     needed = [p for p in request.pairs if kinds[p][1]] if functional else []
@@ -194,7 +197,7 @@ def make_plan(program: Program, request: Request, *, functional: bool = True) ->
         p: {(0, 0): "zero", (1, 0): "H_O", (0, 1): "H_F", (1, 1): "H_O+H_F"}[int(o), int(f)]
         for p, (o, f) in kinds.items()
     }
-    return Plan(request.names, request.pairs, labels, columns, gates, fallbacks, program.output.numel)
+    return Plan(request.names, request.pairs, labels, columns, linear, fallbacks, program.output.numel)
 
 
 def _column(
@@ -208,37 +211,51 @@ def _column(
 ) -> Column | None:
     node = request.leaves[leaf]
     gate = gates.get(leaf)
-    basis: Basis = "parameter"
-    if (
-        gate is not None
-        and gate.width < node.numel
-        and all(
-            not (bits[gate.node.inputs[0]] >> row & 1) and not _after(program, request.leaves[row], gate.node)
-            for row in rows
-        )
+    if gate is not None and any(
+        bits[gate.node.inputs[0]] >> row & 1 or _after(program, request.leaves[row], gate.node) for row in rows
     ):
-        basis = "activation"
-    seed = gate.node if basis == "activation" and gate is not None else node
-    width = gate.width if basis == "activation" and gate is not None else node.numel
+        gate = None  # a row at or before the layer would need the layer's own curvature
+    basis: Basis = "parameter"
+    width = node.numel
+    if gate is not None and gate.channels > 1:
+        basis, width = "channel", node.numel // gate.channels
+    elif gate is not None and not gate.channels and gate.node.numel < node.numel:
+        basis, width = "activation", gate.node.numel
+    else:
+        gate = None
+    seed = node if gate is None else gate.node
+    copies = gate.channels if gate is not None and basis == "channel" else 1
     downstream = program.descendants([seed])
     reachable = program.descendants([request.leaves[r] for r in rows])
     meeting = [u for u in curved if u in downstream and u is not seed and u in reachable]
-    if basis == "parameter" and seed.op is not None:
-        meeting = [u for u in meeting if u is not seed]
     arguments = {p for u in meeting for p in u.inputs if p in downstream}
     within = program.ancestors(list(arguments)) & downstream
-    back = program.descendants(meeting) and (program.ancestors(meeting) | set(meeting)) & reachable
-    forward_flops = sum(rule_for(n).flops(n) for n in within if n.op is not None and n is not seed)
-    reverse_flops = sum(rule_for(n).flops(n) for n in back if n.op is not None)
+    back = (program.ancestors(meeting) | set(meeting)) & reachable if meeting else set()
+    thin = _channelwise(program, seed, within) if basis == "channel" else set()
+
+    def size(n: Node) -> int:
+        return n.numel * (1 if n in thin else copies)
+
+    flops = sum(rule_for(n).flops(n) * (1 if n in thin else copies) for n in within if n.op is not None and n is not seed)
+    flops += 2 * copies * sum(rule_for(n).flops(n) for n in back if n.op is not None)
     held = frozenset(arguments)
-    unit = sum(n.numel for n in held) + max((n.numel for n in within), default=0)
-    unit += max((n.numel for n in back), default=0) + sum(
-        request.leaves[r].numel for r in rows if basis == "activation"
-    )
+    rows_size = sum(request.leaves[r].numel for r in rows) if basis == "activation" else 0
+    largest = max([*(size(n) for n in within), *(n.numel * copies for n in back if n.batched)], default=1)
+    unit = sum(size(n) for n in held) + 2 * largest + rows_size
     return Column(
-        leaf, basis, gate if basis == "activation" else None, list(rows), width, seed,
-        frozenset(within), held, frozenset(meeting), forward_flops + 2 * reverse_flops, unit,
-    )  # fmt: skip
+        leaf, basis, gate, list(rows), width, seed, frozenset(within), held, frozenset(meeting), flops, unit, largest
+    )
+
+
+def _channelwise(program: Program, seed: Node, within: Collection[Node]) -> set[Node]:
+    """Nodes up to which tangents of a convolution's weights stay in their channel."""
+    thin = {seed}
+    for node in program:
+        if node in within and node is not seed and node.op is not None:
+            moving = [p for p in node.inputs if p in within]
+            if moving and all(p in thin for p in moving) and rule_for(node).keeps_channels(node):
+                thin.add(node)
+    return thin
 
 
 def _after(program: Program, leaf: Node, node: Node) -> bool:

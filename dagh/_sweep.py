@@ -10,7 +10,7 @@ which is the elimination of the live-block recursion restricted to the columns t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -23,22 +23,53 @@ if TYPE_CHECKING:
 Bundle = dict[Node, Tensor]
 
 
+class Tangents(dict[Node, Tensor]):
+    """Tangents by node, ``[N, B, *shape]``.
+
+    The bundle of a node in ``channelwise`` is channel-diagonal: ``[N, b, m, C, …]`` stands for C·b directions, member
+    (c, b) being ``[:, b]`` restricted to channel c. A convolution's own weights move one output channel each, so up to
+    the next operation that mixes channels C times fewer numbers say the same.
+    """
+
+    def __init__(self, values: Mapping[Node, Tensor], channelwise: Iterable[Node] = ()) -> None:
+        super().__init__(values)
+        self.channelwise = set(channelwise)
+
+    def dense(self, node: Node) -> Tensor:
+        """The bundle with every direction written out."""
+        return expand_channels(self[node]) if node in self.channelwise else self[node]
+
+
+def expand_channels(t: Tensor) -> Tensor:
+    """``[N, b, m, C, …]`` channel-diagonal to dense ``[N, C·b, m, C, …]``."""
+    n, b, _, c = t.shape[:4]
+    out = t.new_zeros(n, c, *t.shape[1:])
+    out.diagonal(dim1=1, dim2=4).copy_(t.movedim(3, -1))
+    return out.reshape(n, c * b, *t.shape[2:])
+
+
 def push_forward(
-    state: State, seeds: Mapping[Node, Tensor], within: Collection[Node], held: Collection[Node] | None = None
-) -> Bundle:
+    state: State,
+    seeds: Mapping[Node, Tensor],
+    within: Collection[Node],
+    held: Collection[Node] | None = None,
+    *,
+    channelwise: bool = False,
+) -> Tangents:
     """Tangents of every node of ``within`` that depends on a seed. A seed adds to what flows into its node.
 
     With ``held``, only those nodes' tangents are returned and the others are dropped as soon as they are used up.
+    ``channelwise``: the seeds are channel-diagonal (see :class:`Tangents`).
     """
-    tangents: Bundle = dict(seeds)
+    tangents = Tangents(seeds, seeds if channelwise else ())
     waiting = {n: sum(u in within for u in state.program.users[n]) for n in within} if held is not None else {}
     for node in state.program:
         if node.op is None or node not in within:
             continue
-        incoming = {i: tangents[p] for i, p in enumerate(node.inputs) if p in tangents}
-        if not incoming or not node.dtype.is_floating_point:
+        moving = [p for p in node.inputs if p in tangents]
+        if not moving or not node.dtype.is_floating_point or (node in seeds and not moving):
             continue
-        t = state.rule(node).jvp(state.call(node), incoming)
+        t = _push(state, node, tangents, moving)
         tangents[node] = t + seeds[node] if node in seeds else t
         if held is None:
             continue
@@ -50,12 +81,27 @@ def push_forward(
     return tangents
 
 
+def _push(state: State, node: Node, tangents: Tangents, moving: list[Node]) -> Tensor:
+    """``Σ D t`` at one node, channel-diagonal as long as that is possible."""
+    rule, call = state.rule(node), state.call(node)
+    special = [p for p in moving if p in tangents.channelwise]
+    if special:
+        if len(special) == len(moving) and rule.keeps_channels(node):
+            tangents.channelwise.add(node)
+            return rule.jvp(call, {i: tangents[p] for i, p in enumerate(node.inputs) if p in tangents})
+        if moving == special == [node.inputs[0]]:
+            t = rule.jvp_channels(call, tangents[node.inputs[0]])
+            if t is not None:
+                return t
+    return rule.jvp(call, {i: tangents.dense(p) for i, p in enumerate(node.inputs) if p in tangents})
+
+
 def pull_back(
     state: State,
     start: Mapping[Node, Tensor],
     wanted: Collection[Node],
     *,
-    tangents: Mapping[Node, Tensor] | None = None,
+    tangents: Tangents | None = None,
     curved: Collection[Node] = (),
     keep: bool = False,
 ) -> Bundle:
@@ -64,7 +110,7 @@ def pull_back(
     ``start`` holds the rows to begin with; curvature is added at the nodes of ``curved``, along ``tangents``. Rows of
     nodes that do not depend on the sample are summed over samples unless ``keep``.
     """
-    tangents = tangents or {}
+    tangents = Tangents({}) if tangents is None else tangents
     rows: Bundle = {}
     route = state.program.descendants(list(wanted))
 
@@ -94,12 +140,27 @@ def pull_back(
             for i in args:
                 add(node.inputs[i], rule.vjp(call, current, i, keep))
         if node in curved and rule.curved(node):
-            incoming = {i: tangents[p] for i, p in enumerate(node.inputs) if p in tangents}
             delta = state.adjoints.get(node)
-            if incoming and delta is not None:
-                for i, row in rule.curvature(call, delta, incoming, args, keep).items():
+            if delta is not None:
+                for i, row in _curve(state, node, delta, tangents, args, keep).items():
                     add(node.inputs[i], row)
     return found
+
+
+def _curve(
+    state: State, node: Node, delta: Tensor, tangents: Tangents, args: list[int], keep: bool
+) -> dict[int, Tensor]:
+    """``Σ_q [M]_{p,q} J_q t`` at one node."""
+    rule, call = state.rule(node), state.call(node)
+    moving = [p for p in node.inputs if p in tangents]
+    if not moving:
+        return {}
+    if moving == [node.inputs[0]] and node.inputs[0] in tangents.channelwise:
+        found = rule.curvature_channels(call, delta, tangents[node.inputs[0]], keep)
+        if found is not None:
+            return {i: row for i, row in found.items() if i in args}
+    incoming = {i: tangents.dense(p) for i, p in enumerate(node.inputs) if p in tangents}
+    return rule.curvature(call, delta, incoming, args, keep)
 
 
 def adjoints(state: State) -> dict[Node, Tensor]:

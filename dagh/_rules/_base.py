@@ -119,6 +119,26 @@ class Rule:
             return set()
         return None
 
+    def keeps_channels(self, node: Node) -> bool:
+        """Whether a change of one channel (axis 1) of the arguments changes that channel of the result alone."""
+        shape = node.shape
+        return (
+            self.acts_per in ("element", "channel")
+            and len(shape) >= 2
+            and all(len(p.shape) == len(shape) and p.shape[:2] == shape[:2] for p in node.inputs if p.batched)
+        )
+
+    def jvp_channels(self, call: Call, tangent: Tensor) -> Tensor | None:
+        """``D t`` for a channel-diagonal tangent of argument 0: ``[N, b, m, C, …]`` to dense ``[N, C·b, *shape]``.
+
+        Member (c, b) of such a bundle is ``tangent[:, b]`` restricted to channel c. ``None``: no faster way than dense.
+        """
+        return None
+
+    def curvature_channels(self, call: Call, adjoint: Tensor, tangent: Tensor, keep: bool) -> dict[int, Tensor] | None:
+        """As :meth:`curvature`, for a channel-diagonal tangent of argument 0; rows are dense, ``[N, C·b, *shape_i]``."""
+        return None
+
     def kinks(self, call: Call) -> KinkSites | None:
         """Distance of every element to its kinks, or ``None`` where the operation has none."""
         return None

@@ -173,6 +173,43 @@ class Convolution(Rule):
                 out[1] = self._weight_gradient(call, bundle(adjoint), tangents[0], keep)
         return out
 
+    # A bundle that lives in one channel each: only that channel's weights are read, or written.
+
+    def _channelwise(self, node: Node) -> bool:
+        return int(node.arg("groups")) == 1 and not node.arg("transposed")
+
+    def jvp_channels(self, call: Call, tangent: Tensor) -> Tensor | None:
+        node, w = call.node, call.xs[1]
+        if not self._channelwise(node) or w.shape[0] > 1:
+            return None
+        n, b, m, c = tangent.shape[:4]
+        out_channels, rest = w.shape[1], w.shape[3:]
+        each = w[0].transpose(0, 1).reshape(c * out_channels, 1, *rest)
+        y = self._apply(node, tangent.reshape(n * b * m, *tangent.shape[3:]), each, None, groups=c)
+        y = y.reshape(n, b, m, c, out_channels, *y.shape[2:])
+        return y.movedim(3, 1).reshape(n, c * b, *node.shape)
+
+    def curvature_channels(self, call: Call, adjoint: Tensor, tangent: Tensor, keep: bool) -> dict[int, Tensor] | None:
+        if not self._channelwise(call.node) or call.xs[1].shape[0] > 1:
+            return None
+        grad = self._weight_gradient(call, bundle(adjoint), tangent, keep)  # [N, b, out, C, *k]
+        n, b, _, c = grad.shape[:4]
+        rows = grad.new_zeros(n, c, *grad.shape[1:])
+        rows.diagonal(dim1=1, dim2=4).copy_(grad.movedim(3, -1))
+        return {1: rows.reshape(n, c * b, *grad.shape[2:])}
+
+    def seed_channels(self, call: Call, argument: int) -> Tensor:
+        """Tangents of the output along the weight (or bias), channel-diagonal: ``[N, b, m, C_out, *space]``."""
+        node = call.node
+        shape = node.shape
+        if argument == 2:
+            return call.xs[0].new_ones(1, 1, *shape)
+        stride, padding, dilation, _, _, _ = self._settings(node)
+        x, kernel = call.xs[0], node.inputs[1].shape[2:]
+        view = windows(pad_space(_merge(x, 1), padding), kernel, stride, dilation)
+        cols = view.reshape(x.shape[0], shape[0], -1, *shape[2:]).transpose(1, 2)  # [N, c·k, m, *space]
+        return cols.unsqueeze(3).expand(-1, -1, -1, shape[1], *shape[2:])
+
     def _input_curvature(self, call: Call, adjoint: Tensor, tw: Tensor) -> Tensor:
         """Input gradients at weights ``tw`` ``[1, B, *W]`` instead of W: ``[N, B, *x]``."""
         node, groups, b = call.node, self._settings(call.node)[5], tw.shape[1]

@@ -112,11 +112,32 @@ for _name in _GENERIC:
     register_rule(f"aten.{_name}")(LinearMap())
 
 
+class PerChannel(LinearMap):
+    """Spatial operations that treat every channel (axis 1) alike."""
+
+    acts_per = "channel"
+
+    def keeps_channels(self, node: Node) -> bool:
+        return len(node.shape) >= 3 and node.inputs[0].shape[:2] == node.shape[:2]
+
+
+_PER_CHANNEL = """
+avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d
+_adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_linear1d
+upsample_trilinear3d upsample_bicubic2d
+"""
+for _name in _PER_CHANNEL.split():
+    register_rule(f"aten.{_name}", replace=True)(PerChannel())
+
+
 @register_rule(
     "aten.view", "aten.reshape", "aten.flatten", "aten.unflatten", "aten.unsqueeze", "aten.squeeze", "aten._unsafe_view"
 )
 class Reshape(LinearMap):
     """Any change of shape that keeps the row-major order of elements."""
+
+    def keeps_channels(self, node: Node) -> bool:
+        return len(node.shape) >= 2 and node.inputs[0].shape[:2] == node.shape[:2]
 
     def value(self, node: Node, xs: list[Tensor], kink: Any = None) -> Tensor:
         return xs[0].reshape(xs[0].shape[0], *node.shape)
@@ -230,6 +251,9 @@ class Concatenate(LinearMap):
 @register_rule("aten.sum.dim_IntList", "aten.mean.dim")
 class Reduce(LinearMap):
     """Sum or mean over axes."""
+
+    def keeps_channels(self, node: Node) -> bool:
+        return len(node.shape) >= 2 and all(d > 1 for d in self._axes(node))
 
     def _axes(self, node: Node) -> list[int]:
         rank = len(node.inputs[0].shape)
