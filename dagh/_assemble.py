@@ -144,7 +144,7 @@ def _add_column(
                 h = h.expand(state.samples, *h.shape[1:])
             if not per_sample and h.shape[0] > 1:
                 h = h.sum(0, keepdim=True)
-            h = h.flatten(2)  # [N or 1, B, p_row]
+            h = _sweep.matrices(h)  # [N or 1, B, p_row]
             piece = h if keep else h[0]
             if column.basis == "parameter":
                 result.add(column.leaf, row, piece, slice(start, stop), window)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import time
@@ -25,13 +26,13 @@ class Captured:
     """An ATen graph with its leaves: one description per placeholder.
 
     ``leaves``: ``("parameter", name)``, ``("buffer", name)``, ``("constant", tensor)`` or ``("input", position)``;
-    ``outputs`` are the positions of the user's outputs among the graph's.
+    ``outputs`` are the positions of the user's outputs among the graph's, ``names`` their paths in what the model returns.
     """
 
     module: fx.GraphModule
     leaves: list[tuple[str, Any]]
     outputs: list[int]
-    out_spec: Any
+    names: list[str]
     method: str
     batch: int | None
     """Batch size the graph is valid for; ``None``: any."""
@@ -96,7 +97,8 @@ def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], m
         return model(*args, **kwargs)
 
 
-def _recurrent_table() -> dict[Any, Callable[..., Any]]:
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """Recurrent layers unrolled, and kernels without a double backward written out."""
     from torch._decomp import get_decompositions
 
     names = ["lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input"]
@@ -107,6 +109,7 @@ def _recurrent_table() -> dict[Any, Callable[..., Any]]:
     for cell in cells:
         if cell in defaults:
             table[cell] = defaults[cell]
+    table.update(get_decompositions([aten.multi_margin_loss, aten.multilabel_margin_loss_forward]))
     return table
 
 
@@ -123,6 +126,7 @@ def capture(
     attempts: list[tuple[str, Callable[[], Captured]]] = []
     if batch is None:
         attempts.append(("torch.export, dynamic batch", lambda: _export(model, args, kwargs, True)))
+        attempts.append(("torch.export of the tensor outputs, dynamic batch", lambda: _export_tensors(model, args, kwargs)))
         one = pytree.tree_map(_first_sample(args, kwargs), (args, kwargs))
         attempts.append(("torch.export, batch of 1", lambda: _export(model, one[0], one[1], False)))
         attempts.append(("direct tracing, batch of 1", lambda: _make_fx(model, one[0], one[1])))
@@ -183,8 +187,53 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
 
         shapes = _dynamic_shapes(model, args, kwargs, spec)
     program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-    program = program.run_decompositions(_recurrent_table())
+    program = program.run_decompositions(_decompositions())
     return _from_program(program)
+
+
+class _TensorOutputs(nn.Module):
+    """The model without those of its outputs that are not tensors (caches of a language model, say)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+        # torch.export reads the argument names off the signature of forward.
+        @functools.wraps(model.forward)
+        def forward(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
+            return {name: t for name, t in output_paths(self.model(*args, **kwargs)) if isinstance(t, Tensor)}
+
+        self.forward = forward
+
+
+def _export_tensors(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
+    captured = _export(_TensorOutputs(model), args, kwargs, True)
+    captured.leaves = [
+        (kind, what.removeprefix("model.") if isinstance(what, str) else what) for kind, what in captured.leaves
+    ]
+    for node in captured.module.graph.nodes:
+        stack = node.meta.get("nn_module_stack")
+        if stack:
+            node.meta["nn_module_stack"] = {
+                key: (entry[0].removeprefix("model").removeprefix("."), *entry[1:]) if isinstance(entry, tuple) else entry
+                for key, entry in stack.items()
+            }
+    return captured
+
+
+def output_paths(result: Any) -> list[tuple[str, Any]]:
+    """Every leaf of what a model returned, with its dotted path."""
+    paths, _ = pytree.tree_flatten_with_path(result)
+    named = []
+    for path, leaf in paths:
+        parts = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path]
+        named.append((".".join(parts) or "output", leaf))
+    return named
+
+
+def spec_paths(spec: Any) -> list[str]:
+    """The dotted paths of a pytree's leaves."""
+    return [name for name, _ in output_paths(pytree.tree_unflatten(list(range(spec.num_leaves)), spec))]
 
 
 def _dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], spec: Callable[[Any], Any]) -> Any:
@@ -218,8 +267,7 @@ def _from_program(program: Any) -> Captured:
         else:
             leaves.append(("constant", None))
     outputs = [i for i, o in enumerate(sig.output_specs) if o.kind == OutputKind.USER_OUTPUT]
-    out_spec = program.call_spec.out_spec
-    return Captured(program.graph_module, leaves, outputs, out_spec, "", None, 0.0)
+    return Captured(program.graph_module, leaves, outputs, spec_paths(program.call_spec.out_spec), "", None, 0.0)
 
 
 def _make_fx(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
@@ -251,14 +299,14 @@ def _make_fx(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
     values = [*params.values(), *(b.clone() for b in buffers.values())]
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        traced = make_fx(concrete, decomposition_table=_recurrent_table(), tracing_mode="real")(
+        traced = make_fx(concrete, decomposition_table=_decompositions(), tracing_mode="real")(
             values, *(flat[i] for i in positions)
         )
     leaves: list[tuple[str, Any]] = [("parameter", n) for n in params]
     leaves += [("buffer", n) for n in buffers]
     leaves += [("input", i) for i in positions]
     count = len(pytree.tree_leaves(next(n for n in traced.graph.nodes if n.op == "output").args[0]))
-    return Captured(traced, leaves, list(range(count)), out_spec[0], "", None, 0.0)
+    return Captured(traced, leaves, list(range(count)), spec_paths(out_spec[0]), "", None, 0.0)
 
 
 class _ReadValues(torch.overrides.TorchFunctionMode):
@@ -288,5 +336,7 @@ def trace_function(function: Callable[..., Any], tensors: Sequence[Tensor]) -> f
     from torch.fx.experimental.proxy_tensor import make_fx
 
     with quiet():
-        result: fx.GraphModule = make_fx(function, tracing_mode="real", pre_dispatch=True)(*tensors)
+        result: fx.GraphModule = make_fx(
+            function, decomposition_table=_decompositions(), tracing_mode="real", pre_dispatch=True
+        )(*tensors)
     return result

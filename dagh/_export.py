@@ -1,4 +1,4 @@
-"""The graph as plain data: rows, ``networkx``, dictionaries. Tables, DOT and HTML are drawn from the same rows."""
+"""The graph as plain data: rows, ``networkx``, dictionaries; tables, DOT and HTML use the same rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import networkx as nx
 import torch
 from torch import Tensor
 
-from dagh import _capture
 from dagh._ir import Node, Program
 from dagh._kinks import KinkRow
 from dagh._rules import rule_for
@@ -35,10 +34,11 @@ _PROBE = 3  # a batch size unlike one; comparing the two shows which axes are ma
 class NodeRow:
     """One node, as users see it.
 
-    ``shape`` has the sample axis as ``"N"`` (whole numbers where samples are coupled); ``inputs`` are names in the order
-    of the arguments; ``parameters`` the leaves used directly (for a leaf: all its tied names); ``scalars`` how many
-    numbers they hold, counted at the first use only, ``shared`` tells that some were counted before. ``derivative``,
-    ``acts_per`` and ``closed_form`` are None where nothing is differentiated. ``flops`` are per sample.
+    ``shape`` has the sample axis as ``"N"`` (whole numbers where samples are coupled); ``inputs`` are names
+    in the order of the arguments; ``parameters`` the leaves used directly (for a leaf: all its tied names);
+    ``scalars`` how many numbers they hold, counted at the first use only, ``shared`` tells that some were
+    counted before. ``derivative``, ``acts_per`` and ``closed_form`` are None where nothing is differentiated.
+    ``flops`` are per sample.
     """
 
     name: str
@@ -107,11 +107,11 @@ def shape_text(shape: Sequence[Dim]) -> str:
 
 
 def node_rows(graph: Graph, state: State | None = None) -> list[NodeRow]:
-    """Every node in topological order; with a ``state``, its loss and kinks too, else a placeholder for the loss."""
+    """Every node in topological order; with a ``state`` the loss and kinks too, else a placeholder loss."""
     program = graph.program if state is None else state.program
     coupled = graph.coupled or (state is not None and state.coupled)
     batch = _batch(program) if coupled else 1
-    shapes = {n.name: tuple(n.shape) for n in program} if coupled else _symbolic_shapes(graph, program)
+    shapes = _concrete_shapes(program) if coupled else _symbolic_shapes(graph, program)
     mixing = _mixing(graph, program, state, batch) if coupled else frozenset()
     kinks = {} if state is None else {row.node: row for row in state.kinks()}
     counted: set[str] = set()
@@ -143,7 +143,11 @@ def _row(
         rule = rule_for(node)
         fields["flops"] = rule.flops(node) // batch
         if node.dtype.is_floating_point:
-            fields |= {"derivative": rule.derivative, "acts_per": rule.acts_per, "closed_form": rule.closed_form}
+            fields |= {
+                "derivative": rule.derivative,
+                "acts_per": rule.acts_per,
+                "closed_form": rule.closed_form,
+            }
     return NodeRow(
         node.name,
         kind,
@@ -167,7 +171,11 @@ def _dtype(node: Node) -> str:
     return str(node.dtype).removeprefix("torch.")
 
 
-# -- the sample axis ---------------------------------------------------------------------------------------------------
+# -- the sample axis ------------------------------------------------------------------------------
+
+
+def _concrete_shapes(program: Program) -> dict[str, tuple[Dim, ...]]:
+    return {n.name: tuple(n.shape) for n in program}
 
 
 def _symbolic_shapes(graph: Graph, program: Program) -> dict[str, tuple[Dim, ...]]:
@@ -208,7 +216,10 @@ def _batch(program: Program) -> int:
 
 
 def _mixing(graph: Graph, program: Program, state: State | None, batch: int) -> frozenset[str]:
-    """The nodes where samples first meet: another sample 0 changes more than a sample's share of their elements."""
+    """The nodes where samples first meet.
+
+    Another first sample changes more than one sample's share of their elements, but not of their arguments'.
+    """
     if batch < 2:
         return frozenset()
     with torch.no_grad():
@@ -222,7 +233,7 @@ def _mixing(graph: Graph, program: Program, state: State | None, batch: int) -> 
         before = evaluate_program(program, leaves, policy)
         changed = {n: _other_sample(leaves[n]) for n in program.inputs if n.shape and n.shape[0] == batch}
         after = evaluate_program(program, {**leaves, **changed}, policy)
-    wide = {n for n in program if _share(before[n], after[n]) > 1 / batch + 1e-9}
+    wide = {n for n in program if _changes(before[n], after[n]) * batch > n.numel}
     part = "model" if graph.coupled else "loss"
     return frozenset(n.name for n in wide if n.part == part and not any(p in wide for p in n.inputs))
 
@@ -231,7 +242,9 @@ def _other_sample(x: Tensor) -> Tensor:
     """``x [1, N, …]`` with its first sample replaced."""
     x = x.clone()
     if x.dtype.is_floating_point:
-        noise = torch.rand(x[0, 0].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x)
+        noise = torch.rand(x[0, 0].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(
+            x
+        )
         x[0, 0] = x[0, 0] * (0.5 + noise) + 0.1 * noise
         return x
     different = [k for k in range(1, x.shape[1]) if not torch.equal(x[0, k], x[0, 0])]
@@ -240,18 +253,18 @@ def _other_sample(x: Tensor) -> Tensor:
     return x
 
 
-def _share(a: Tensor, b: Tensor) -> float:
-    """Share of the elements that differ by more than rounding."""
+def _changes(a: Tensor, b: Tensor) -> int:
+    """How many elements differ by more than rounding."""
     if a.numel() == 0 or a.shape != b.shape:
-        return 0.0
+        return 0
     if not a.dtype.is_floating_point:
-        return float((a != b).float().mean())
+        return int((a != b).sum())
     tolerance = 1e-10 if a.dtype == torch.float64 else 1e-5
     scale = float(a.nan_to_num(posinf=0, neginf=0).abs().max())
-    return float(((a - b).abs() > tolerance * scale).float().mean())
+    return int(((a - b).abs() > tolerance * scale).sum())
 
 
-# -- other forms -------------------------------------------------------------------------------------------------------
+# -- other forms ----------------------------------------------------------------------------------
 
 
 def edges(rows: Sequence[NodeRow]) -> list[tuple[str, str, int | tuple[int, ...]]]:
@@ -267,11 +280,12 @@ def edges(rows: Sequence[NodeRow]) -> list[tuple[str, str, int | tuple[int, ...]
 def to_networkx(graph: Graph, state: State | None = None) -> nx.DiGraph[str]:
     """The graph with an edge from every argument to its user, nodes in topological order.
 
-    Nodes carry ``kind`` (``input``, ``target``, ``parameter``, ``operation``, ``constant``, ``loss``), ``operation``,
-    ``module``, ``shape`` (``"N"`` stands for the samples), ``dtype``, ``parameters``, ``derivative`` (``linear``,
-    ``bilinear``, ``elementwise``, ``smooth``, ``kinked``; None for leaves and integers), ``acts_per``,
-    ``couples_samples``, ``flops`` (of one sample), ``closed_form``, ``source`` and ``part`` (``model`` or ``loss``); edges
-    carry ``arg``, the position among the child's arguments (a tuple of them when used several times).
+    Nodes carry ``kind`` (``input``, ``target``, ``parameter``, ``operation``, ``constant``, ``loss``),
+    ``operation``, ``module``, ``shape`` (``"N"`` stands for the samples), ``dtype``, ``parameters``,
+    ``derivative`` (``linear``, ``bilinear``, ``elementwise``, ``smooth``, ``kinked``; None for leaves and
+    integers), ``acts_per``, ``couples_samples``, ``flops`` (of one sample), ``closed_form``, ``source`` and
+    ``part`` (``model`` or ``loss``); edges carry ``arg``, the position among the child's arguments (a tuple
+    when used several times).
     """
     rows = node_rows(graph, state)
     found: nx.DiGraph[str] = nx.DiGraph()
@@ -303,14 +317,17 @@ def header(graph: Graph) -> dict[str, Any]:
     }
 
 
-def to_dict(graph: Graph, state: State | None = None, rows: Sequence[NodeRow] | None = None) -> dict[str, Any]:
+def to_dict(
+    graph: Graph, state: State | None = None, rows: Sequence[NodeRow] | None = None
+) -> dict[str, Any]:
     """Header, nodes and edges with JSON types alone."""
     rows = node_rows(graph, state) if rows is None else rows
     return {
         **header(graph),
         "nodes": [row.as_json() for row in rows],
         "edges": [
-            {"from": a, "to": b, "arg": list(arg) if isinstance(arg, tuple) else arg} for a, b, arg in edges(rows)
+            {"from": a, "to": b, "arg": list(arg) if isinstance(arg, tuple) else arg}
+            for a, b, arg in edges(rows)
         ],
     }
 

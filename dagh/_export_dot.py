@@ -31,7 +31,7 @@ class _Cluster:
 
 
 def dot(title: str, rows: Sequence[NodeRow]) -> str:
-    """A directed graph, top to bottom: one cluster per module, one node shape per kind, colours by derivative class."""
+    """A directed graph: one cluster per module, one node shape per kind, colours by derivative class."""
     root = _Cluster()
     for row in rows:
         place = root
@@ -44,7 +44,8 @@ def dot(title: str, rows: Sequence[NodeRow]) -> str:
     out = [
         f"digraph {_quoted(title)} {{",
         '  graph [rankdir=TB, fontname="Helvetica", style="rounded", color="#9aa5b1", compound=true];',
-        '  node [fontname="Helvetica", fontsize=10, style="filled,rounded", fillcolor="#ffffff", color="#52606d"];',
+        '  node [fontname="Helvetica", fontsize=10, style="filled,rounded", fillcolor="#ffffff",',
+        '    color="#52606d"];',
         '  edge [fontname="Helvetica", fontsize=8, color="#7b8794"];',
         *_body(root, "", "  ", used),
     ]
@@ -80,7 +81,9 @@ def _style(row: NodeRow, used: set[str]) -> str:
         style["color"], style["penwidth"] = "#c2410c", "2"
     if row.closed_form is False or (row.kind == "parameter" and row.name not in used):
         style["style"] = "filled,rounded,dashed"
-    style["tooltip"] = ", ".join(p for p in (row.name, row.derivative or row.kind, row.dtype, row.source) if p)
+    style["tooltip"] = ", ".join(
+        p for p in (row.name, row.derivative or row.kind, row.dtype, row.source) if p
+    )
     return ", ".join(f"{key}={_quoted(value)}" for key, value in style.items())
 
 

@@ -9,14 +9,15 @@ from dagh._export import NodeRow, shape_text
 from dagh._export_text import acts_text, kink_text, notes, params_text
 from dagh._export_tree import Line, lines
 
-#: Colours follow the reader's theme; every rule is under ``.dagh`` so that the fragment can live in a notebook.
+#: Colours follow the reader's theme; every rule is under ``.dagh``, as a notebook has styles of its own.
 STYLE = """
 .dagh{--ink:#1d2733;--soft:#5f6c7b;--line:#dfe5ec;--card:#fff;--band:#f5f7fa;--accent:#0b6bcb;--warn:#b45309;
 --c-linear:#64748b;--c-bilinear:#0b7285;--c-elementwise:#2b8a3e;--c-smooth:#9c36b5;--c-kinked:#c2560c;
 --k-o:11,107,203;--k-f:156,54,181;--k-b:217,119,6;
 font:14px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;color:var(--ink)}
-@media(prefers-color-scheme:dark){.dagh{--ink:#e3e9f0;--soft:#98a6b5;--line:#2e3945;--card:#171e26;--band:#1e2731;
---accent:#6cb2f7;--warn:#f6ad55;--c-linear:#94a3b8;--c-bilinear:#4dd0e1;--c-elementwise:#7bd389;--c-smooth:#d59ae8;
+@media(prefers-color-scheme:dark){.dagh{--ink:#e3e9f0;--soft:#98a6b5;--line:#2e3945;--card:#171e26;
+--band:#1e2731;--accent:#6cb2f7;--warn:#f6ad55;--c-linear:#94a3b8;--c-bilinear:#4dd0e1;
+--c-elementwise:#7bd389;--c-smooth:#d59ae8;
 --c-kinked:#f6a35c;--k-o:77,158,240;--k-f:200,120,225;--k-b:240,165,60}}
 .dagh table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 .dagh .nodes{width:100%}
@@ -25,7 +26,8 @@ border-bottom:1px solid var(--line);background:none}
 .dagh .nodes td{padding:3px 10px;text-align:left;border:0;background:none;vertical-align:baseline}
 .dagh .nodes tr:hover td{background:var(--band)}
 .dagh .nodes .num{text-align:right}
-.dagh code,.dagh .mono{font-family:ui-monospace,SFMono-Regular,Menlo,"DejaVu Sans Mono",monospace;font-size:12.5px}
+.dagh code,.dagh .mono{font-family:ui-monospace,SFMono-Regular,Menlo,"DejaVu Sans Mono",monospace;
+font-size:12.5px}
 .dagh .soft{color:var(--soft)}
 .dagh .warn{color:var(--warn);font-weight:600}
 .dagh .mod{font-weight:600}
@@ -33,7 +35,8 @@ border-bottom:1px solid var(--line);background:none}
 .dagh .twist{display:inline-block;width:1.1em;color:var(--soft);cursor:pointer;user-select:none}
 .dagh .leaf{display:inline-block;width:1.1em}
 .dagh .tag{display:inline-block;font-size:12px;padding:0 7px;border-radius:9px;border:1px solid currentColor}
-.dagh .linear{color:var(--c-linear)}.dagh .bilinear{color:var(--c-bilinear)}.dagh .elementwise{color:var(--c-elementwise)}
+.dagh .linear{color:var(--c-linear)}.dagh .bilinear{color:var(--c-bilinear)}
+.dagh .elementwise{color:var(--c-elementwise)}
 .dagh .smooth{color:var(--c-smooth)}.dagh .kinked{color:var(--c-kinked)}
 .dagh .notes{color:var(--soft);font-size:12.5px;margin:8px 10px 0}
 """
@@ -41,7 +44,8 @@ border-bottom:1px solid var(--line);background:none}
 #: Folds modules; the page reads as well without it.
 SCRIPT = """
 document.querySelectorAll('.dagh .twist').forEach(t=>t.addEventListener('click',()=>{
-const tr=t.closest('tr'),d=+tr.dataset.depth,shut=t.textContent==='\\u25be';t.textContent=shut?'\\u25b8':'\\u25be';
+const tr=t.closest('tr'),d=+tr.dataset.depth,shut=t.textContent==='\\u25be';
+t.textContent=shut?'\\u25b8':'\\u25be';
 for(let r=tr.nextElementSibling;r&&+r.dataset.depth>d;r=r.nextElementSibling){r.hidden=shut;
 const u=r.querySelector('.twist');if(u)u.textContent='\\u25be';}}));
 """
@@ -59,7 +63,14 @@ def node_table(
     """The table of operations by module."""
     shown = lines(rows, depth=depth, collapse=collapse, hide=hide)
     kinks = any(line.ties is not None for line in shown)
-    heads = ["module · operation", "output", "params", "derivative", "acts per", *(["kinks on the data"] if kinks else [])]
+    heads = [
+        "module · operation",
+        "output",
+        "params",
+        "derivative",
+        "acts per",
+        *(["kinks on the data"] if kinks else []),
+    ]
     head = "".join(f'<th class="num">{h}</th>' if h == "params" else f"<th>{h}</th>" for h in heads)
     body = "".join(_tr(line, kinks) for line in shown)
     under = "<br>".join(escape(note) for note in notes(rows, shown))

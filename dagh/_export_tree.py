@@ -29,8 +29,9 @@ class Group:
 class Line:
     """One line of the display.
 
-    ``row`` is None for a module; ``ops`` is None for an operation and for a module whose operations follow, else how
-    many operations the line stands for. With ``times`` identical siblings in a row, the numbers are their sums.
+    ``row`` is None for a module; ``ops`` is None for an operation and for a module whose operations follow,
+    else how many operations the line stands for. With ``times`` identical siblings in a row, the numbers are
+    their sums.
     """
 
     depth: int
@@ -54,8 +55,8 @@ def lines(
 ) -> list[Line]:
     """Inputs, then operations by module, then the loss.
 
-    ``depth`` is how many levels of modules are shown, the last of them closed; ``collapse`` folds repeated siblings, ``hide`` drops operations
-    whose operation, name or module matches a glob.
+    ``depth`` is how many levels of modules are shown, the last of them closed; ``collapse`` folds
+    repeated siblings, ``hide`` drops operations whose operation, name or module matches a glob.
     """
     shown = [row for row in rows if row.op_like and not _hidden(row, hide)]
     model = _grouped([row for row in shown if row.part == "model"])
@@ -126,7 +127,7 @@ def _walk(items: Sequence[Group | NodeRow], level: int, depth: int | None, colla
         if len(inside) == 1:
             out.append(_line(f"{label} · {inside[0].operation}", inside, level, row=inside[0], times=same))
         elif depth is not None and level + 1 >= depth:
-            out.append(_line(label, inside, level, ops=len(inside), times=same))
+            out.append(_line(label, inside, level, ops=len(inside) * same, times=same))
         else:
             out.append(_line(label, inside, level, times=same, heading=True))
             out += _walk(merged.items, level + 1, depth, collapse)

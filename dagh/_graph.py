@@ -265,13 +265,13 @@ class Graph:
             results = builder.walk(captured.module, supplied)
         flat_out = pytree.tree_leaves(results) if not isinstance(results, (list, tuple)) else list(results)
         outputs = [flat_out[i] for i in captured.outputs]
-        node, self.output_name = choose_output(outputs, captured.out_spec, self._output)
+        node, self.output_name = choose_output(captured.names, outputs, self._output)
         return prune(builder.nodes, {names[0]: leaf_of[names[0]] for names in self.parameter_names}, inputs, node)
 
     def _pick(self, result: Any) -> Tensor:
         """The chosen output among everything the model returned."""
-        leaves, spec = pytree.tree_flatten(result)
-        chosen, _ = choose_output(leaves, spec, self._output)
+        named = _capture.output_paths(result)
+        chosen, _ = choose_output([n for n, _ in named], [leaf for _, leaf in named], self._output)
         assert isinstance(chosen, Tensor)
         return chosen
 
@@ -309,18 +309,20 @@ class Graph:
         output, known = self._verify(args, kwargs, n)
         _objectives.check_targets(targets, None if self.coupled else n)
         coupled = self.coupled
-        if not coupled and objective.is_callable and reduction == "mean":
+        if not coupled:
+            objective = _objectives.separable(objective, output, targets, n)
+        reason = self.coupling
+        if not coupled and objective.is_callable:
             scale = _objectives.scale_of(objective, output, targets, n)
             if scale is None:
                 coupled = True
                 reason = f"on the batch, loss {objective.name!r} is neither the mean nor the sum over single samples"
             else:
-                weights = output.new_full((n,), scale)
+                weights = output.new_full((n,), scale if reduction == "mean" else 1.0)
         elif not coupled:
             weights = _objectives.sample_weights(objective, reduction, output, targets, n)
-        if coupled and reduction == "none":
-            why = self.coupling if self.coupled else reason
-            raise CoupledSamplesError(f"per-sample blocks do not exist: {why}; use reduction='mean'")
+        if coupled and (reduction == "none" or (reduction == "sum" and not self.coupled)):
+            raise CoupledSamplesError(f"per-sample blocks do not exist: {reason}; use reduction='mean'")
         if coupled:
             weights = _objectives.coupled_weight(objective, reduction, output, targets)
             if not self.coupled:

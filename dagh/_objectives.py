@@ -8,6 +8,7 @@ targets. ``reduction="mean"`` of a cross-entropy with class weights, for instanc
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -37,6 +38,8 @@ class Objective:
     summed: Callable[[Any, Any], Tensor]
     weigh: Callable[[Any, Any], Tensor] | None
     averages: bool = True
+    own: Callable[[Any, Any], Tensor] | None = None
+    """A module's own call, for when its samples turn out not to be separable."""
 
     @property
     def is_callable(self) -> bool:
@@ -172,13 +175,29 @@ def _from_module(loss: Any) -> Objective:
         value: Tensor = summing(output, target)
         return value
 
-    return Objective(name, key, summed, weigh, averages=own != "sum")
+    return Objective(name, key, summed, weigh, averages=own != "sum", own=loss)
 
 
 def target_tensors(targets: Any) -> tuple[list[Tensor], Any]:
     """Flatten targets (a tensor, a nest of tensors, or ``None``)."""
     flat, spec = pytree.tree_flatten(targets)
     return flat, spec
+
+
+def separable(objective: Objective, output: Tensor, targets: Any, n: int) -> Objective:
+    """``objective``, or the module's own call where it does not split into samples (a weight per sample, say)."""
+    if objective.own is None or n < 2:
+        return objective
+    with torch.no_grad():
+        try:
+            each = sum(float(objective.summed(*_part(output, targets, p))) for p in _pieces(n))
+            total = float(objective.summed(output, targets))
+            tolerance = 1e-9 if output.dtype == torch.float64 else 1e-3
+            if abs(each - total) <= tolerance * max(abs(total), 1e-30):
+                return objective
+        except (RuntimeError, ValueError, IndexError):
+            pass
+    return Objective(objective.name, (objective.key, "own"), objective.own, None)
 
 
 # -- weights of the samples ------------------------------------------------------------------------
@@ -205,20 +224,28 @@ def scale_of(objective: Objective, output: Tensor, targets: Any, n: int) -> floa
         if n == 1:
             return 1.0
         try:
-            each = torch.stack([_on_sample(objective, output, targets, i) for i in range(n)])
+            pieces = _pieces(n)
+            each = torch.stack([objective.summed(*_part(output, targets, p)) for p in pieces])
         except (RuntimeError, ValueError, IndexError):
             return None
+    counts = each.new_tensor([p.stop - p.start for p in pieces])
     tolerance = 1e-9 if output.dtype == torch.float64 else 1e-4
-    size = max(float(each.abs().sum()), 1e-30)
-    if abs(float(total) - float(each.mean())) <= tolerance * size / n:
+    size = max(float((each.abs() * counts).sum()), 1e-30)
+    if abs(float(total) * n - float((each * counts).sum())) <= tolerance * size:
         return 1.0 / n
     if abs(float(total) - float(each.sum())) <= tolerance * size:
         return 1.0
     return None
 
 
-def _on_sample(objective: Objective, output: Tensor, targets: Any, i: int) -> Tensor:
-    return objective.summed(output[i : i + 1], pytree.tree_map(lambda t: t[i : i + 1], targets))
+def _pieces(n: int) -> list[slice]:
+    """A few unequal parts of a batch, single samples among them: a loss that adds up over these adds up over samples."""
+    cuts = sorted({0, 1, min(2, n), n // 3, n // 2, n})
+    return [slice(a, b) for a, b in itertools.pairwise(cuts)]
+
+
+def _part(output: Tensor, targets: Any, window: slice) -> tuple[Tensor, Any]:
+    return output[window], pytree.tree_map(lambda t: t[window], targets)
 
 
 def sample_weights(objective: Objective, reduction: Reduction, output: Tensor, targets: Any, n: int) -> Tensor:

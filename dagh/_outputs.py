@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from dagh._ir import Node, Program
 from dagh.errors import OutputError
 
 
-def choose_output(leaves: Sequence[Any], spec: Any, wanted: str | int | None) -> tuple[Any, str]:
+def choose_output(names: Sequence[str], leaves: Sequence[Any], wanted: str | int | None) -> tuple[Any, str]:
     """The output tensor to differentiate, and its name."""
-    names = _output_names(spec, len(leaves))
     candidates = {
         name: leaf for name, leaf in zip(names, leaves, strict=True)
         if isinstance(leaf, (Tensor, Node)) and leaf.dtype.is_floating_point
@@ -35,17 +33,6 @@ def choose_output(leaves: Sequence[Any], spec: Any, wanted: str | int | None) ->
         f"the model returns {len(candidates)} tensors ({', '.join(map(repr, candidates))}); "
         f"say which with output={next(iter(candidates))!r}"
     )
-
-
-def _output_names(spec: Any, count: int) -> list[str]:
-    """Dotted paths of the leaves of a pytree."""
-    dummy = pytree.tree_unflatten(list(range(count)), spec)
-    paths, _ = pytree.tree_flatten_with_path(dummy)
-    names = [""] * count
-    for path, index in paths:
-        parts = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path]
-        names[index] = ".".join(parts) or "output"
-    return names
 
 
 def prune(nodes: list[Node], parameters: dict[str, Node], inputs: list[Node], output: Any) -> Program:

@@ -207,6 +207,89 @@ def _batch_norm(b: Builder, a: dict[str, Any]) -> Any:
     return out if "cudnn_enabled" in a else [out, None, None, None, None]
 
 
+@rewrite("aten.cat")
+def _cat(b: Builder, a: dict[str, Any]) -> Any:
+    """Without the empty 1-D tensors that PyTorch accepts beside any other (fresh caches of language models)."""
+    kept = [t for t in a["tensors"] if tuple(t.shape) != (0,)]
+    if len(kept) == len(a["tensors"]) or not kept:
+        return NotImplemented
+    return kept[0] if len(kept) == 1 else b.emit(aten.cat.default, kept, a["dim"])
+
+
+@rewrite("aten.copy")
+def _copy(b: Builder, a: dict[str, Any]) -> Any:
+    """In-place assignment, functionalized: the source, in the shape and dtype of what it overwrites."""
+    target, source = a["self"], a["src"]
+    if not isinstance(source, Node):
+        return NotImplemented
+    if source.dtype != target.dtype:
+        source = b.emit(aten.to.dtype, source, target.dtype)
+    return source if source.shape == target.shape else b.emit(aten.expand.default, source, list(target.shape))
+
+
+@rewrite("aten.cdist")
+def _cdist(b: Builder, a: dict[str, Any]) -> Any:
+    if float(a["p"]) != 2.0:
+        return NotImplemented
+    rows, columns = b.emit(aten.unsqueeze.default, a["x1"], -2), b.emit(aten.unsqueeze.default, a["x2"], -3)
+    square = b.emit(aten.pow.Tensor_Scalar, b.emit(aten.sub.Tensor, rows, columns), 2)
+    return b.emit(aten.sqrt.default, b.emit(aten.sum.dim_IntList, square, [-1]))
+
+
+@rewrite("aten.embedding_bag", "aten._embedding_bag", "aten._embedding_bag_forward_only")
+def _embedding_bag(b: Builder, a: dict[str, Any]) -> Any:
+    """Rows of the table, averaged or added bag by bag with a constant matrix."""
+    indices, offsets, mode = a["indices"], a["offsets"], int(a["mode"])
+    if mode == 2 or not isinstance(offsets, Node) or offsets.batched:
+        return NotImplemented
+    starts = b.values[offsets]
+    if a.get("include_last_offset"):
+        starts = starts[:-1]
+    positions = torch.arange(indices.shape[0], device=starts.device)
+    bag = torch.searchsorted(starts.contiguous(), positions, right=True) - 1
+    padding = a.get("padding_idx")
+    padding = -1 if padding is None else int(padding)
+    rows = b.emit(aten.embedding.default, a["weight"], indices, padding)
+    if a["per_sample_weights"] is not None:
+        rows = b.emit(aten.mul.Tensor, rows, b.emit(aten.unsqueeze.default, a["per_sample_weights"], -1))
+    member = torch.nn.functional.one_hot(bag, starts.shape[0]).T.to(b.values[a["weight"]])
+    counted = b.constant(member)
+    if padding >= 0:
+        used = b.emit(aten.to.dtype, b.emit(aten.ne.Scalar, indices, padding), member.dtype)
+        counted = b.emit(aten.mul.Tensor, counted, used)
+    total = b.emit(aten.mm.default, counted, rows)
+    if mode == 1:
+        size = b.emit(aten.clamp_min.default, b.emit(aten.sum.dim_IntList, counted, [1], True), 1)
+        total = b.emit(aten.div.Tensor, total, size)
+    return [total, None, None, None]
+
+
+@rewrite("aten.bilinear")
+def _bilinear(b: Builder, a: dict[str, Any]) -> Any:
+    if a["bias"] is None:
+        return NotImplemented
+    return b.emit(aten.add.Tensor, b.emit(aten.bilinear.default, a["input1"], a["input2"], a["weight"], None), a["bias"])
+
+
+@rewrite("aten._weight_norm", "aten._weight_norm_interface")
+def _weight_norm(b: Builder, a: dict[str, Any]) -> Any:
+    # Written out: PyTorch's fused kernel has a wrong double backward.
+    v, dim = a["v"], int(a["dim"])
+    rank = len(v.shape)
+    axes = list(range(rank)) if dim == -1 else [d for d in range(rank) if d != dim % rank]
+    square = b.emit(aten.pow.Tensor_Scalar, v, 2)
+    norm = b.emit(aten.sqrt.default, b.emit(aten.sum.dim_IntList, square, axes, dim != -1))
+    w = b.emit(aten.mul.Tensor, v, b.emit(aten.div.Tensor, a["g"], norm))
+    return w if a["__name__"] == "_weight_norm" else [w, norm]
+
+
+@rewrite("aten.slice_scatter")
+def _slice_scatter(b: Builder, a: dict[str, Any]) -> Any:
+    x, dim = a["self"], int(a["dim"])
+    start, stop, step = slice(a["start"], a["end"], a["step"]).indices(x.shape[dim])
+    return b.emit(aten.slice_scatter.default, x, a["src"], dim, start, stop, step)
+
+
 @rewrite("aten.addmm")
 def _addmm(b: Builder, a: dict[str, Any]) -> Any:
     product = b.emit(aten.mm.default, a["mat1"], a["mat2"])

@@ -106,7 +106,7 @@ class State:
         slots = self._slots(child, parent)
         eye = self._identity(parent)
         out = self.rule(child).jvp(self.call(child), dict.fromkeys(slots, eye))
-        return out.flatten(2).transpose(1, 2)
+        return _sweep.matrices(out).transpose(1, 2)
 
     def total_jacobian(self, u: str | Node, v: str | Node) -> Tensor:
         """``J_{u←v}``, over all paths: ``[N, d_u, d_v]``."""
@@ -116,7 +116,7 @@ class State:
         if child not in tangents:
             n = max(self.values[child].shape[0], self.values[parent].shape[0])
             return self.values[child].new_zeros(n, child.numel, parent.numel)
-        return tangents[child].flatten(2).transpose(1, 2)
+        return _sweep.matrices(tangents[child]).transpose(1, 2)
 
     def second(self, u: str | Node, v: str | Node, w: str | Node) -> Tensor:
         """``T_{u;v,w}``: second derivatives of every output of u, ``[N, d_u, d_v, d_w]`` (dense: for small nodes)."""
@@ -171,7 +171,7 @@ class State:
         n = max(self.values[row].shape[0], self.values[column].shape[0])
         if row not in found:
             return self.values[row].new_zeros(n, row.numel, column.numel)
-        block = found[row].flatten(2).transpose(1, 2)
+        block = _sweep.matrices(found[row]).transpose(1, 2)
         if n == 1 and block.shape[0] > 1:
             block = block.sum(0, keepdim=True)
         return block.expand(n, *block.shape[1:])
@@ -209,7 +209,7 @@ class State:
         if not self.rule(child).curved(child):
             found = {}
         for block in found.values():
-            total = total + block.flatten(2)
+            total = total + _sweep.matrices(block)
         return total.transpose(1, 2)
 
 

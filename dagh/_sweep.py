@@ -40,6 +40,11 @@ class Tangents(dict[Node, Tensor]):
         return expand_channels(self[node]) if node in self.channelwise else self[node]
 
 
+def matrices(t: Tensor) -> Tensor:
+    """A bundle ``[N, B, *shape]`` with the node's axes flattened: ``[N, B, d]``."""
+    return t.reshape(*t.shape[:2], t.shape[2:].numel())
+
+
 def expand_channels(t: Tensor) -> Tensor:
     """``[N, b, m, C, …]`` channel-diagonal to dense ``[N, C·b, m, C, …]``."""
     n, b, _, c = t.shape[:4]

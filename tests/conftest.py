@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+# pytest listens to every logger, and that makes torch.export write its long structured log.
+logging.getLogger("torch.__trace").propagate = False
 
 MARKERS = {
     "slow": "takes more than a few seconds; run with -m slow",

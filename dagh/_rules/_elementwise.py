@@ -27,6 +27,11 @@ Derivative = Callable[[Call, Tensor], Tensor]
 Points = Callable[[Node], Sequence[float]]
 
 
+def _choose(condition: Tensor, values: Tensor, otherwise: float) -> Tensor:
+    """``values`` where ``condition`` holds, a number elsewhere, in full precision."""
+    return values.masked_fill(~condition, otherwise)
+
+
 def _zero(call: Call, x: Tensor) -> Tensor:
     return torch.zeros_like(x)
 
@@ -72,7 +77,7 @@ class Unary(Rule):
                 at = x == point
                 if bool(at.any()):
                     d1, d2 = self._at_kink(call, point)
-                    first, second = torch.where(at, d1, first), torch.where(at, d2, second)
+                    first, second = first.masked_fill(at, d1), second.masked_fill(at, d2)
             return first, second
 
         pair: tuple[Tensor, Tensor] = call.once("derivatives", compute)
@@ -230,7 +235,7 @@ def _register_unaries() -> None:
         "relu": Unary(lambda c, x: (x > 0).to(x.dtype), points=_at(0.0)),
         "relu6": Unary(lambda c, x: _inside(x, 0.0, 6.0), points=_at(0.0, 6.0)),
         "leaky_relu": Unary(
-            lambda c, x: torch.where(x > 0, 1.0, float(c.arg("negative_slope"))).to(x.dtype), points=_at(0.0)
+            lambda c, x: _choose(x > 0, torch.ones_like(x), float(c.arg("negative_slope"))), points=_at(0.0)
         ),
         "abs": Unary(lambda c, x: torch.sign(x), points=_at(0.0)),
         "hardtanh": Unary(_between("min_val", "max_val"), points=_bounds("min_val", "max_val")),
@@ -239,7 +244,7 @@ def _register_unaries() -> None:
         "clamp_max": Unary(_between("min", "max"), points=_bounds("min", "max")),
         "hardsigmoid": Unary(lambda c, x: _inside(x, -3.0, 3.0) / 6, points=_at(-3.0, 3.0)),
         "hardswish": Unary(
-            lambda c, x: torch.where(x <= -3, 0.0, torch.where(x < 3, x / 3 + 0.5, 1.0)).to(x.dtype),
+            lambda c, x: _choose(x > -3, _choose(x < 3, x / 3 + 0.5, 1.0), 0.0),
             lambda c, x: _inside(x, -3.0, 3.0) / 3,
             points=_at(-3.0, 3.0),
         ),
@@ -418,7 +423,7 @@ class Extremum(_Binary):
         sign = 1 if call.node.operation.startswith("max") else -1
         other = ((b - a) * sign > 0).to(call.out.dtype)
         lam = 0.5 if call.kink is None else float(call.kink)
-        return torch.where(a == b, lam, other)
+        return other.masked_fill(a == b, lam)
 
     def partials(self, call: Call) -> tuple[Tensor | float, Tensor | float]:
         w = bundle(self._weight(call))
@@ -462,7 +467,7 @@ class PReLU(Rule):
             x, w = call.xs[0], self._weight(call)
             right = (x > 0).to(x.dtype)
             if call.kink is not None:
-                right = torch.where(x == 0, float(call.kink), right)
+                right = right.masked_fill(x == 0, float(call.kink))
             return right + (1 - right) * w, 1 - right
 
         pair: tuple[Tensor, Tensor] = call.once("slope", compute)

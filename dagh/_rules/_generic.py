@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dagh._ir import Node
 from dagh._rules._base import Call
+from dagh.errors import RuleError
 
 _NO_FORWARD: set[str] = set()
 
@@ -52,10 +53,6 @@ def _split(call: Call, active: Iterable[int]) -> tuple[list[int], Callable[..., 
     return active, close
 
 
-def _differentiable(call: Call) -> list[int]:
-    return [i for i, x in enumerate(call.xs) if x.dtype.is_floating_point]
-
-
 def jvp(call: Call, tangents: Mapping[int, Tensor]) -> Tensor:
     if call.node.key not in _NO_FORWARD:
         try:
@@ -64,7 +61,21 @@ def jvp(call: Call, tangents: Mapping[int, Tensor]) -> Tensor:
             raise
         except (NotImplementedError, RuntimeError):
             _NO_FORWARD.add(call.node.key)
-    return _double_reverse_jvp(call, tangents)
+    try:
+        return _double_reverse_jvp(call, tangents)
+    except torch.OutOfMemoryError:
+        raise
+    except (NotImplementedError, RuntimeError) as error:
+        raise _underivable(call, error) from None
+
+
+def _underivable(call: Call, error: Exception) -> RuleError:
+    node = call.node
+    where = f" in {node.module!r}" if node.module else ""
+    return RuleError(
+        f"PyTorch cannot differentiate {node.key}{where} twice ({str(error).splitlines()[0][:120]}); "
+        "register a rule for it with dagh.register_rule, or rewrite that line of the model"
+    )
 
 
 def _forward_jvp(call: Call, tangents: Mapping[int, Tensor]) -> Tensor:
@@ -107,13 +118,18 @@ def curvature(call: Call, adjoint: Tensor, tangents: Mapping[int, Tensor], args:
             raise
         except (NotImplementedError, RuntimeError):
             _NO_FORWARD.add(call.node.key)
-    return _reverse_over_reverse(call, adjoint, tangents, args)
+    try:
+        return _reverse_over_reverse(call, adjoint, tangents, args)
+    except torch.OutOfMemoryError:
+        raise
+    except (NotImplementedError, RuntimeError) as error:
+        raise _underivable(call, error) from None
 
 
 def _forward_over_reverse(
     call: Call, adjoint: Tensor, tangents: Mapping[int, Tensor], args: list[int]
 ) -> dict[int, Tensor]:
-    active, close = _split(call, _differentiable(call))
+    active, close = _split(call, sorted({*tangents, *args}))
     k = len(call.xs)
     moving = list(tangents)
 
@@ -176,7 +192,7 @@ def _double_reverse_jvp(call: Call, tangents: Mapping[int, Tensor]) -> Tensor:
 def _reverse_over_reverse(
     call: Call, adjoint: Tensor, tangents: Mapping[int, Tensor], args: list[int]
 ) -> dict[int, Tensor]:
-    active, close = _split(call, _differentiable(call))
+    active, close = _split(call, sorted({*tangents, *args}))
     n_max = max(t.shape[0] for t in [*call.xs, adjoint, *tangents.values()])
     width = next(iter(tangents.values())).shape[1]
     rows: dict[int, list[Tensor]] = {i: [] for i in args}

@@ -43,73 +43,50 @@ class LinearMap(Rule):
         return {}
 
 
-_GENERIC = [
-    "sum",
-    "mean",
-    "cumsum",
-    "flip",
-    "roll",
-    "index",
-    "index_select",
-    "gather",
-    "constant_pad_nd",
-    "pad",
-    "pixel_shuffle",
-    "pixel_unshuffle",
-    "avg_pool1d",
-    "avg_pool2d",
-    "avg_pool3d",
-    "adaptive_avg_pool1d",
-    "adaptive_avg_pool2d",
-    "adaptive_avg_pool3d",
-    "_adaptive_avg_pool2d",
-    "_adaptive_avg_pool3d",
-    "upsample_nearest1d",
-    "upsample_nearest2d",
-    "upsample_nearest3d",
-    "upsample_bilinear2d",
-    "upsample_linear1d",
-    "upsample_trilinear3d",
-    "upsample_bicubic2d",
-    "reflection_pad1d",
-    "reflection_pad2d",
-    "reflection_pad3d",
-    "replication_pad1d",
-    "replication_pad2d",
-    "replication_pad3d",
-    "im2col",
-    "col2im",
-    "unfold",
-    "tril",
-    "triu",
-    "diagonal",
-    "diag_embed",
-    "where",
-    "masked_fill.Scalar",
-    "repeat",
-    "repeat_interleave",
-    "stack",
-    "slice_scatter",
-    "select_scatter",
-    "index_put",
-    "unfold_copy",
-    "narrow",
-    "trace",
-    "channel_shuffle",
-    "_to_copy",
-    "to",
-    "copy",
-    "scatter_add",
-    "index_add",
-    "movedim",
-    "swapaxes",
-    "rot90",
-    "take_along_dim",
-    "expand_as",
-    "broadcast_to",
-]
-for _name in _GENERIC:
+_GENERIC = """
+sum mean cumsum flip roll index index_select gather pixel_shuffle pixel_unshuffle channel_shuffle
+reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d
+im2col col2im unfold unfold_copy tril triu diagonal diag_embed trace repeat repeat_interleave stack
+slice_scatter select_scatter index_put scatter_add index_add movedim swapaxes rot90 narrow
+take_along_dim expand_as broadcast_to _to_copy to copy
+"""
+for _name in _GENERIC.split():
     register_rule(f"aten.{_name}")(LinearMap())
+
+
+class AffineMap(LinearMap):
+    """A linear operation plus a constant (fills, pads with a value): the constant drops out of the derivative."""
+
+    def jvp(self, call: Call, tangents: Tangents) -> Tensor:
+        from dagh._rules import _generic
+
+        return _generic.jvp(call, tangents)
+
+
+for _name in ("where", "constant_pad_nd", "pad", "index_fill", "scatter", "masked_scatter", "fill"):
+    register_rule(f"aten.{_name}")(AffineMap())
+
+
+@register_rule("aten.masked_fill")
+class MaskedFill(LinearMap):
+    """Elements under a mask replaced by one number."""
+
+    def _rest(self, call: Call, t: Tensor) -> Tensor:
+        rank = len(call.node.shape)
+        return align(t, 2, rank).masked_fill(align(call.xs[1], 1, rank).unsqueeze(1), 0.0)
+
+    def jvp(self, call: Call, tangents: Tangents) -> Tensor:
+        if set(tangents) != {0}:
+            from dagh._rules import _generic
+
+            return _generic.jvp(call, tangents)
+        t = self._rest(call, tangents[0])
+        return t.expand(*t.shape[:2], *call.node.shape)
+
+    def vjp(self, call: Call, cotangent: Tensor, arg: int, keep: bool) -> Tensor:
+        if arg != 0:
+            return super().vjp(call, cotangent, arg, keep)
+        return unbroadcast(self._rest(call, cotangent), 2, call.node.inputs[0].shape)
 
 
 class PerChannel(LinearMap):
@@ -127,7 +104,7 @@ _adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d upsample_nearest3d up
 upsample_trilinear3d upsample_bicubic2d
 """
 for _name in _PER_CHANNEL.split():
-    register_rule(f"aten.{_name}", replace=True)(PerChannel())
+    register_rule(f"aten.{_name}")(PerChannel())
 
 
 @register_rule(

@@ -50,8 +50,8 @@ class CrossEntropy(Rule):
             else:
                 ignored = (target == int(call.arg("ignore_index"))).unsqueeze(axis)
                 hot = torch.zeros_like(z).scatter(axis, target.clamp(min=0).unsqueeze(axis), 1.0)
-                q = torch.where(ignored, 0.0, (1 - smoothing) * w * hot + smoothing / classes * w)
-                used = torch.where(ignored, 0.0, (w * hot).sum(axis, keepdim=True))
+                q = ((1 - smoothing) * w * hot + smoothing / classes * w).masked_fill(ignored, 0.0)
+                used = (w * hot).sum(axis, keepdim=True).masked_fill(ignored, 0.0)
                 norm = used.flatten(1).sum(1).reshape(-1, *([1] * (z.dim() - 1)))
             return p, q / norm if int(call.arg("reduction")) == _MEAN else q
 
