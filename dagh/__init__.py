@@ -4,13 +4,14 @@ from dagh import errors
 from dagh._blockmatrix import BlockMatrix
 from dagh._graph import Graph, trace
 from dagh._hessian import Decomposition, decompose, functional_hessian, gauss_newton, hessian
-from dagh._rules import Rule, register_rule
+from dagh._rules import Call, Rule, register_rule
 from dagh._state import State
 from dagh._version import __version__
 from dagh.errors import DaghError
 
 __all__ = [
     "BlockMatrix",
+    "Call",
     "DaghError",
     "Decomposition",
     "Graph",

@@ -51,11 +51,12 @@ class Accumulator:
         target = self.block(min(i, j), max(i, j))
         if self.keep:
             target = target[window]
-        piece = piece.unflatten(-2, (channels, -1))
+        lead, (rows, columns) = target.shape[:-2], target.shape[-2:]
+        piece = piece.reshape(*lead, channels, part.stop - part.start, -1)
         if i <= j:
-            target.unflatten(-2, (channels, -1))[..., part, :] += piece
+            target.view(*lead, channels, rows // channels, columns)[..., part, :] += piece
         else:
-            target.unflatten(-1, (channels, -1))[..., part] += piece.movedim(-1, -3)
+            target.view(*lead, rows, channels, columns // channels)[..., part] += piece.movedim(-1, -3)
 
 
 def assemble(

@@ -28,9 +28,7 @@ class Block(ABC):
     structure: ClassVar[str] = "dense"
     fields: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(
-        self, shape: tuple[int, int], samples: int | None, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, shape: tuple[int, int], samples: int | None, dtype: torch.dtype, device: torch.device) -> None:
         self.shape = (int(shape[0]), int(shape[1]))
         self.samples = samples
         self.dtype = dtype

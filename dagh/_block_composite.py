@@ -143,9 +143,7 @@ class GridBlock(Block):
         heights = [row[0].shape[0] for row in grid]
         widths = [block.shape[1] for block in grid[0]]
         for height, row in zip(heights, grid, strict=True):
-            if [b.shape for b in row] != [(height, w) for w in widths] or any(
-                b.samples != first.samples for b in row
-            ):
+            if [b.shape for b in row] != [(height, w) for w in widths] or any(b.samples != first.samples for b in row):
                 raise ShapeError("the blocks of a grid do not line up")
         super().__init__((sum(heights), sum(widths)), first.samples, first.dtype, first.device)
         self.grid = tuple(tuple(row) for row in grid)

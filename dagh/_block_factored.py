@@ -34,9 +34,7 @@ class LowRankBlock(Block):
     def __init__(self, left: Tensor, right: Tensor, signs: Tensor | None = None) -> None:
         samples = samples_of(left, 2, "the left factor of a low-rank block")
         if right.shape[:-1] != left.shape[:-1]:
-            raise ShapeError(
-                f"low-rank factors {tuple(left.shape)} and {tuple(right.shape)} have different ranks"
-            )
+            raise ShapeError(f"low-rank factors {tuple(left.shape)} and {tuple(right.shape)} have different ranks")
         if signs is None:
             signs = left.new_ones(1)
         super().__init__((left.shape[-1], right.shape[-1]), samples, left.dtype, left.device)

@@ -57,9 +57,7 @@ def save(matrix: BlockMatrix, path: Path) -> None:
         "samples": matrix.samples,
         "dtype": str(matrix.dtype).removeprefix("torch."),
         "info": matrix.info,
-        "blocks": [
-            [i, j, matrix.kinds[i, j], _pack(block, arrays)] for (i, j), block in matrix.blocks.items()
-        ],
+        "blocks": [[i, j, matrix.kinds[i, j], _pack(block, arrays)] for (i, j), block in matrix.blocks.items()],
     }
     text = json.dumps(header, default=str)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

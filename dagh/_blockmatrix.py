@@ -101,9 +101,7 @@ class BlockMatrix:
                 f"with samples={self.samples}, not {block!r}"
             )
         if block.dtype != self.dtype:
-            raise DtypeError(
-                f"block ({self.names[i]!r}, {self.names[j]!r}) is {block.dtype}, not {self.dtype}"
-            )
+            raise DtypeError(f"block ({self.names[i]!r}, {self.names[j]!r}) is {block.dtype}, not {self.dtype}")
         if i > j:
             (i, j), block = (j, i), block.T
         if (i, j) in self.blocks:

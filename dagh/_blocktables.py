@@ -135,6 +135,10 @@ class NormTable:
             out[..., i, j] = out[..., j, i] = value
         return out
 
+    def __str__(self) -> str:
+        lines = [f"{a} × {b}: {np.array2string(np.asarray(v), precision=6)}" for (a, b), v in self.items()]
+        return "\n".join(lines)
+
     def __repr__(self) -> str:
         return f"NormTable({self.kind!r}, {len(self.names)} parameters, {len(self)} blocks)"
 

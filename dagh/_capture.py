@@ -126,7 +126,9 @@ def capture(
     attempts: list[tuple[str, Callable[[], Captured]]] = []
     if batch is None:
         attempts.append(("torch.export, dynamic batch", lambda: _export(model, args, kwargs, True)))
-        attempts.append(("torch.export of the tensor outputs, dynamic batch", lambda: _export_tensors(model, args, kwargs)))
+        attempts.append(
+            ("torch.export of the tensor outputs, dynamic batch", lambda: _export_tensors(model, args, kwargs))
+        )
         one = pytree.tree_map(_first_sample(args, kwargs), (args, kwargs))
         attempts.append(("torch.export, batch of 1", lambda: _export(model, one[0], one[1], False)))
         attempts.append(("direct tracing, batch of 1", lambda: _make_fx(model, one[0], one[1])))
@@ -215,7 +217,9 @@ def _export_tensors(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         stack = node.meta.get("nn_module_stack")
         if stack:
             node.meta["nn_module_stack"] = {
-                key: (entry[0].removeprefix("model").removeprefix("."), *entry[1:]) if isinstance(entry, tuple) else entry
+                key: (entry[0].removeprefix("model").removeprefix("."), *entry[1:])
+                if isinstance(entry, tuple)
+                else entry
                 for key, entry in stack.items()
             }
     return captured

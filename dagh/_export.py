@@ -242,9 +242,7 @@ def _other_sample(x: Tensor) -> Tensor:
     """``x [1, N, …]`` with its first sample replaced."""
     x = x.clone()
     if x.dtype.is_floating_point:
-        noise = torch.rand(x[0, 0].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(
-            x
-        )
+        noise = torch.rand(x[0, 0].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x)
         x[0, 0] = x[0, 0] * (0.5 + noise) + 0.1 * noise
         return x
     different = [k for k in range(1, x.shape[1]) if not torch.equal(x[0, k], x[0, 0])]
@@ -317,17 +315,14 @@ def header(graph: Graph) -> dict[str, Any]:
     }
 
 
-def to_dict(
-    graph: Graph, state: State | None = None, rows: Sequence[NodeRow] | None = None
-) -> dict[str, Any]:
+def to_dict(graph: Graph, state: State | None = None, rows: Sequence[NodeRow] | None = None) -> dict[str, Any]:
     """Header, nodes and edges with JSON types alone."""
     rows = node_rows(graph, state) if rows is None else rows
     return {
         **header(graph),
         "nodes": [row.as_json() for row in rows],
         "edges": [
-            {"from": a, "to": b, "arg": list(arg) if isinstance(arg, tuple) else arg}
-            for a, b, arg in edges(rows)
+            {"from": a, "to": b, "arg": list(arg) if isinstance(arg, tuple) else arg} for a, b, arg in edges(rows)
         ],
     }
 

@@ -81,9 +81,7 @@ def _style(row: NodeRow, used: set[str]) -> str:
         style["color"], style["penwidth"] = "#c2410c", "2"
     if row.closed_form is False or (row.kind == "parameter" and row.name not in used):
         style["style"] = "filled,rounded,dashed"
-    style["tooltip"] = ", ".join(
-        p for p in (row.name, row.derivative or row.kind, row.dtype, row.source) if p
-    )
+    style["tooltip"] = ", ".join(p for p in (row.name, row.derivative or row.kind, row.dtype, row.source) if p)
     return ", ".join(f"{key}={_quoted(value)}" for key, value in style.items())
 
 

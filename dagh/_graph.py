@@ -102,6 +102,7 @@ class Graph:
         warn_about_mode(model, mode)
         self._inputs_like = pytree.tree_flatten((args, kwargs))[1]
         self._example = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs))
+        _check_runs(model, args, kwargs, mode)
         captured = _capture.capture(model, args, kwargs, mode, batch=None)
         self._captured[captured.batch] = captured
         self.method = captured.method
@@ -328,6 +329,7 @@ class Graph:
             if not self.coupled:
                 self._require_batch(args, kwargs, n)
         program = self._with_loss(objective, output, targets, n if coupled else 1, n)
+        policy.check(program)
         leaves = self._leaf_values(program, args, kwargs, coupled)
         flat_targets, _ = _objectives.target_tensors(targets)
         for node, t in zip(program.targets, flat_targets, strict=True):
@@ -393,7 +395,7 @@ class Graph:
             again = self._pick(_capture.run_model(self.model, args, kwargs, self.mode))
             if not close(output, again):
                 raise NonDeterministicError(
-                    "two evaluations of the model on the same inputs differ; remove the randomness or seed it in forward"
+                    "the model gives two different outputs for the same inputs; remove or seed the randomness in forward"
                 )
             if attempt == 0:
                 # The traced branch does not fit these inputs: trace the batch as it is.
@@ -418,8 +420,7 @@ class Graph:
     def _with_loss(self, objective: _objectives.Objective, output: Tensor, targets: Any, batch: int, n: int) -> Program:
         """The model's program with the loss appended."""
         flat, spec = _objectives.target_tensors(targets)
-        key = (objective.key, batch,
-               tuple((t.shape[1:], t.dtype) for t in flat))  # fmt: skip
+        key = (objective.key, batch, tuple((t.shape[1:], t.dtype) for t in flat))
         if key in self._losses:
             return self._losses[key]
         base = self._program(batch)
@@ -430,17 +431,16 @@ class Graph:
             return objective.summed(out, pytree.tree_unflatten(list(ts), spec) if flat else None)
 
         builder = Builder("loss", taken=base.by_name)
-        with torch.no_grad():
+        with torch.no_grad(), _objectives.blamed_on(objective.name, output, targets):
             value = function(first.clone(), *some)
             if not isinstance(value, Tensor) or value.numel() != 1:
                 shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise LossError(f"loss {objective.name!r} must return a scalar; it returned {shape}")
         traced = _capture.trace_function(function, [first.detach().clone(), *some])
-        for name, t in traced.named_buffers():
+        for t in [*traced.parameters(), *traced.buffers()]:
             if t.requires_grad:
                 raise LossError(
-                    f"loss {objective.name!r} closes over a tensor that requires a gradient ({name}, "
-                    f"shape {tuple(t.shape)}); "
+                    f"loss {objective.name!r} closes over a tensor of shape {tuple(t.shape)} that requires a gradient; "
                     "make it an output of the model, or detach it"
                 )
         with torch.no_grad():
@@ -487,3 +487,15 @@ class Graph:
                 shared = not (x.dim() and x.shape[0] == n)
                 leaves[node] = x.unsqueeze(0) if coupled or shared else x.unsqueeze(1)
         return leaves
+
+
+def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: Mode) -> None:
+    """Run the model once, so that inputs it cannot take are the user's error and not the tracer's."""
+    try:
+        _capture.run_model(model, args, kwargs, mode)
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError) as error:
+        shapes = ", ".join(str(tuple(t.shape)) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ShapeError(
+            f"{type(model).__name__} cannot be evaluated on inputs of shape {shapes}: {reason[:200]}"
+        ) from error

@@ -43,7 +43,7 @@ def hessian(
     blocks: Blocks = "all",
     reduction: Reduction = "mean",
     kinks: Any = "torch",
-    memory_budget: int | None = None,
+    memory_budget: int | str | None = None,
     plan: Plan | None = None,
     output: str | int | None = None,
     mode: Mode = "eval",
@@ -64,7 +64,7 @@ def hessian(
         reduction: ``"mean"``: the loss as PyTorch would average it (a module's own ``reduction``, a callable's own
             value); ``"sum"`` over samples; ``"none"``: one Hessian per sample, blocks ``[N, p_a, p_b]``.
         kinks: ``"torch"``, or a dict or function choosing σ'(0) ∈ [0, 1] and max-pool's tie rule; see the docs.
-        memory_budget: bytes for results and work (default: half of the free memory).
+        memory_budget: bytes for results and work, a number or ``"2GiB"`` (default: half of the free memory).
         plan: a plan made for the same graph and request, e.g. another matrix's ``H.plan``.
         output: which output to differentiate, when the model returns several.
         mode: ``"eval"`` (default) or ``"train"``.
@@ -104,7 +104,7 @@ def gauss_newton(
     blocks: Blocks = "all",
     reduction: Reduction = "mean",
     kinks: Any = "torch",
-    memory_budget: int | None = None,
+    memory_budget: int | str | None = None,
     plan: Plan | None = None,
     output: str | int | None = None,
     mode: Mode = "eval",
@@ -143,7 +143,7 @@ def functional_hessian(
     blocks: Blocks = "all",
     reduction: Reduction = "mean",
     kinks: Any = "torch",
-    memory_budget: int | None = None,
+    memory_budget: int | str | None = None,
     plan: Plan | None = None,
     output: str | int | None = None,
     mode: Mode = "eval",
@@ -178,7 +178,7 @@ def decompose(
     blocks: Blocks = "all",
     reduction: Reduction = "mean",
     kinks: Any = "torch",
-    memory_budget: int | None = None,
+    memory_budget: int | str | None = None,
     plan: Plan | None = None,
     output: str | int | None = None,
     mode: Mode = "eval",
@@ -214,11 +214,13 @@ def _compute(
     blocks: Blocks,
     reduction: Reduction,
     kinks: Any,
-    memory_budget: int | None,
+    memory_budget: int | str | None,
     plan: Plan | None,
     output: str | int | None,
     mode: Mode,
 ) -> dict[str, BlockMatrix]:
+    if isinstance(memory_budget, str):
+        memory_budget = _memory.parse_size(memory_budget)
     graph = model if isinstance(model, Graph) else trace(model, inputs, mode=mode, output=output)
     first = graph.program
     names, _ = choose_names(first, graph.trainable, params, wrt)
@@ -240,6 +242,8 @@ def _compute(
     if plan is None:
         plan = make_plan(program, request, functional="functional" in parts)
         plan.signature = signature
+    elif not isinstance(plan, Plan):
+        raise ReductionError(f"plan must be a Plan such as H.plan, not {type(plan).__name__}")
     elif (plan.names, plan.pairs) != (names, request.pairs) or plan.signature[3:] != signature[3:]:
         raise ReductionError("the plan was made for another graph or request; leave plan=None to make a new one")
     pieces = assemble(state, request, plan, parts=parts, keep=keep, budget=budget)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from rich.table import Table
 
 from dagh._ir import Node
 from dagh._rules import rule_for
-from dagh.errors import ReductionError
+from dagh.errors import ReductionError, UnknownNameError
 
 if TYPE_CHECKING:
     from dagh._state import State
@@ -21,7 +21,8 @@ class KinkPolicy:
     """Which derivative to take at a kink.
 
     ``choices`` is ``None`` (PyTorch's own), a dict from operation names, node names, module paths or globs of them to a
-    choice, or a function ``NodeInfo -> choice | None``. A choice is a number λ in [0, 1] for element-wise kinks (the derivative is (1-λ)·left + λ·right, so λ = σ'(0) for ReLU), or ``"first"``,
+    choice, or a function ``NodeInfo -> choice | None``. A choice is a number λ in [0, 1] for
+    element-wise kinks (the derivative is (1-λ)·left + λ·right, so λ = σ'(0) for ReLU), or ``"first"``,
     ``"last"``, ``"split"`` or a sequence of weights per window position for max-pool.
     """
 
@@ -29,9 +30,19 @@ class KinkPolicy:
         self.choices = choices
         self._found: dict[Node, Any] = {}
 
+    def check(self, nodes: Iterable[Node]) -> None:
+        """Refuse keys of a dict that match no node with a kink of its own to choose."""
+        if not isinstance(self.choices, dict):
+            return
+        kinked = [n for n in nodes if n.op is not None and rule_for(n).takes_choice]
+        labels = sorted({label for n in kinked for label in (n.operation, n.name, n.module) if label})
+        for key in self.choices:
+            if not any(fnmatchcase(label, key) for label in labels):
+                raise UnknownNameError.of("node or operation with a choice at its kinks", str(key), labels)
+
     def choice(self, node: Node) -> Any:
         """The choice for ``node``; ``None`` for PyTorch's own."""
-        if self.choices is None or node.op is None or rule_for(node).derivative != "kinked":
+        if self.choices is None or node.op is None or not rule_for(node).takes_choice:
             return None
         if node not in self._found:
             self._found[node] = _validated(node, self._look_up(node))

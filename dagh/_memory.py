@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import psutil
 import torch
 
@@ -20,13 +22,24 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def budget_bytes(budget: int | float | None, device: torch.device) -> int:
-    """The budget in bytes: as given, or half of the free memory."""
+def budget_bytes(budget: float | str | None, device: torch.device) -> int:
+    """The budget in bytes: as given (a number, or a size such as ``"2GiB"``), or half of the free memory."""
     if budget is None:
         return int(DEFAULT_SHARE * free_bytes(device))
+    if isinstance(budget, str):
+        budget = parse_size(budget)
     if isinstance(budget, bool) or not isinstance(budget, (int, float)) or budget <= 0:
         raise ReductionError(f"memory_budget={budget!r}: expected a positive number of bytes, or None")
     return int(budget)
+
+
+def parse_size(text: str) -> int:
+    """``"512MiB"``, ``"2 GB"``, ``"1e9"`` in bytes. Raises :class:`~dagh.errors.ReductionError`."""
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise ReductionError(f"{text!r} is not a size; write 500MB, 2GiB or a number of bytes")
+    power = " kmgt".index(match[2].lower() or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 def human(n: float) -> str:

@@ -7,9 +7,10 @@ targets. ``reduction="mean"`` of a cross-entropy with class weights, for instanc
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dagh.errors import LossError, ShapeError
+from dagh.errors import DaghError, LossError, ShapeError
 
 Reduction = Literal["mean", "sum", "none"]
 F = torch.nn.functional
@@ -178,8 +179,25 @@ def _from_module(loss: Any) -> Objective:
     return Objective(name, key, summed, weigh, averages=own != "sum", own=loss)
 
 
+@contextlib.contextmanager
+def blamed_on(name: str, output: Any, targets: Any) -> Iterator[None]:
+    """Turn whatever the user's loss raises into one line that names the loss and the shapes."""
+    try:
+        yield
+    except DaghError:
+        raise
+    except (RuntimeError, IndexError, ValueError, TypeError, AttributeError) as error:
+        shapes = ", ".join(f"{tuple(t.shape)} {str(t.dtype)[6:]}" for t in target_tensors(targets)[0]) or "none"
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise LossError(
+            f"loss {name!r} fails on output {tuple(output.shape)} with targets {shapes}: {reason[:160]}"
+        ) from None
+
+
 def target_tensors(targets: Any) -> tuple[list[Tensor], Any]:
     """Flatten targets (a tensor, a nest of tensors, or ``None``)."""
+    if targets is None:
+        return [], None
     flat, spec = pytree.tree_flatten(targets)
     return flat, spec
 
@@ -205,7 +223,7 @@ def separable(objective: Objective, output: Tensor, targets: Any, n: int) -> Obj
 
 def check_targets(targets: Any, n: int | None) -> Any:
     """Refuse targets that are not tensors, or whose axis 0 is not the ``n`` samples (``None``: not checked)."""
-    flat = pytree.tree_leaves(targets)
+    flat, _ = target_tensors(targets)
     for t in flat:
         if not isinstance(t, Tensor):
             raise LossError(f"targets must be tensors, not {type(t).__name__}")
@@ -217,7 +235,8 @@ def check_targets(targets: Any, n: int | None) -> Any:
 def scale_of(objective: Objective, output: Tensor, targets: Any, n: int) -> float | None:
     """1/N where a callable averages over samples, 1 where it sums, ``None`` where it does neither."""
     with torch.no_grad():
-        total = objective.summed(output, targets)
+        with blamed_on(objective.name, output, targets):
+            total = objective.summed(output, targets)
         if not isinstance(total, Tensor) or total.numel() != 1:
             shape = tuple(total.shape) if isinstance(total, Tensor) else type(total).__name__
             raise LossError(f"loss {objective.name!r} must return a scalar; it returned {shape}")
@@ -239,13 +258,13 @@ def scale_of(objective: Objective, output: Tensor, targets: Any, n: int) -> floa
 
 
 def _pieces(n: int) -> list[slice]:
-    """A few unequal parts of a batch, single samples among them: a loss that adds up over these adds up over samples."""
+    """A few unequal parts of a batch, single samples among them, over which a loss of samples must add up."""
     cuts = sorted({0, 1, min(2, n), n // 3, n // 2, n})
     return [slice(a, b) for a, b in itertools.pairwise(cuts)]
 
 
 def _part(output: Tensor, targets: Any, window: slice) -> tuple[Tensor, Any]:
-    return output[window], pytree.tree_map(lambda t: t[window], targets)
+    return output[window], None if targets is None else pytree.tree_map(lambda t: t[window], targets)
 
 
 def sample_weights(objective: Objective, reduction: Reduction, output: Tensor, targets: Any, n: int) -> Tensor:
@@ -269,10 +288,5 @@ def coupled_weight(objective: Objective, reduction: Reduction, output: Tensor, t
 
 def _share(objective: Objective, output: Tensor, targets: Any) -> Tensor:
     assert objective.weigh is not None
-    try:
-        with torch.no_grad():
-            return objective.weigh(output, targets).detach()
-    except (RuntimeError, IndexError, AttributeError) as error:
-        raise LossError(
-            f"loss {objective.name!r} does not fit output {tuple(output.shape)}: {str(error).splitlines()[0]}"
-        ) from None
+    with torch.no_grad(), blamed_on(objective.name, output, targets):
+        return objective.weigh(output, targets).detach()

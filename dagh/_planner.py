@@ -236,7 +236,8 @@ def _column(
     def size(n: Node) -> int:
         return n.numel * (1 if n in thin else copies)
 
-    flops = sum(rule_for(n).flops(n) * (1 if n in thin else copies) for n in within if n.op is not None and n is not seed)
+    pushed = [n for n in within if n.op is not None and n is not seed]
+    flops = sum(rule_for(n).flops(n) * (1 if n in thin else copies) for n in pushed)
     flops += 2 * copies * sum(rule_for(n).flops(n) for n in back if n.op is not None)
     held = frozenset(arguments)
     rows_size = sum(request.leaves[r].numel for r in rows) if basis == "activation" else 0

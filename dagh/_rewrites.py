@@ -268,7 +268,8 @@ def _embedding_bag(b: Builder, a: dict[str, Any]) -> Any:
 def _bilinear(b: Builder, a: dict[str, Any]) -> Any:
     if a["bias"] is None:
         return NotImplemented
-    return b.emit(aten.add.Tensor, b.emit(aten.bilinear.default, a["input1"], a["input2"], a["weight"], None), a["bias"])
+    product = b.emit(aten.bilinear.default, a["input1"], a["input2"], a["weight"], None)
+    return b.emit(aten.add.Tensor, product, a["bias"])
 
 
 @rewrite("aten._weight_norm", "aten._weight_norm_interface")

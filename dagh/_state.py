@@ -282,5 +282,5 @@ def as_policy(kinks: Any) -> KinkPolicy:
     if kinks == "torch" or kinks is None or isinstance(kinks, dict) or callable(kinks):
         return KinkPolicy(None if kinks in ("torch", None) else kinks)
     raise ReductionError(
-        f"kinks={kinks!r}: expected 'torch', a dict like {{'relu': 0.5, 'max_pool': 'split'}}, or a function of the node"
+        f"kinks={kinks!r}: expected 'torch', a dict like {{'relu': 0.5, 'max_pool': 'split'}}, or a function"
     )

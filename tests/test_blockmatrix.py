@@ -548,9 +548,7 @@ def test_save_keeps_float32_grids_and_empty_factors(suffix: str, tmp_path: Path)
 
 
 @suffixes
-def test_a_failed_write_leaves_the_old_file(
-    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_leaves_the_old_file(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     matrix, _ = build()
     path = tmp_path / f"hessian{suffix}"
     matrix.save(path)

@@ -40,9 +40,7 @@ def rand(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def make(
-    structure: str, o: int, i: int, samples: int | None, m: int = 3, seed: int = 0
-) -> tuple[Block, Tensor]:
+def make(structure: str, o: int, i: int, samples: int | None, m: int = 3, seed: int = 0) -> tuple[Block, Tensor]:
     """A square block of o*i rows, and the same matrix built by plain einsum."""
     lead = () if samples is None else (samples,)
     p = o * i
@@ -196,9 +194,7 @@ def test_lanczos_works_on_the_smaller_side(shape: tuple[int, int], monkeypatch: 
     operator = base.LinearOperator
     monkeypatch.setattr(base, "LinearOperator", lambda s, **k: sizes.append(s) or operator(s, **k))  # type: ignore[func-returns-value]
     dense = rand(*shape, seed=1)
-    torch.testing.assert_close(
-        DenseBlock(dense).spectral(), torch.linalg.svdvals(dense)[0], rtol=1e-9, atol=0
-    )
+    torch.testing.assert_close(DenseBlock(dense).spectral(), torch.linalg.svdvals(dense)[0], rtol=1e-9, atol=0)
     assert sizes == [(4, 4)]
 
 
@@ -219,9 +215,7 @@ def test_norm_keeps_its_digits_under_cancellation(kind: str, monkeypatch: pytest
     else:
         core, x, extra = rand(2, 4, 4, seed=1), rand(2, 50, seed=2), rand(1, 4, 4, seed=3)
         plus = KroneckerSumBlock(core, x, x)
-        rest = KroneckerSumBlock(
-            torch.cat([-core, tiny * extra]), torch.cat([x, x[:1]]), torch.cat([x, x[:1]])
-        )
+        rest = KroneckerSumBlock(torch.cat([-core, tiny * extra]), torch.cat([x, x[:1]]), torch.cat([x, x[:1]]))
         merged = plus.merge(rest)
         assert merged is not None
         block = merged if kind == "kronecker" else SumBlock([plus, rest])
@@ -246,9 +240,7 @@ def test_norms_of_a_huge_low_rank_block_stay_in_its_factors(monkeypatch: pytest.
     monkeypatch.setattr(LowRankBlock, "rows", lambda *a: pytest.fail("dense rows were built"))
     left, right = rand(2, 100_000, seed=1), rand(2, 80_000, seed=2)
     block = LowRankBlock(left, right, torch.tensor([1.0, -1.0], dtype=torch.float64))
-    singular = torch.linalg.svdvals(
-        torch.linalg.qr(left.T).R @ torch.diag(block.signs) @ torch.linalg.qr(right.T).R.T
-    )
+    singular = torch.linalg.svdvals(torch.linalg.qr(left.T).R @ torch.diag(block.signs) @ torch.linalg.qr(right.T).R.T)
     close(block.fro(), singular.norm())
     close(block.spectral(), singular[0])
     assert block.fro_flops() < 1e7

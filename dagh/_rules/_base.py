@@ -71,6 +71,8 @@ class Rule:
     derivative: DerivativeClass = "smooth"
     #: acts on each element / each channel / each position separately (what the structure of a tangent survives)
     acts_per: Literal["element", "channel", "position", "sample"] = "sample"
+    #: honours the user's choice at its kinks (``Call.kink``)
+    takes_choice: bool = False
     #: a closed form, as opposed to the generic fallback
     closed_form: bool = True
     #: shown in the table of supported operations
@@ -136,7 +138,7 @@ class Rule:
         return None
 
     def curvature_channels(self, call: Call, adjoint: Tensor, tangent: Tensor, keep: bool) -> dict[int, Tensor] | None:
-        """As :meth:`curvature`, for a channel-diagonal tangent of argument 0; rows are dense, ``[N, C·b, *shape_i]``."""
+        """As :meth:`curvature`, for a channel-diagonal tangent of argument 0; rows are ``[N, C·b, *shape_i]``."""
         return None
 
     def kinks(self, call: Call) -> KinkSites | None:

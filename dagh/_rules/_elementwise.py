@@ -61,7 +61,8 @@ class Unary(Rule):
     def __init__(self, first: Derivative, second: Derivative | None = None, points: Points | None = None) -> None:
         self.first, self.second, self.points = first, second or _zero, points
         self.linear = second is None
-        self.derivative: DerivativeClass = "kinked" if points else "elementwise"
+        self.takes_choice = points is not None
+        self.derivative: DerivativeClass = "kinked" if points else "linear" if self.linear else "elementwise"
 
     def curved(self, node: Node) -> bool:
         return not self.linear
@@ -414,6 +415,7 @@ class Extremum(_Binary):
     """Larger or smaller of two tensors; PyTorch splits ties evenly, λ gives the weight of ``other``."""
 
     derivative = "kinked"
+    takes_choice = True
 
     def curved(self, node: Node) -> bool:
         return False
@@ -439,6 +441,7 @@ class PReLU(Rule):
     """``x`` where positive, ``w x`` elsewhere; ``w`` is one number or one per channel (axis 1)."""
 
     derivative = "kinked"
+    takes_choice = True
     acts_per = "channel"
 
     def _weight(self, call: Call) -> Tensor:

@@ -35,6 +35,7 @@ class MaxPool(Rule):
     """Each output copies one input; on a tie PyTorch copies one index, ``split`` or weights share."""
 
     derivative = "kinked"
+    takes_choice = True
     acts_per = "channel"
 
     def flops(self, node: Node) -> int:

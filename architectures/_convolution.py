@@ -1,0 +1,136 @@
+"""Chains of convolutions, with what stands between them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from dagh import Graph
+
+from ._plugins import Match
+from ._walk import Walk
+
+Sizes = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """A pooling step: its operation, kernel and stride (``None`` where adaptive), and the sizes it leaves."""
+
+    operation: str
+    kernel: Sizes | None
+    stride: Sizes | None
+    size_after: Sizes
+
+
+@dataclass(frozen=True)
+class ConvolutionLayer:
+    """One convolution and what follows it, up to the next one.
+
+    ``size_before`` and ``size_after`` are the spatial sizes around the convolution itself; a padding that is
+    an operation of its own (circular, reflect) counts into ``size_before``, zero padding is ``padding``.
+    """
+
+    node: str
+    module: str
+    parameters: tuple[str, ...]
+    channels_in: int
+    channels_out: int
+    kernel: Sizes
+    stride: Sizes
+    padding: Sizes
+    dilation: Sizes
+    groups: int
+    size_before: Sizes
+    size_after: Sizes
+    activation: str | None = None
+    normalised: bool = False
+    pooling: tuple[Pooling, ...] = ()
+
+
+@dataclass(frozen=True)
+class ConvolutionChain:
+    """Recognises maximal chains of ``dims``-dimensional convolutions without branches.
+
+    Between two convolutions may stand elementwise activations, normalisations, poolings and paddings. A node
+    that several operations use, or an operation on two tensors that both depend on the input, ends a chain.
+    """
+
+    name: str
+    description: str
+    dims: int
+    fields: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(ConvolutionLayer))
+
+    def match(self, graph: Graph) -> list[Match]:
+        """Every maximal chain, in the order of the computation."""
+        walk = Walk(graph)
+        taken: set[str] = set()
+        found = []
+        for node in walk.order:
+            if node in taken or not walk.is_convolution(node, self.dims):
+                continue
+            layers, path = self._follow(walk, node)
+            taken.update(path)
+            found.append(Match(self.name, tuple(layers), walk.sources(node)[0], path[-1]))
+        return found
+
+    def _follow(self, walk: Walk, node: str) -> tuple[list[ConvolutionLayer], list[str]]:
+        layers, path = [_layer(walk, node)], [node]
+        pending: list[str] = []  # paddings belong to the chain only where a convolution follows
+        while (following := walk.after((pending or path)[-1])) is not None:
+            last = layers[-1]
+            if walk.is_convolution(following, self.dims):
+                layers.append(_layer(walk, following))
+            elif walk.is_padding(following):
+                pending.append(following)
+                continue
+            elif pending:
+                break
+            elif walk.is_pooling(following):
+                layers[-1] = dataclasses.replace(last, pooling=(*last.pooling, _pooling(walk, following)))
+            elif walk.is_activation(following):
+                if last.activation is not None:
+                    break
+                layers[-1] = dataclasses.replace(last, activation=walk.operation(following))
+            elif walk.is_normalisation(following):
+                layers[-1] = dataclasses.replace(last, normalised=True)
+            else:
+                break
+            path += [*pending, following]
+            pending = []
+        return layers, path
+
+
+def _layer(walk: Walk, node: str) -> ConvolutionLayer:
+    weight = walk.weight_shape(node)
+    assert weight is not None
+    groups = int(walk.option(node, "groups"))
+    return ConvolutionLayer(
+        node=node,
+        module=str(walk.nx.nodes[node]["module"]),
+        parameters=walk.parameters(node),
+        channels_in=weight[1] * groups,
+        channels_out=weight[0],
+        kernel=weight[2:],
+        stride=tuple(walk.option(node, "stride")),
+        padding=tuple(walk.option(node, "padding")),
+        dilation=tuple(walk.option(node, "dilation")),
+        groups=groups,
+        size_before=walk.shape(walk.sources(node)[0])[1:],
+        size_after=walk.shape(node)[1:],
+    )
+
+
+def _pooling(walk: Walk, node: str) -> Pooling:
+    kernel = walk.option(node, "kernel") or walk.option(node, "kernel_size")
+    stride = walk.option(node, "stride") or kernel
+    return Pooling(
+        operation=walk.operation(node),
+        kernel=tuple(kernel) if kernel else None,
+        stride=tuple(stride) if stride else None,
+        size_after=walk.shape(node)[1:],
+    )
+
+
+CONV1D = ConvolutionChain("conv1d", "chain of one-dimensional convolutions, with activations and pooling", dims=1)
+CONV2D = ConvolutionChain("conv2d", "chain of two-dimensional convolutions, with activations and pooling", dims=2)

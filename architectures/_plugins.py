@@ -1,0 +1,107 @@
+"""The plug-in interface, and finding the installed plug-ins."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Protocol, runtime_checkable
+
+from dagh import Graph
+
+GROUP = "dagh.architectures"
+
+
+class PluginWarning(UserWarning):
+    """An installed architecture plug-in cannot be used."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """One occurrence of an architecture in a graph.
+
+    ``layers`` come in the order of the computation, each with the plug-in's ``fields`` as attributes;
+    ``source`` is the node that feeds the first layer, ``sink`` the last node that belongs to the match.
+    """
+
+    architecture: str
+    layers: tuple[Any, ...]
+    source: str
+    sink: str
+
+
+@runtime_checkable
+class Architecture(Protocol):
+    """What a plug-in provides."""
+
+    @property
+    def name(self) -> str:
+        """Short identifier, e.g. ``conv2d``."""
+
+    @property
+    def description(self) -> str:
+        """One line for listings."""
+
+    @property
+    def fields(self) -> Sequence[str]:
+        """Attributes that each of a match's layers has."""
+
+    def match(self, graph: Graph) -> list[Match]:
+        """Every occurrence in ``graph``, in the order of the computation."""
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """An entry point of the group: the architecture, or the reason why it could not be loaded."""
+
+    name: str
+    provider: str
+    architecture: Architecture | None
+    error: str | None = None
+
+
+def installed() -> list[Plugin]:
+    """Every plug-in of the group ``dagh.architectures``, loadable or not, sorted by name."""
+    return sorted((_load(e) for e in entry_points(group=GROUP)), key=lambda p: (p.name, p.provider))
+
+
+def recognise(graph: Graph) -> list[Match]:
+    """Every occurrence of an installed architecture in ``graph``.
+
+    A plug-in that cannot be loaded or raises an exception is reported by a :class:`PluginWarning` and
+    skipped.
+    """
+    found: list[Match] = []
+    for plugin in installed():
+        error = plugin.error
+        if plugin.architecture is not None:
+            try:
+                found.extend(plugin.architecture.match(graph))
+            except Exception as failure:  # a plug-in's bug must not hide what the others found
+                error = _one_line(failure)
+        if error is not None:
+            message = f"architecture plug-in {plugin.name!r} of {plugin.provider} is skipped: {error}"
+            warnings.warn(message, PluginWarning, stacklevel=2)
+    return found
+
+
+def _load(entry: EntryPoint) -> Plugin:
+    provider = f"{entry.dist.name} {entry.dist.version}" if entry.dist is not None else entry.value
+    try:
+        loaded = entry.load()
+    except Exception as failure:  # importing foreign code can fail in any way
+        return Plugin(entry.name, provider, None, _one_line(failure))
+    if not isinstance(loaded, Architecture) or isinstance(loaded, type):
+        kind = f"the class {loaded.__name__}" if isinstance(loaded, type) else f"a {type(loaded).__name__}"
+        return Plugin(
+            entry.name,
+            provider,
+            None,
+            f"{entry.value} is {kind}, not an object with name, description, fields, match",
+        )
+    return Plugin(entry.name, provider, loaded)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,0 +1,31 @@
+"""The ``dagh`` command."""
+
+from __future__ import annotations
+
+import click
+
+from dagh._cli._group import DaghGroup
+from dagh._cli._ops import ops
+from dagh._cli._trace import trace
+from dagh._version import __version__
+
+__all__ = ["cli", "main"]
+
+
+@click.group(cls=DaghGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="dagh")
+def cli() -> None:
+    """Exact second derivatives of neural networks, block by block.
+
+    Exit codes: 0 done, 2 wrong usage, 3 the model cannot be traced, 4 over the memory budget, 130
+    interrupted.
+    """
+
+
+cli.add_command(trace)
+cli.add_command(ops)
+
+
+def main() -> None:
+    """Run the command line; never returns."""
+    cli.main(prog_name="dagh")

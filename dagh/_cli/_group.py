@@ -1,0 +1,144 @@
+"""The command group: sub-commands of other packages, and every failure as one line with an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import click
+
+from dagh import errors
+
+USAGE, UNTRACEABLE, OVER_BUDGET, INTERRUPTED = 2, 3, 4, 130
+
+_UNTRACEABLE = (
+    errors.CaptureError,
+    errors.CoupledSamplesError,
+    errors.NonDeterministicError,
+    errors.NonFiniteError,
+    errors.RandomnessError,
+    errors.RuleError,
+)
+
+
+class Failure(click.ClickException):
+    """A failure with its exit code and a one-line message."""
+
+    def __init__(self, message: str, code: int = USAGE) -> None:
+        super().__init__(one_line(message))
+        self.code = code
+
+
+def one_line(message: object) -> str:
+    """The message without line breaks."""
+    return " ".join(str(message).split())
+
+
+def exit_code(error: errors.DaghError) -> int:
+    """The exit code of an error of the library."""
+    if isinstance(error, errors.MemoryBudgetError):
+        return OVER_BUDGET
+    return UNTRACEABLE if isinstance(error, _UNTRACEABLE) else USAGE
+
+
+def complain(kind: str, message: object) -> None:
+    """One line on the standard error stream."""
+    click.echo(f"{click.style(kind, fg='red' if kind == 'error' else 'yellow')}: {one_line(message)}", err=True)
+
+
+@cache
+def _plugins() -> dict[str, EntryPoint]:
+    """Sub-commands offered by installed packages, by name."""
+    return {point.name: point for point in sorted(entry_points(group="dagh.commands"), key=lambda p: p.name)}
+
+
+class DaghGroup(click.Group):
+    """A group whose sub-commands are also found by the entry points ``dagh.commands``.
+
+    Errors of the library and of the command line end in one line on stderr and the exit code of their kind.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *_plugins()})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        own = super().get_command(ctx, cmd_name)
+        if own is not None:
+            return own
+        point = _plugins().get(cmd_name)
+        return None if point is None else self._load(point)
+
+    def _load(self, point: EntryPoint) -> click.Command | None:
+        """The command of a plug-in; one that cannot be loaded costs a warning, nothing else."""
+        try:
+            command = point.load()
+            if not isinstance(command, click.Command):
+                raise TypeError(f"{point.value} is not a click command")
+        except Exception as error:
+            complain(
+                "warning",
+                f"command {point.name!r} ({point.value}) is not usable: {type(error).__name__}: {error}",
+            )
+            return None
+        self.add_command(command, point.name)
+        return command
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        def run() -> Any:
+            return super(DaghGroup, self).main(
+                args,
+                prog_name,
+                complete_var,
+                standalone_mode=False,
+                windows_expand_args=windows_expand_args,
+                **extra,
+            )
+
+        if not standalone_mode:
+            return run()
+        sys.exit(_guarded(run))
+
+
+def _guarded(run: Any) -> int:
+    """The exit code of ``run``, its failures reported."""
+    try:
+        result = run()
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except errors.DaghError as error:
+        complain("error", error)
+        return exit_code(error)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return USAGE
+    except click.UsageError as error:
+        where = error.ctx.command_path if error.ctx is not None else "dagh"
+        complain("error", f"{error.format_message()} (see '{where} --help')")
+        return USAGE
+    except Failure as error:
+        complain("error", error.format_message())
+        return error.code
+    except click.ClickException as error:
+        complain("error", error.format_message())
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has gone (``| head``); keep the interpreter from complaining when it flushes.
+        sys.stdout = open("/dev/null", "w")  # noqa: SIM115
+        return 1
+    except OSError as error:
+        complain("error", f"cannot write: {error.strerror or error}")
+        return 1

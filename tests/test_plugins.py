@@ -1,0 +1,214 @@
+"""Architecture plug-ins: what ours recognise, and how foreign ones are found."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import Tensor, nn
+
+import dagh
+from dagh._cli import cli
+from dagh.architectures import Architecture, Match, PluginWarning, installed, recognise
+
+GOOD = """
+class Everything:
+    name, description, fields = "everything", "any graph at all", ("node",)
+    def match(self, graph):
+        from dagh.architectures import Match
+        return [Match(self.name, (), "in", "out")]
+EVERYTHING = Everything()
+class Failing(Everything):
+    def match(self, graph):
+        raise ValueError("no\\nidea")
+FAILING = Failing()
+NOT_A_PLUGIN = 3
+"""
+
+
+def matches(model: nn.Module, *shape: int) -> dict[str, list[Match]]:
+    graph = dagh.trace(model.eval(), torch.randn(2, *shape))
+    found: dict[str, list[Match]] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PluginWarning)
+        for match in recognise(graph):
+            found.setdefault(match.architecture, []).append(match)
+    return found
+
+
+def install(monkeypatch: pytest.MonkeyPatch, folder: Path, **points: str) -> None:
+    """A distribution on ``sys.path`` with entry points of the group, as a package manager would leave it."""
+    (folder / "zoo_of_nets.py").write_text(GOOD)
+    info = folder / "zoo_of_nets-1.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: zoo-of-nets\nVersion: 1.2\n")
+    lines = "\n".join(f"{name} = {value}" for name, value in points.items())
+    (info / "entry_points.txt").write_text(f"[dagh.architectures]\n{lines}\n")
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "zoo_of_nets", raising=False)
+
+
+# -- the plug-ins that come with the package -------------------------------------------------------
+
+
+def test_ours_are_installed_through_the_entry_points() -> None:
+    ours = {p.name: p for p in installed() if p.provider == f"dagh {dagh.__version__}"}
+    assert set(ours) == {"conv1d", "conv2d", "fc_head"}
+    for plugin in ours.values():
+        assert plugin.error is None
+        assert isinstance(plugin.architecture, Architecture)
+        assert plugin.architecture.name == plugin.name
+
+
+def test_a_convolutional_network_with_a_head() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(2, 6, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 4, (3, 1), stride=(1, 2), groups=2, bias=False),
+        nn.BatchNorm2d(4),
+        nn.Tanh(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(4, 5),
+        nn.ReLU(),
+        nn.Linear(5, 3, bias=False),
+    )
+    found = matches(model, 2, 8, 8)
+    assert set(found) == {"conv2d", "fc_head"}
+    (chain,) = found["conv2d"]
+    assert chain.source == "input"
+    first, second = chain.layers
+    assert (first.module, first.parameters) == ("0", ("0.weight", "0.bias"))
+    assert (first.channels_in, first.channels_out, first.kernel, first.groups) == (2, 6, (3, 3), 1)
+    assert (first.stride, first.padding, first.dilation) == ((1, 1), (1, 1), (1, 1))
+    assert (first.size_before, first.size_after, first.activation) == ((8, 8), (8, 8), "relu")
+    assert not first.normalised
+    (pool,) = first.pooling
+    assert (pool.operation, pool.kernel, pool.stride, pool.size_after) == ("max_pool", (2, 2), (2, 2), (4, 4))
+    assert (second.module, second.parameters) == ("3", ("3.weight",))
+    assert (second.channels_in, second.channels_out, second.kernel, second.groups) == (6, 4, (3, 1), 2)
+    assert (second.stride, second.size_before, second.size_after) == ((1, 2), (4, 4), (2, 2))
+    assert (second.activation, second.normalised) == ("tanh", True)
+    assert [(p.operation, p.size_after) for p in second.pooling] == [("avg_pool2d", (1, 1))]
+    (head,) = found["fc_head"]
+    assert [(d.module, d.features_in, d.features_out, d.activation) for d in head.layers] == [
+        ("8", 4, 5, "relu"),
+        ("10", 5, 3, None),
+    ]
+    assert [d.parameters for d in head.layers] == [("8.weight", "8.bias"), ("10.weight",)]
+
+
+def test_one_dimension_dilation_and_a_padding_of_its_own() -> None:
+    model = nn.Sequential(
+        nn.Conv1d(1, 2, 3, dilation=2),
+        nn.GELU(),
+        nn.Conv1d(2, 3, 3, padding=1, padding_mode="circular"),
+        nn.AdaptiveAvgPool1d(1),
+    )
+    found = matches(model, 1, 9)
+    assert set(found) == {"conv1d"}
+    first, second = found["conv1d"][0].layers
+    assert (first.dilation, first.size_after, first.activation) == ((2,), (5,), "gelu")
+    assert (second.padding, second.size_before, second.size_after) == ((0,), (7,), (5,))
+    assert [p.size_after for p in second.pooling] == [(1,)]
+
+
+def test_a_branch_ends_a_chain() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.left, self.last = (nn.Conv2d(2, 2, 3, padding=1) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.relu(self.stem(x))
+            return self.last(h + torch.relu(self.left(h)))
+
+    found = matches(Residual(), 2, 4, 4)
+    assert [[layer.module for layer in m.layers] for m in found["conv2d"]] == [["stem"], ["left"], ["last"]]
+    assert "fc_head" not in found
+
+
+def test_a_weight_computed_from_the_data_is_no_layer() -> None:
+    class Dynamic(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, x)
+
+    assert matches(Dynamic(), 3) == {}
+
+
+def test_a_head_ends_in_a_log_softmax_and_starts_after_a_branch() -> None:
+    class Skip(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(3, 3), nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.log_softmax(self.c(torch.tanh(self.b(x + self.a(x)))), dim=1)
+
+    (head,) = matches(Skip(), 3)["fc_head"]
+    assert [d.module for d in head.layers] == ["b", "c"]
+    assert [d.activation for d in head.layers] == ["tanh", head.layers[1].activation]
+    assert "log_softmax" in head.layers[1].activation
+
+
+def test_transposed_convolutions_and_tokens_are_left_alone() -> None:
+    assert matches(nn.Sequential(nn.ConvTranspose2d(1, 2, 3), nn.ReLU()), 1, 4, 4) == {}
+    assert matches(nn.Linear(3, 2), 5, 3) == {}  # a linear layer on each of five tokens
+
+
+@pytest.mark.parametrize("match_index", [0, 1])
+def test_layers_have_the_declared_fields(match_index: int) -> None:
+    model = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Flatten(), nn.Linear(4, 2))
+    fields = {p.name: p.architecture.fields for p in installed() if p.architecture is not None}
+    match = [m for ms in matches(model, 1, 4).values() for m in ms][match_index]
+    for layer in match.layers:
+        assert all(hasattr(layer, f) for f in fields[match.architecture])
+
+
+# -- third-party plug-ins --------------------------------------------------------------------------
+
+
+def test_a_foreign_plugin_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install(monkeypatch, tmp_path, everything="zoo_of_nets:EVERYTHING")
+    (plugin,) = [p for p in installed() if p.name == "everything"]
+    assert (plugin.provider, plugin.error) == ("zoo-of-nets 1.2", None)
+    assert matches(nn.Linear(2, 2), 2)["everything"] == [Match("everything", (), "in", "out")]
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("zoo_of_nets:ABSENT", "AttributeError"),
+        ("no_such_module_here:X", "ModuleNotFoundError"),
+        ("zoo_of_nets:NOT_A_PLUGIN", "is a int, not an object with"),
+        ("zoo_of_nets:Everything", "is the class Everything"),
+        ("zoo_of_nets:FAILING", "ValueError: no idea"),
+    ],
+)
+def test_a_broken_plugin_is_reported_and_skipped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, value: str, reason: str
+) -> None:
+    install(monkeypatch, tmp_path, broken=value)
+    graph = dagh.trace(nn.Linear(2, 2), torch.randn(2, 2))
+    with pytest.warns(PluginWarning) as caught:
+        found = recognise(graph)
+    assert [m.architecture for m in found] == ["fc_head"]
+    (message,) = [str(w.message) for w in caught]
+    assert "'broken' of zoo-of-nets 1.2" in message
+    assert reason in message
+    assert "\n" not in message
+
+
+def test_the_command_lists_working_and_broken_plugins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install(monkeypatch, tmp_path, everything="zoo_of_nets:EVERYTHING", broken="zoo_of_nets:ABSENT")
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(cli, ["architectures"])
+    assert done.exit_code == 0, done.output
+    rows = {line.split()[0]: line for line in done.output.splitlines() if line.strip()}
+    assert {"conv1d", "conv2d", "fc_head"} <= set(rows)
+    assert "any graph at all" in rows["everything"]
+    assert "cannot be loaded: AttributeError" in rows["broken"]
