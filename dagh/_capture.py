@@ -26,7 +26,7 @@ class Captured:
     """An ATen graph with its leaves: one description per placeholder.
 
     ``leaves``: ``("parameter", name)``, ``("buffer", name)``, ``("constant", tensor)`` or ``("input", position)``;
-    ``outputs`` are the positions of the user's outputs among the graph's, ``names`` their paths in what the model returns.
+    ``outputs`` are the positions of the user's outputs among the graph's, ``names`` their paths in the model's result.
     """
 
     module: fx.GraphModule

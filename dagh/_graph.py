@@ -12,25 +12,24 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dagh import _capture, _objectives
+from dagh._attach import append_loss
+from dagh._binding import leaf_values, lower_model
 from dagh._inputs import (
+    check_like,
+    check_runs,
     check_tensors,
     close,
-    input_labels,
     normalize_inputs,
     parameter_names,
     probe_batch,
-    resize,
     same_output,
     warn_about_mode,
 )
 from dagh._ir import Node, Program
-from dagh._lowering import Builder
-from dagh._outputs import choose_output, prune
+from dagh._outputs import choose_output
 from dagh._state import State, as_policy, check_finite, evaluate_program
 from dagh.errors import (
     CoupledSamplesError,
-    DtypeError,
-    LossError,
     NonDeterministicError,
     ReductionError,
     ShapeError,
@@ -100,9 +99,8 @@ class Graph:
         args, kwargs = normalize_inputs(example_inputs)
         check_tensors(model, args, kwargs)
         warn_about_mode(model, mode)
-        self._inputs_like = pytree.tree_flatten((args, kwargs))[1]
         self._example = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs))
-        _check_runs(model, args, kwargs, mode)
+        check_runs(model, args, kwargs, mode)
         captured = _capture.capture(model, args, kwargs, mode, batch=None)
         self._captured[captured.batch] = captured
         self.method = captured.method
@@ -227,47 +225,11 @@ class Graph:
         return self._programs[batch]
 
     def _lower(self, captured: _capture.Captured, batch: int) -> Program:
-        args, kwargs = self._example
-        n = _capture.batch_size(args, kwargs)
-        flat, _ = pytree.tree_flatten((args, kwargs))
-        named = dict(self.model.named_parameters(remove_duplicate=False))
-        buffers = dict(self.model.named_buffers(remove_duplicate=False))
-        builder = Builder(dropout_seed=self.dropout_seed)
-        with _capture.in_mode(self.model, self.mode), torch.no_grad():
-            leaf_of: dict[str, Node] = {}
-            for names in self.parameter_names:
-                node = builder.leaf(names[0], "parameter", named[names[0]], names=names)
-                leaf_of.update(dict.fromkeys(names, node))
-            buffer_nodes: dict[str, Node] = {}
-            inputs: list[Node] = []
-            supplied: list[Any] = []
-            labels = input_labels(self.model, args, kwargs)
-            for kind, what in captured.leaves:
-                if kind == "parameter":
-                    supplied.append(leaf_of[what])
-                elif kind == "buffer":
-                    if what not in buffer_nodes:
-                        buffer_nodes[what] = builder.leaf(what, "constant", buffers[what], names=(what,))
-                        buffer_nodes[what].value = None
-                    supplied.append(buffer_nodes[what])
-                elif kind == "constant":
-                    supplied.append(builder.constant(what) if isinstance(what, Tensor) else what)
-                else:
-                    x = flat[what]
-                    if not isinstance(x, Tensor):
-                        supplied.append(x)
-                        continue
-                    per_batch = x.dim() > 0 and x.shape[0] == n
-                    sample = resize(x, batch) if per_batch else x
-                    node = builder.leaf(labels[what], "input", sample, batched=per_batch and not self.coupled)
-                    node.names = (str(what),)
-                    inputs.append(node)
-                    supplied.append(node)
-            results = builder.walk(captured.module, supplied)
-        flat_out = pytree.tree_leaves(results) if not isinstance(results, (list, tuple)) else list(results)
-        outputs = [flat_out[i] for i in captured.outputs]
-        node, self.output_name = choose_output(captured.names, outputs, self._output)
-        return prune(builder.nodes, {names[0]: leaf_of[names[0]] for names in self.parameter_names}, inputs, node)
+        program, self.output_name = lower_model(
+            self.model, captured, batch, self._example, mode=self.mode, dropout_seed=self.dropout_seed,
+            per_sample=not self.coupled, output=self._output,
+        )  # fmt: skip
+        return program
 
     def _pick(self, result: Any) -> Tensor:
         """The chosen output among everything the model returned."""
@@ -301,7 +263,9 @@ class Graph:
         """
         if reduction not in ("mean", "sum", "none"):
             raise ReductionError(f"reduction={reduction!r}: expected 'mean', 'sum' or 'none'")
-        args, kwargs = self._accept(inputs)
+        args, kwargs = normalize_inputs(inputs)
+        check_tensors(self.model, args, kwargs)
+        check_like(self._example, (args, kwargs))
         n = _capture.batch_size(args, kwargs)
         if n == 0:
             raise ShapeError("the batch is empty: give at least one sample")
@@ -346,27 +310,6 @@ class Graph:
             sources = list(wanted)
         return State(program, values, weights.detach(), samples, policy, frozenset(sources), coupled)
 
-    def _accept(self, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        args, kwargs = normalize_inputs(inputs)
-        check_tensors(self.model, args, kwargs)
-        if pytree.tree_flatten((args, kwargs))[1] != self._inputs_like:
-            raise ShapeError("the inputs are organised differently from the traced example (number, names or nesting)")
-        old, new = (pytree.tree_leaves(x) for x in (self._example, (args, kwargs)))
-        n_old, n_new = _capture.batch_size(*self._example), _capture.batch_size(args, kwargs)
-        for a, b in zip(old, new, strict=True):
-            if not isinstance(a, Tensor):
-                continue
-            shape_a = a.shape[1:] if a.dim() and a.shape[0] == n_old else a.shape
-            shape_b = b.shape[1:] if b.dim() and b.shape[0] == n_new else b.shape
-            if shape_a != shape_b:
-                raise ShapeError(
-                    f"an input has shape {tuple(b.shape)}; the traced example had {tuple(a.shape)} "
-                    "(only axis 0 may change)"
-                )
-            if a.dtype != b.dtype and a.dtype.is_floating_point != b.dtype.is_floating_point:
-                raise DtypeError(f"an input has dtype {b.dtype}; the traced example had {a.dtype}")
-        return args, kwargs
-
     def _verify(self, args: tuple[Any, ...], kwargs: dict[str, Any], n: int) -> tuple[Tensor, dict[Node, Tensor]]:
         """The model's own output on these inputs, after checking that the program reproduces it; and its values."""
         if self.dropout_seed is not None and self.mode == "train":
@@ -395,7 +338,7 @@ class Graph:
             again = self._pick(_capture.run_model(self.model, args, kwargs, self.mode))
             if not close(output, again):
                 raise NonDeterministicError(
-                    "the model gives two different outputs for the same inputs; remove or seed the randomness in forward"
+                    "the model gives two outputs for the same inputs; remove or seed the randomness in forward"
                 )
             if attempt == 0:
                 # The traced branch does not fit these inputs: trace the batch as it is.
@@ -424,43 +367,9 @@ class Graph:
         if key in self._losses:
             return self._losses[key]
         base = self._program(batch)
-        first = output if batch > 1 or n == 1 or self.coupled else output[:1]
-        some = [t if batch > 1 or n == 1 or self.coupled else t[:1] for t in flat]
-
-        def function(out: Tensor, *ts: Tensor) -> Any:
-            return objective.summed(out, pytree.tree_unflatten(list(ts), spec) if flat else None)
-
-        builder = Builder("loss", taken=base.by_name)
-        with torch.no_grad(), _objectives.blamed_on(objective.name, output, targets):
-            value = function(first.clone(), *some)
-            if not isinstance(value, Tensor) or value.numel() != 1:
-                shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise LossError(f"loss {objective.name!r} must return a scalar; it returned {shape}")
-        traced = _capture.trace_function(function, [first.detach().clone(), *some])
-        for t in [*traced.parameters(), *traced.buffers()]:
-            if t.requires_grad:
-                raise LossError(
-                    f"loss {objective.name!r} closes over a tensor of shape {tuple(t.shape)} that requires a gradient; "
-                    "make it an output of the model, or detach it"
-                )
-        with torch.no_grad():
-            supplied = [builder.adopt(base.output, first.detach())]
-            target_nodes = [
-                builder.leaf("target" if len(some) == 1 else f"target_{i}", "target", t, batched=batch == 1)
-                for i, t in enumerate(some)
-            ]
-            result = builder.walk(traced, [*supplied, *target_nodes])
-        if not isinstance(result, Node) or result is base.output:
-            raise LossError(f"loss {objective.name!r} does not depend on the model's output through tensor operations")
-        if result.name not in ("loss",) and "loss" not in base.by_name:
-            result.name = "loss"
-        program = Program(
-            [*base.nodes, *builder.nodes], base.parameters, base.inputs, base.output, target_nodes, result
-        )
-        keep = program.ancestors([result]) | set(program.parameters.values()) | set(target_nodes) | set(base.inputs)
-        program = Program(
-            [n for n in program.nodes if n in keep], base.parameters, base.inputs, base.output, target_nodes, result
-        )
+        one = not (batch > 1 or n == 1 or self.coupled)
+        first, some = (output[:1], [t[:1] for t in flat]) if one else (output, flat)
+        program = append_loss(base, objective, first, some, spec, batched=batch == 1)
         while len(self._losses) >= _KEPT_LOSSES:
             self._losses.pop(next(iter(self._losses)))
         self._losses[key] = program
@@ -469,33 +378,4 @@ class Graph:
     def _leaf_values(
         self, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], coupled: bool
     ) -> dict[Node, Tensor]:
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        buffers = dict(self.model.named_buffers(remove_duplicate=False))
-        flat, _ = pytree.tree_flatten((args, kwargs))
-        n = _capture.batch_size(args, kwargs)
-        leaves: dict[Node, Tensor] = {}
-        for node in program:
-            if node.op is not None:
-                continue
-            if node.kind == "parameter":
-                leaves[node] = parameters[node.names[0]].detach().unsqueeze(0)
-            elif node.kind == "constant":
-                value = node.value if node.value is not None else buffers[node.names[0]].detach()
-                leaves[node] = value.unsqueeze(0)
-            elif node.kind == "input":
-                x = flat[int(node.names[0])].detach()
-                shared = not (x.dim() and x.shape[0] == n)
-                leaves[node] = x.unsqueeze(0) if coupled or shared else x.unsqueeze(1)
-        return leaves
-
-
-def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: Mode) -> None:
-    """Run the model once, so that inputs it cannot take are the user's error and not the tracer's."""
-    try:
-        _capture.run_model(model, args, kwargs, mode)
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError) as error:
-        shapes = ", ".join(str(tuple(t.shape)) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ShapeError(
-            f"{type(model).__name__} cannot be evaluated on inputs of shape {shapes}: {reason[:200]}"
-        ) from error
+        return leaf_values(self.model, program, args, kwargs, coupled)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dagh._capture import batch_size
+from dagh._capture import batch_size, run_model
 from dagh.errors import DtypeError, ShapeError
 
 
@@ -139,3 +139,33 @@ def close(a: Tensor, b: Tensor) -> bool:
     return bool(torch.isfinite(a).equal(torch.isfinite(b))) and (
         difference.numel() == 0 or float(difference.max()) <= tolerance * max(scale, 1e-30)
     )
+
+
+def check_like(example: tuple[Any, Any], given: tuple[Any, Any]) -> None:
+    """Refuse inputs organised or shaped differently from the traced example; only axis 0 may change."""
+    if pytree.tree_flatten(given)[1] != pytree.tree_flatten(example)[1]:
+        raise ShapeError("the inputs are organized differently from the traced example (number, names or nesting)")
+    n_old, n_new = batch_size(*example), batch_size(*given)
+    for a, b in zip(pytree.tree_leaves(example), pytree.tree_leaves(given), strict=True):
+        if not isinstance(a, Tensor):
+            continue
+        shape_a = a.shape[1:] if a.dim() and a.shape[0] == n_old else a.shape
+        shape_b = b.shape[1:] if b.dim() and b.shape[0] == n_new else b.shape
+        if shape_a != shape_b:
+            raise ShapeError(
+                f"an input has shape {tuple(b.shape)}; the traced example had {tuple(a.shape)} (only axis 0 may change)"
+            )
+        if a.dtype != b.dtype and a.dtype.is_floating_point != b.dtype.is_floating_point:
+            raise DtypeError(f"an input has dtype {b.dtype}; the traced example had {a.dtype}")
+
+
+def check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: str) -> None:
+    """Run the model once, so that inputs it cannot take are the user's error and not the tracer's."""
+    try:
+        run_model(model, args, kwargs, mode)
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError) as error:
+        shapes = ", ".join(str(tuple(t.shape)) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ShapeError(
+            f"{type(model).__name__} cannot be evaluated on inputs of shape {shapes}: {reason[:200]}"
+        ) from error

@@ -146,6 +146,7 @@ class Builder:
             and packet in ("sym_stride", "sym_storage_offset")
         ):
             return target(*args, **kwargs)
+        from dagh import _rewrites_layers  # noqa: F401  (registers)
         from dagh._rewrites import REWRITES
 
         bound = bind(target, args, kwargs)

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 from rich.table import Table
 
 from dagh._ir import Node, Program
@@ -133,12 +134,17 @@ def structure(program: Program, request: Request, bits: dict[Node, int]) -> dict
         if node.op is not None and node.part == "model" and node in useful and bits[node]
         for pair in _curved_pairs(node, bits)
     ]
+    partners = [0] * len(request.leaves)
+    for first, second in set(meets):
+        for i in range(len(request.leaves)):
+            if first >> i & 1:
+                partners[i] |= second
+            if second >> i & 1:
+                partners[i] |= first
     kinds: dict[Pair, tuple[bool, bool]] = {}
     for i, j in request.pairs:
-        a, b = 1 << i, 1 << j
-        outer = loss_curved and bool(at_output & a) and bool(at_output & b)
-        functional = any((p & a and q & b) or (p & b and q & a) for p, q in meets)
-        kinds[i, j] = outer, functional
+        outer = loss_curved and bool(at_output >> i & 1) and bool(at_output >> j & 1)
+        kinds[i, j] = outer, bool(partners[i] >> j & 1)
     return kinds
 
 
@@ -158,6 +164,39 @@ def gate_of(program: Program, leaf: Node) -> Gate | None:
     return None
 
 
+class _Reach:
+    """Ancestry of a program's nodes as Boolean arrays, and what each node costs."""
+
+    def __init__(self, program: Program) -> None:
+        n = len(program.nodes)
+        self.program = program
+        self.above = np.eye(n, dtype=bool)  # [v, u]: u is v or an ancestor of v
+        for node in program:
+            for parent in node.inputs:
+                self.above[node.index] |= self.above[parent.index]
+        self.numel = np.array([v.numel for v in program])
+        self.flops = np.array([rule_for(v).flops(v) if v.op is not None else 0 for v in program])
+        self.batched = np.array([v.batched for v in program], dtype=bool)
+        self._thin: dict[Node, np.ndarray[Any, Any]] = {}
+
+    def nodes(self, mask: np.ndarray[Any, Any]) -> frozenset[Node]:
+        return frozenset(self.program.nodes[i] for i in np.flatnonzero(mask))
+
+    def thin(self, seed: Node) -> np.ndarray[Any, Any]:
+        """Nodes up to which tangents of a convolution's weights, seeded at its output, stay in their channel."""
+        if seed not in self._thin:
+            below, thin = self.above[:, seed.index], np.zeros(len(self.program.nodes), dtype=bool)
+            thin[seed.index] = True
+            for i in np.flatnonzero(below):
+                node = self.program.nodes[i]
+                if node is seed:
+                    continue
+                moving = [p.index for p in node.inputs if below[p.index]]
+                thin[i] = bool(thin[moving].all()) and rule_for(node).keeps_channels(node)
+            self._thin[seed] = thin
+        return self._thin[seed]
+
+
 def make_plan(program: Program, request: Request, *, functional: bool = True) -> Plan:
     """Choose columns and bases for every pair with a functional part."""
     assert program.loss is not None
@@ -165,100 +204,104 @@ def make_plan(program: Program, request: Request, *, functional: bool = True) ->
     kinds = structure(program, request, bits)
     gates = {i: g for i, leaf in enumerate(request.leaves) if (g := gate_of(program, leaf)) is not None}
     linear = {i: g for i, g in gates.items() if not g.channels}
-    useful = program.ancestors([program.loss])
-    curved = [n for n in program if n.op is not None and n.part == "model" and n in useful and rule_for(n).curved(n)]
     needed = [p for p in request.pairs if kinds[p][1]] if functional else []
-    options: dict[tuple[int, int], Column | None] = {}
-
-    def option(column: int, row: int) -> Column | None:
-        """Sweeping ``column``'s tangents to get its block with ``row``."""
-        if (column, row) not in options:
-            options[column, row] = _column(program, request, bits, curved, gates, column, [row])
-        return options[column, row]
-
-    groups: dict[int, list[int]] = {}
-    for i, j in needed:
-        choices = [c for c in (option(i, j), option(j, i)) if c is not None]
-        best = min(choices, key=lambda c: (c.flops * c.width, c.leaf))
-        groups.setdefault(best.leaf, []).append(j if best.leaf == i else i)
-    columns = []
-    for leaf in sorted(groups):
-        by_basis: dict[Basis, list[int]] = {}
-        for row in groups[leaf]:
-            chosen = option(leaf, row)
-            assert chosen is not None
-            by_basis.setdefault(chosen.basis, []).append(row)
-        for rows in by_basis.values():
-            column = _column(program, request, bits, curved, gates, leaf, rows)
-            assert column is not None
-            columns.append(column)
+    columns: list[Column] = []
+    if needed:
+        sweeps = _Sweeps(program, request, bits, gates)
+        chosen: dict[tuple[int, Basis], list[int]] = {}
+        for i, j in needed:
+            best = min(sweeps.price(i, j), sweeps.price(j, i))
+            leaf, row = (i, j) if best == sweeps.price(i, j) else (j, i)
+            chosen.setdefault((leaf, sweeps.basis(leaf, [row])[0]), []).append(row)
+        columns = [sweeps.column(leaf, rows) for (leaf, _), rows in sorted(chosen.items())]
     fallbacks = sorted({n.operation for n in program if n.op is not None and bits[n] and not rule_for(n).closed_form})
-    labels = {
-        p: {(0, 0): "zero", (1, 0): "H_O", (0, 1): "H_F", (1, 1): "H_O+H_F"}[int(o), int(f)]
-        for p, (o, f) in kinds.items()
-    }
+    labels = {pair: _LABELS[outer, inner] for pair, (outer, inner) in kinds.items()}
     return Plan(request.names, request.pairs, labels, columns, linear, fallbacks, program.output.numel)
 
 
-def _column(
-    program: Program,
-    request: Request,
-    bits: dict[Node, int],
-    curved: list[Node],
-    gates: dict[int, Gate],
-    leaf: int,
-    rows: list[int],
-) -> Column | None:
-    node = request.leaves[leaf]
-    gate = gates.get(leaf)
-    if gate is not None and any(
-        bits[gate.node.inputs[0]] >> row & 1 or _after(program, request.leaves[row], gate.node) for row in rows
-    ):
-        gate = None  # a row at or before the layer would need the layer's own curvature
-    basis: Basis = "parameter"
-    width = node.numel
-    if gate is not None and gate.channels > 1:
-        basis, width = "channel", node.numel // gate.channels
-    elif gate is not None and not gate.channels and gate.node.numel < node.numel:
-        basis, width = "activation", gate.node.numel
-    else:
-        gate = None
-    seed = node if gate is None else gate.node
-    copies = gate.channels if gate is not None and basis == "channel" else 1
-    downstream = program.descendants([seed])
-    reachable = program.descendants([request.leaves[r] for r in rows])
-    meeting = [u for u in curved if u in downstream and u is not seed and u in reachable]
-    arguments = {p for u in meeting for p in u.inputs if p in downstream}
-    within = program.ancestors(list(arguments)) & downstream
-    back = (program.ancestors(meeting) | set(meeting)) & reachable if meeting else set()
-    thin = _channelwise(program, seed, within) if basis == "channel" else set()
-
-    def size(n: Node) -> int:
-        return n.numel * (1 if n in thin else copies)
-
-    pushed = [n for n in within if n.op is not None and n is not seed]
-    flops = sum(rule_for(n).flops(n) * (1 if n in thin else copies) for n in pushed)
-    flops += 2 * copies * sum(rule_for(n).flops(n) for n in back if n.op is not None)
-    held = frozenset(arguments)
-    rows_size = sum(request.leaves[r].numel for r in rows) if basis == "activation" else 0
-    largest = max([*(size(n) for n in within), *(n.numel * copies for n in back if n.batched)], default=1)
-    unit = sum(size(n) for n in held) + 2 * largest + rows_size
-    return Column(
-        leaf, basis, gate, list(rows), width, seed, frozenset(within), held, frozenset(meeting), flops, unit, largest
-    )
+_LABELS = {(False, False): "zero", (True, False): "H_O", (False, True): "H_F", (True, True): "H_O+H_F"}
 
 
-def _channelwise(program: Program, seed: Node, within: Collection[Node]) -> set[Node]:
-    """Nodes up to which tangents of a convolution's weights stay in their channel."""
-    thin = {seed}
-    for node in program:
-        if node in within and node is not seed and node.op is not None:
-            moving = [p for p in node.inputs if p in within]
-            if moving and all(p in thin for p in moving) and rule_for(node).keeps_channels(node):
-                thin.add(node)
-    return thin
+class _Sweeps:
+    """The sweeps that can form a pair of leaves, priced."""
 
+    def __init__(self, program: Program, request: Request, bits: dict[Node, int], gates: dict[int, Gate]) -> None:
+        assert program.loss is not None
+        self.program, self.request, self.bits, self.gates = program, request, bits, gates
+        self.reach = _Reach(program)
+        useful = self.reach.above[program.loss.index]
+        self.curved = np.array(
+            [v.op is not None and v.part == "model" and useful[v.index] and rule_for(v).curved(v) for v in program],
+            dtype=bool,
+        )
+        self._prices: dict[tuple[int, int], float] = {}
 
-def _after(program: Program, leaf: Node, node: Node) -> bool:
-    """Whether ``leaf`` is a probe on a node at or before ``node`` (it would need the layer's own curvature)."""
-    return leaf.op is not None and node in program.descendants([leaf])
+    def price(self, leaf: int, row: int) -> float:
+        """Flops per sample of sweeping ``leaf``'s tangents to get its block with ``row``."""
+        if (leaf, row) not in self._prices:
+            basis, _, seed, width, copies = self.basis(leaf, [row])
+            within, _, meeting, back = self._regions(seed, [row])
+            self._prices[leaf, row] = width * self._flops(seed, within, meeting, back, basis, copies)
+        return self._prices[leaf, row]
+
+    def basis(self, leaf: int, rows: list[int]) -> tuple[Basis, Gate | None, Node, int, int]:
+        """Basis of the sweep, its layer, the node to seed, the number of directions, and channels per direction."""
+        node, gate = self.request.leaves[leaf], self.gates.get(leaf)
+        if gate is not None and any(self._before(row, gate) for row in rows):
+            gate = None  # a row at or before the layer would need the layer's own curvature
+        if gate is not None and gate.channels > 1:
+            return "channel", gate, gate.node, node.numel // gate.channels, gate.channels
+        if gate is not None and not gate.channels and gate.node.numel < node.numel:
+            return "activation", gate, gate.node, gate.node.numel, 1
+        return "parameter", None, node, node.numel, 1
+
+    def _before(self, row: int, gate: Gate) -> bool:
+        leaf = self.request.leaves[row]
+        if leaf.op is not None:
+            return bool(self.reach.above[gate.node.index, leaf.index])
+        return bool(self.bits[gate.node.inputs[0]] >> row & 1)
+
+    def _regions(self, seed: Node, rows: list[int]) -> tuple[Any, Any, Any, Any]:
+        """Masks: nodes whose tangents are needed, those kept, the curved nodes that matter, nodes on the way back."""
+        above = self.reach.above
+        below = above[:, seed.index]
+        reachable = above[:, [self.request.leaves[r].index for r in rows]].any(1)
+        meeting = self.curved & below & reachable
+        meeting[seed.index] = False
+        held = np.zeros_like(meeting)
+        for u in np.flatnonzero(meeting):
+            for parent in self.program.nodes[u].inputs:
+                held[parent.index] |= below[parent.index]
+        within = above[held].any(0) & below
+        back = (above[meeting].any(0) | meeting) & reachable
+        return within, held, meeting, back
+
+    def _flops(self, seed: Node, within: Any, meeting: Any, back: Any, basis: Basis, copies: int) -> float:
+        flops = self.reach.flops
+        if basis == "channel":
+            spread = np.where(self.reach.thin(seed), 1, copies)
+            forward = (flops * spread)[within].sum()
+        else:
+            forward = flops[within].sum()
+        own = flops[seed.index] if within[seed.index] else 0
+        return float(forward - own + 2 * copies * flops[back].sum())
+
+    def column(self, leaf: int, rows: list[int]) -> Column:
+        """The sweep for several rows at once."""
+        basis, gate, seed, width, copies = self.basis(leaf, rows)
+        within, held, meeting, back = self._regions(seed, rows)
+        spread = np.full(len(self.program.nodes), copies)
+        if basis == "channel":
+            spread[self.reach.thin(seed)] = 1
+        size = self.reach.numel * spread
+        largest = int(
+            max(size[within].max(initial=1), (self.reach.numel * copies)[back & self.reach.batched].max(initial=1))
+        )
+        unit = int(size[held].sum()) + 2 * largest
+        if basis == "activation":
+            unit += sum(self.request.leaves[r].numel for r in rows)
+        nodes = self.reach.nodes
+        return Column(
+            leaf, basis, gate, list(rows), width, seed, nodes(within), nodes(held), nodes(meeting),
+            int(self._flops(seed, within, meeting, back, basis, copies)), unit, largest,
+        )  # fmt: skip

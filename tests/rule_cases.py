@@ -282,7 +282,7 @@ CASES: list[RuleCase] = [
     RuleCase(aten.masked_fill.Scalar, (T((2, 3)), M((2, 3)), 2.5)),
     RuleCase(aten.masked_fill.Scalar, (T((2, 3)), M((2, 3)), float("-inf"))),
     RuleCase(aten.masked_fill.Tensor, (T((2, 3)), M((2, 3)), T((), fixed=True))),
-    RuleCase(aten.scatter.src, (T((2, 4)), 1, P((2, 2), 4), T((2, 3)))),
+    RuleCase(aten.scatter.src, (T((2, 4)), 1, P((2, 2), 4), T((2, 2)))),
     RuleCase(aten.scatter.value, (T((2, 4)), 1, P((2, 2), 4), 1.5)),
     RuleCase(aten.index_fill.int_Scalar, (T((4, 3)), 0, I((2,), 4), 1.5)),
     RuleCase(aten.masked_scatter.default, (T((2, 3)), M((2, 3)), T((2, 3)))),

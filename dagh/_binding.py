@@ -1,0 +1,98 @@
+"""Binding a captured graph to a model: its tensors become the leaves of a program."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from dagh import _capture
+from dagh._inputs import input_labels, parameter_names, resize
+from dagh._ir import Node, Program
+from dagh._lowering import Builder
+from dagh._outputs import choose_output, prune
+
+
+def lower_model(
+    model: nn.Module,
+    captured: _capture.Captured,
+    batch: int,
+    example: tuple[tuple[Any, ...], dict[str, Any]],
+    *,
+    mode: str,
+    dropout_seed: int | None,
+    per_sample: bool,
+    output: str | int | None,
+) -> tuple[Program, str]:
+    """The program of a batch of this size, and the name of the output it ends in.
+
+    Tied parameters become one leaf; buffers are read from the model at every evaluation.
+    """
+    args, kwargs = example
+    n = _capture.batch_size(args, kwargs)
+    tied = parameter_names(model)
+    flat, _ = pytree.tree_flatten((args, kwargs))
+    named = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    builder = Builder(dropout_seed=dropout_seed)
+    with _capture.in_mode(model, mode), torch.no_grad():
+        leaf_of: dict[str, Node] = {}
+        for names in tied:
+            node = builder.leaf(names[0], "parameter", named[names[0]], names=names)
+            leaf_of.update(dict.fromkeys(names, node))
+        buffer_nodes: dict[str, Node] = {}
+        inputs: list[Node] = []
+        supplied: list[Any] = []
+        labels = input_labels(model, args, kwargs)
+        for kind, what in captured.leaves:
+            if kind == "parameter":
+                supplied.append(leaf_of[what])
+            elif kind == "buffer":
+                if what not in buffer_nodes:
+                    buffer_nodes[what] = builder.leaf(what, "constant", buffers[what], names=(what,))
+                    buffer_nodes[what].value = None
+                supplied.append(buffer_nodes[what])
+            elif kind == "constant":
+                supplied.append(builder.constant(what) if isinstance(what, Tensor) else what)
+            else:
+                x = flat[what]
+                if not isinstance(x, Tensor):
+                    supplied.append(x)
+                    continue
+                per_batch = x.dim() > 0 and x.shape[0] == n
+                sample = resize(x, batch) if per_batch else x
+                node = builder.leaf(labels[what], "input", sample, batched=per_batch and per_sample)
+                node.names = (str(what),)
+                inputs.append(node)
+                supplied.append(node)
+        results = builder.walk(captured.module, supplied)
+    flat_out = pytree.tree_leaves(results) if not isinstance(results, (list, tuple)) else list(results)
+    outputs = [flat_out[i] for i in captured.outputs]
+    node, name = choose_output(captured.names, outputs, output)
+    return prune(builder.nodes, {names[0]: leaf_of[names[0]] for names in tied}, inputs, node), name
+
+
+def leaf_values(
+    model: nn.Module, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], coupled: bool
+) -> dict[Node, Tensor]:
+    """Values of a program's leaves, ``[N or 1, *shape]``, as the model and the inputs are now."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    flat, _ = pytree.tree_flatten((args, kwargs))
+    n = _capture.batch_size(args, kwargs)
+    leaves: dict[Node, Tensor] = {}
+    for node in program:
+        if node.op is not None:
+            continue
+        if node.kind == "parameter":
+            leaves[node] = parameters[node.names[0]].detach().unsqueeze(0)
+        elif node.kind == "constant":
+            value = node.value if node.value is not None else buffers[node.names[0]].detach()
+            leaves[node] = value.unsqueeze(0)
+        elif node.kind == "input":
+            x = flat[int(node.names[0])].detach()
+            shared = not (x.dim() and x.shape[0] == n)
+            leaves[node] = x.unsqueeze(0) if coupled or shared else x.unsqueeze(1)
+    return leaves
