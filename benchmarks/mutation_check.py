@@ -63,7 +63,7 @@ class Mutant:
     text: str
 
     def __str__(self) -> str:
-        return f"{self.file.relative_to(ROOT)}:{self.line}: {self.what}   [{self.text}]"
+        return f"{self.file}:{self.line}: {self.what}   [{self.text}]"
 
 
 def _changes(node: ast.AST) -> Iterator[str]:
@@ -106,9 +106,9 @@ def _candidates(tree: ast.AST) -> Iterator[ast.AST]:
         stack += list(ast.iter_child_nodes(node))
 
 
-def mutants_of(file: Path) -> list[Mutant]:
-    """Every mutant of one file, in order of its lines."""
-    source = file.read_text()
+def mutants_of(root: Path, file: Path) -> list[Mutant]:
+    """Every mutant of one file (its path below ``root``), in order of its lines."""
+    source = (root / file).read_text()
     lines = source.splitlines()
     found = []
     for index, node in enumerate(_candidates(ast.parse(source))):
@@ -185,10 +185,10 @@ class Workbench:
 
     def killed(self, mutant: Mutant) -> bool:
         """Whether some test fails with this mutant in place."""
-        target = self.directory / mutant.file.relative_to(ROOT)
+        target = self.directory / mutant.file
         original = target.read_text()
         try:
-            target.write_text(mutate(mutant.file.read_text(), mutant.index))
+            target.write_text(mutate(original, mutant.index))
             return self.run(["-x", *self.ignored]).returncode != 0
         except subprocess.TimeoutExpired:
             return True
@@ -213,16 +213,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    files = sorted({f for pattern in options.files or TARGETS for f in ROOT.glob(pattern)})
-    mutants = [m for f in files for m in mutants_of(f) if fnmatch.fnmatch(str(m), options.match)]
-    if options.sample and options.sample < len(mutants):
-        mutants = sorted(random.Random(options.seed).sample(mutants, options.sample), key=str)
-    if options.list:
-        print(*mutants, sep="\n")
-        return 0
     bench = Workbench(options.tests, options.timeout)
     survivors = []
     try:
+        # Everything is read from the copy: the working tree may go on changing meanwhile.
+        root = bench.directory
+        files = sorted({f.relative_to(root) for pattern in options.files or TARGETS for f in root.glob(pattern)})
+        mutants = [m for f in files for m in mutants_of(root, f) if fnmatch.fnmatch(str(m), options.match)]
+        if options.sample and options.sample < len(mutants):
+            mutants = sorted(random.Random(options.seed).sample(mutants, options.sample), key=str)
+        if options.list:
+            print(*mutants, sep="\n")
+            return 0
         failing = bench.baseline()
         if failing:
             print(f"{len(failing)} tests fail without any change and are left out", flush=True)

@@ -47,11 +47,19 @@ def append_loss(
             for i, t in enumerate(targets)
         ]
         result = builder.walk(traced, [builder.adopt(base.output, output.detach()), *leaves])
-    if not isinstance(result, Node) or result is base.output:
+    nodes = [*base.nodes, *builder.nodes]
+    if not isinstance(result, Node) or result is base.output or not _depends(nodes, result, base.output):
         raise LossError(f"loss {objective.name!r} does not depend on the model's output through tensor operations")
     if "loss" not in base.by_name:
         result.name = "loss"
-    nodes = [*base.nodes, *builder.nodes]
     program = Program(nodes, base.parameters, base.inputs, base.output, leaves, result)
     keep = program.ancestors([result]) | {*base.parameters.values(), *leaves, *base.inputs}
     return Program([n for n in nodes if n in keep], base.parameters, base.inputs, base.output, leaves, result)
+
+
+def _depends(nodes: list[Node], result: Node, source: Node) -> bool:
+    reached = {source}
+    for node in nodes:
+        if any(p in reached for p in node.inputs):
+            reached.add(node)
+    return result in reached

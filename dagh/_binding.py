@@ -11,8 +11,9 @@ from torch.utils import _pytree as pytree
 from dagh import _capture
 from dagh._inputs import input_labels, parameter_names, resize
 from dagh._ir import Node, Program
-from dagh._lowering import Builder
+from dagh._lowering import Builder, dropout_mask
 from dagh._outputs import choose_output, prune
+from dagh.errors import DtypeError
 
 
 def lower_model(
@@ -68,6 +69,12 @@ def lower_model(
                 inputs.append(node)
                 supplied.append(node)
         results = builder.walk(captured.module, supplied)
+    for made in builder.nodes:
+        if made.dtype in (torch.float16, torch.bfloat16) or made.dtype.is_complex:
+            where = f" in {made.module!r}" if made.module else ""
+            raise DtypeError(
+                f"node {made.name!r}{where} is {str(made.dtype)[6:]}; dagh needs float32 or float64 throughout"
+            )
     flat_out = pytree.tree_leaves(results) if not isinstance(results, (list, tuple)) else list(results)
     outputs = [flat_out[i] for i in captured.outputs]
     node, name = choose_output(captured.names, outputs, output)
@@ -88,6 +95,10 @@ def leaf_values(
             continue
         if node.kind == "parameter":
             leaves[node] = parameters[node.names[0]].detach().unsqueeze(0)
+        elif node.dropout is not None:
+            rows = n if node.batched and not coupled else 1
+            like = next(iter(parameters.values())).new_empty(()).expand(rows, *node.shape)
+            leaves[node] = dropout_mask(like, *node.dropout)
         elif node.kind == "constant":
             value = node.value if node.value is not None else buffers[node.names[0]].detach()
             leaves[node] = value.unsqueeze(0)

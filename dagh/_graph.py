@@ -30,6 +30,7 @@ from dagh._outputs import choose_output
 from dagh._state import State, as_policy, check_finite, evaluate_program
 from dagh.errors import (
     CoupledSamplesError,
+    LossError,
     NonDeterministicError,
     ReductionError,
     ShapeError,
@@ -178,8 +179,6 @@ class Graph:
         except (CoupledSamplesError, RuntimeError, ValueError) as error:
             self._couple(f"a batch of one cannot be evaluated ({str(error).splitlines()[0][:80]})", args, kwargs)
             return
-        if self.dropout_seed is not None and self.mode == "train":
-            return
         agrees, why = self._agrees(probe_args, probe_kwargs)
         if not agrees:
             self._couple(why, args, kwargs)
@@ -193,7 +192,13 @@ class Graph:
         """Whether the per-sample program reproduces the model on this batch."""
         n = _capture.batch_size(args, kwargs)
         with torch.no_grad():
-            wanted = self._pick(_capture.run_model(self.model, args, kwargs, self.mode))
+            if self.dropout_seed is not None and self.mode == "train":
+                whole = self._lower(self._capture_for(n), n)  # the model itself would draw other masks
+                leaves = self._leaf_values(whole, args, kwargs, True)
+                only = whole.ancestors([whole.output])
+                wanted = evaluate_program(whole, leaves, as_policy("torch"), only)[whole.output][0]
+            else:
+                wanted = self._pick(_capture.run_model(self.model, args, kwargs, self.mode))
             program = self._program(1)
             try:
                 leaves = self._leaf_values(program, args, kwargs, False)
@@ -276,7 +281,7 @@ class Graph:
         coupled = self.coupled
         if not coupled:
             objective = _objectives.separable(objective, output, targets, n)
-        reason = self.coupling
+        reason, scale = self.coupling, None
         if not coupled and objective.is_callable:
             scale = _objectives.scale_of(objective, output, targets, n)
             if scale is None:
@@ -292,23 +297,34 @@ class Graph:
             weights = _objectives.coupled_weight(objective, reduction, output, targets)
             if not self.coupled:
                 self._require_batch(args, kwargs, n)
-        program = self._with_loss(objective, output, targets, n if coupled else 1, n)
-        policy.check(program)
-        leaves = self._leaf_values(program, args, kwargs, coupled)
+        samples, batch = (1, n) if coupled else (n, 1)
         flat_targets, _ = _objectives.target_tensors(targets)
-        for node, t in zip(program.targets, flat_targets, strict=True):
-            leaves[node] = t.unsqueeze(0) if coupled else t.unsqueeze(1)
-        samples = 1 if coupled else n
-        with torch.no_grad():
-            values = evaluate_program(program, leaves, policy, known=known)
-        check_finite(program, values)
+        for retraced in (False, True):
+            program = self._with_loss(objective, output, targets, batch, n, fresh=retraced)
+            policy.check(program)
+            leaves = self._leaf_values(program, args, kwargs, coupled)
+            for node, t in zip(program.targets, flat_targets, strict=True):
+                leaves[node] = t.unsqueeze(0) if coupled else t.unsqueeze(1)
+            with torch.no_grad(), _objectives.blamed_on(objective.name, output, targets):
+                values = evaluate_program(program, leaves, policy, known=known)
+            check_finite(program, values)
+            assert program.loss is not None
+            each = values[program.loss].reshape(-1).expand(samples)
+            if _objectives.reproduces(objective, output, targets, each, scale):
+                break
+        else:
+            raise LossError(
+                f"loss {objective.name!r} does not reproduce itself: it must be a function of output and target alone"
+            )
         sources = [
             v for v in program if v.op is None and v.dtype.is_floating_point and v.kind in ("parameter", "input")
         ]
         if wrt is not None:
             wanted = {program.parameters[w] if w in program.parameters else program.by_name[w] for w in wrt}
             sources = list(wanted)
-        return State(program, values, weights.detach(), samples, policy, frozenset(sources), coupled)
+        return State(
+            program, values, weights.detach(), samples, policy, frozenset(sources), coupled, reduction == "none"
+        )
 
     def _verify(self, args: tuple[Any, ...], kwargs: dict[str, Any], n: int) -> tuple[Tensor, dict[Node, Tensor]]:
         """The model's own output on these inputs, after checking that the program reproduces it; and its values."""
@@ -338,7 +354,7 @@ class Graph:
             again = self._pick(_capture.run_model(self.model, args, kwargs, self.mode))
             if not close(output, again):
                 raise NonDeterministicError(
-                    "the model gives two outputs for the same inputs; remove or seed the randomness in forward"
+                    "two evaluations of the model on the same inputs differ; remove or seed its randomness"
                 )
             if attempt == 0:
                 # The traced branch does not fit these inputs: trace the batch as it is.
@@ -360,11 +376,13 @@ class Graph:
         self._example = (args, kwargs)
         self._program(n)
 
-    def _with_loss(self, objective: _objectives.Objective, output: Tensor, targets: Any, batch: int, n: int) -> Program:
-        """The model's program with the loss appended."""
+    def _with_loss(
+        self, objective: _objectives.Objective, output: Tensor, targets: Any, batch: int, n: int, *, fresh: bool
+    ) -> Program:
+        """The model's program with the loss appended; ``fresh``: traced anew even if it is remembered."""
         flat, spec = _objectives.target_tensors(targets)
         key = (objective.key, batch, tuple((t.shape[1:], t.dtype) for t in flat))
-        if key in self._losses:
+        if key in self._losses and not fresh:
             return self._losses[key]
         base = self._program(batch)
         one = not (batch > 1 or n == 1 or self.coupled)

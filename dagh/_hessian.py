@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from dagh import _memory
@@ -16,7 +17,7 @@ from dagh._graph import Graph, Mode, trace
 from dagh._objectives import Reduction
 from dagh._planner import Plan, make_plan
 from dagh._request import Pair, Request, choose_names, choose_pairs, itemsize
-from dagh._state import State
+from dagh._state import State, non_finite
 from dagh.errors import ReductionError
 
 Names: TypeAlias = str | Iterable[str] | None
@@ -238,15 +239,20 @@ def _compute(
     )
     keep = reduction == "none"
     budget = _check_budget(request, state, len(wanted) + (len(parts) > 1), keep, memory_budget)
-    signature = (id(graph), names, request.pairs, id(program))
+    signature = (id(graph), names, request.pairs, id(program), "functional" in parts)
     if plan is None:
         plan = make_plan(program, request, functional="functional" in parts)
         plan.signature = signature
     elif not isinstance(plan, Plan):
         raise ReductionError(f"plan must be a Plan such as H.plan, not {type(plan).__name__}")
-    elif (plan.names, plan.pairs) != (names, request.pairs) or plan.signature[3:] != signature[3:]:
+    elif (plan.names, plan.pairs) != (names, request.pairs) or plan.signature[3] != id(program):
         raise ReductionError("the plan was made for another graph or request; leave plan=None to make a new one")
+    elif signature[4] and not plan.signature[4]:
+        raise ReductionError("the plan was made for gauss_newton and has no sweeps for H_F; leave plan=None")
     pieces = assemble(state, request, plan, parts=parts, keep=keep, budget=budget)
+    if not all(bool(torch.isfinite(block).all()) for piece in pieces.values() for block in piece.blocks.values()):
+        assert program.loss is not None
+        raise non_finite(program, state.values, program.loss)
     info = {"loss": state.loss, "samples": state.samples, "method": graph.method, "coupled": state.coupled}
     out: dict[str, BlockMatrix] = {}
     for part in wanted:

@@ -84,6 +84,8 @@ class Node:
     batched: bool = False
     value: Tensor | None = None
     names: tuple[str, ...] = ()
+    dropout: tuple[float, int] | None = None
+    """Probability and seed of a fixed dropout mask (a constant that is drawn anew for every batch size)."""
     index: int = -1
     key: str = ""
     bound: Mapping[str, Any] = field(default_factory=dict)

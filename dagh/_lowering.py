@@ -175,7 +175,10 @@ class Builder:
         """Dropout with the next fixed mask."""
         assert self.dropout_seed is not None
         self.dropouts += 1
-        node = self.emit(fixed_dropout, x, p, self.dropout_seed * 7919 + self.dropouts)
+        seed = self.dropout_seed * 7919 + self.dropouts
+        mask = self.leaf("dropout_mask", "constant", dropout_mask(self.values[x], p, seed), batched=x.batched)
+        mask.value, mask.dropout = None, (p, seed)
+        node = self.emit(fixed_dropout, x, mask)
         assert isinstance(node, Node)
         return node
 
@@ -189,13 +192,13 @@ class Builder:
         )
 
 
-def fixed_dropout(input: Tensor, p: float, seed: int) -> Tensor:
-    """Dropout with the mask drawn from ``seed``: ``x · mask / (1 - p)``."""
-    return input * dropout_mask(input, p, seed)
+def fixed_dropout(input: Tensor, mask: Tensor) -> Tensor:
+    """Dropout with a mask drawn beforehand (scaled by ``1 / (1 - p)``)."""
+    return input * mask
 
 
 def dropout_mask(like: Tensor, p: float, seed: int) -> Tensor:
-    """The mask of :func:`fixed_dropout`, scaled by ``1 / (1 - p)``."""
+    """A dropout mask of the shape of ``like``, scaled by ``1 / (1 - p)``; the same seed gives the same numbers."""
     generator = torch.Generator().manual_seed(seed)
     keep = (torch.rand(like.shape, generator=generator, dtype=torch.float64) >= p).to(like)
     return keep / (1 - p) if p < 1 else keep

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dagh.errors import DaghError, LossError, ShapeError
+from dagh.errors import DaghError, DtypeError, LossError, ShapeError
 
 Reduction = Literal["mean", "sum", "none"]
 F = torch.nn.functional
@@ -170,9 +170,16 @@ def _from_module(loss: Any) -> Objective:
     ):
         return Objective(name, key, lambda o, t: loss(o, *t) if isinstance(t, (tuple, list)) else loss(o, t), None)
 
+    elementwise = isinstance(loss, (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonNLLLoss))
+
     def summed(output: Any, target: Any) -> Tensor:
         if target is None:
             raise LossError(f"loss {name} needs targets; pass targets=")
+        if elementwise and output.shape != target.shape:
+            raise LossError(
+                f"loss {name}: output has shape {tuple(output.shape[1:])} per sample, "
+                f"target {tuple(target.shape[1:])}; they must be equal"
+            )
         value: Tensor = summing(output, target)
         return value
 
@@ -227,6 +234,8 @@ def check_targets(targets: Any, n: int | None) -> Any:
     for t in flat:
         if not isinstance(t, Tensor):
             raise LossError(f"targets must be tensors, not {type(t).__name__}")
+        if t.dtype in (torch.float16, torch.bfloat16) or t.dtype.is_complex:
+            raise DtypeError(f"targets are {str(t.dtype)[6:]}; use float32, float64 or integers")
         if n is not None and (t.dim() == 0 or t.shape[0] != n):
             raise ShapeError(f"inputs have {n} samples, targets {tuple(t.shape)}: axis 0 must agree")
     return targets
@@ -255,6 +264,16 @@ def scale_of(objective: Objective, output: Tensor, targets: Any, n: int) -> floa
     if abs(float(total) - float(each.sum())) <= tolerance * size:
         return 1.0
     return None
+
+
+def reproduces(objective: Objective, output: Tensor, targets: Any, each: Tensor, scale: float | None) -> bool:
+    """Whether traced values ``each`` (``[N]``) add up to the loss as it is now (its own state may have changed)."""
+    with torch.no_grad(), blamed_on(objective.name, output, targets):
+        wanted = float(objective.summed(output, targets))
+    got = float(each.sum()) * (scale if objective.is_callable and scale is not None else 1.0)
+    tolerance = 1e-9 if output.dtype == torch.float64 else 1e-3
+    size = max(abs(wanted), float(each.abs().sum()) * (1.0 if scale is None else scale), 1e-30)
+    return abs(got - wanted) <= tolerance * size
 
 
 def _pieces(n: int) -> list[slice]:

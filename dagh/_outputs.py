@@ -19,7 +19,7 @@ def choose_output(names: Sequence[str], leaves: Sequence[Any], wanted: str | int
     }  # fmt: skip
     if wanted is not None:
         key = str(wanted)
-        if key not in candidates and isinstance(wanted, int) and wanted < len(names):
+        if key not in candidates and isinstance(wanted, int) and 0 <= wanted < len(names):
             key = names[wanted]
         if key not in candidates:
             raise OutputError(f"the model has no output {wanted!r}; outputs: {', '.join(map(repr, candidates))}")

@@ -38,6 +38,8 @@ class State:
     policy: KinkPolicy
     sources: frozenset[Node]
     coupled: bool = False
+    per_sample: bool = False
+    """``reduction="none"``: adjoints of what all samples share are kept apart, ``[N, …]``."""
 
     def __post_init__(self) -> None:
         self._calls: dict[Node, Call] = {}
@@ -106,13 +108,15 @@ class State:
         slots = self._slots(child, parent)
         eye = self._identity(parent)
         out = self.rule(child).jvp(self.call(child), dict.fromkeys(slots, eye))
-        return _sweep.matrices(out).transpose(1, 2)
+        n = max(self.values[child].shape[0], self.values[parent].shape[0])
+        return _sweep.matrices(out.expand(n, *out.shape[1:])).transpose(1, 2)
 
     def total_jacobian(self, u: str | Node, v: str | Node) -> Tensor:
         """``J_{u←v}``, over all paths: ``[N, d_u, d_v]``."""
         child, parent = self.node(u), self.node(v)
+        seed = self._identity(parent)
         within = self.program.descendants([parent]) & self.program.ancestors([child])
-        tangents = _sweep.push_forward(self, {parent: self._identity(parent)}, within)
+        tangents = _sweep.push_forward(self, {parent: seed}, within)
         if child not in tangents:
             n = max(self.values[child].shape[0], self.values[parent].shape[0])
             return self.values[child].new_zeros(n, child.numel, parent.numel)
@@ -154,6 +158,8 @@ class State:
         on the sample the probe is shared and the result summed: ``[1, d_v, d_w]``.
         """
         row, column = self.node(v), self.node(w)
+        for node in (row, column):
+            self._require_floating(node)
         flipped = column.index > row.index
         if flipped:
             row, column = column, row
@@ -184,10 +190,13 @@ class State:
 
     # -- helpers -----------------------------------------------------------------------------------
 
-    def _identity(self, node: Node) -> Tensor:
-        like = self.values[node]
-        if not like.dtype.is_floating_point:
+    def _require_floating(self, node: Node) -> None:
+        if not node.dtype.is_floating_point:
             raise ShapeError(f"node {node.name!r} holds integers; derivatives with respect to it do not exist")
+
+    def _identity(self, node: Node) -> Tensor:
+        self._require_floating(node)
+        like = self.values[node]
         eye = torch.eye(node.numel, dtype=like.dtype, device=like.device)
         return eye.reshape(1, node.numel, *node.shape)
 
@@ -245,32 +254,48 @@ def evaluate_program(
 def check_finite(program: Program, values: dict[Node, Tensor]) -> None:
     """Raise :class:`~dagh.errors.NonFiniteError` naming the first node that turned finite numbers into NaN or Inf."""
     final = [n for n in (program.loss, program.output) if n is not None]
-    if all(bool(torch.isfinite(values[n]).all()) for n in final):
-        return
-    fallback = None
+    if not all(bool(torch.isfinite(values[n]).all()) for n in final):
+        raise non_finite(program, values, final[0])
+
+
+def non_finite(program: Program, values: dict[Node, Tensor], otherwise: Node) -> NonFiniteError:
+    """The error that names the first node whose arguments are finite and whose value is not.
+
+    Minus infinity written by a mask is left alone: a softmax turns it into zeros.
+    """
+    found = None
     for node in program:
-        value = values[node]
-        if not value.dtype.is_floating_point or bool(torch.isfinite(value).all()):
+        value = values.get(node)
+        if value is None or not value.dtype.is_floating_point or bool(torch.isfinite(value).all()):
             continue
         if node.op is None:
-            kind = "parameter" if node.kind == "parameter" else node.kind
-            raise NonFiniteError(f"{kind} {node.name!r} contains {_what(value)}; clean it first")
+            if node.kind == "constant":
+                continue
+            return NonFiniteError(f"{node.kind} {node.name!r} contains {_what(value)}; clean it first")
+        if node.operation in ("masked_fill", "where"):
+            continue
         if all(bool(torch.isfinite(values[p]).all()) for p in node.inputs if p.dtype.is_floating_point):
             if bool(torch.isnan(value).any()):
-                fallback = node
+                found = node
                 break
-            fallback = fallback or node
-    where = fallback or final[0]
+            found = found or node
+    where = found or otherwise
     at = f" in {where.module!r}" if where.module else ""
     line = f" ({where.source})" if where.source else ""
-    raise NonFiniteError(
+    return NonFiniteError(
         f"{_what(values[where])} in the forward pass, first at node {where.name!r} ({where.operation}{at}){line}; "
         "check the inputs and the scale of the parameters"
     )
 
 
 def _what(value: Tensor) -> str:
-    return "NaN" if bool(torch.isnan(value).any()) else "Inf"
+    return (
+        "NaN"
+        if bool(torch.isnan(value).any())
+        else "Inf"
+        if bool(torch.isinf(value).any())
+        else "a derivative overflow"
+    )
 
 
 def as_policy(kinks: Any) -> KinkPolicy:

@@ -169,7 +169,9 @@ def _curve(
 
 
 def adjoints(state: State) -> dict[Node, Tensor]:
-    """``δ_v = ∇_{f_v} L`` for every node on a path to the loss: ``[N, *shape]`` (``[1, …]`` where shared)."""
+    """``δ_v = ∇_{f_v} L`` for every node on a path to the loss: ``[N, *shape]`` (``[1, …]`` where shared,
+    unless the state is per sample).
+    """
     program = state.program
     loss = program.loss
     assert loss is not None
@@ -187,9 +189,9 @@ def adjoints(state: State) -> dict[Node, Tensor]:
         for i, parent in enumerate(node.inputs):
             if not parent.dtype.is_floating_point or not state.active(parent):
                 continue
-            back = rule.vjp(call, delta.unsqueeze(1), i, False)
+            back = rule.vjp(call, delta.unsqueeze(1), i, state.per_sample)
             samples = state.values[parent].shape[0]
-            if samples == 1 and back.shape[0] > 1:
+            if samples == 1 and back.shape[0] > 1 and not state.per_sample:
                 back = back.sum(0, keepdim=True)
             elif samples > 1 and back.shape[0] == 1:
                 back = back.expand(samples, *back.shape[1:])

@@ -118,7 +118,7 @@ def test_inputs_that_are_not_tensors() -> None:
 def test_inputs_organised_differently() -> None:
     x, y = data()
     graph = dagh.trace(net(), x)
-    with refused(errors.ShapeError, "organised differently"):
+    with refused(errors.ShapeError, "organized differently"):
         graph.evaluate("cross_entropy", (x, x), y)
 
 
@@ -173,7 +173,7 @@ def test_block_outside_the_request() -> None:
         {"reduction": "median"},
         {"mode": "test"},
         {"memory_budget": -1},
-        {"memory_budget": "2GB"},
+        {"memory_budget": "much"},
         {"kinks": 3},
     ],
 )

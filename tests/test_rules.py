@@ -224,6 +224,24 @@ def test_copy() -> None:
     assert not bool(rule.vjp(call, s, 0, True).any())
 
 
+FACTORED = [c for c in CASES if "cross_entropy" in c.name]
+
+
+@pytest.mark.parametrize("case", FACTORED, ids=lambda c: c.name)
+def test_factor_of_the_loss(case: RuleCase) -> None:
+    """``S Sᵀ`` is the curvature, for one position and for several."""
+    node, xs = case.node([N] * len(case.specs))
+    rule, call = rule_for(node), make_call(node, xs)
+    adjoint = torch.rand(N, *node.shape, dtype=torch.float64) + 0.1
+    columns = rule.factor(call, adjoint)  # type: ignore[attr-defined]
+    d = node.inputs[0].numel
+    eye = torch.eye(d, dtype=torch.float64).reshape(1, d, *node.inputs[0].shape).expand(N, d, *node.inputs[0].shape)
+    expected = rule.curvature(call, adjoint, {0: eye}, [0], True)[0].reshape(N, d, d)
+    s = columns.reshape(N, -1, d)
+    close(s.mT @ s, expected, "S Sᵀ")
+    assert rule.factor(call, -adjoint) is None  # type: ignore[attr-defined]
+
+
 # -- registration ----------------------------------------------------------------------------------
 
 

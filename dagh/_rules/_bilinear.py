@@ -65,7 +65,14 @@ class Multilinear(Rule):
         return out
 
 
-register_rule("aten.einsum", "aten.bilinear", "aten.dot", "aten.mv", "aten.outer", "aten.ger")(Multilinear())
+register_rule("aten.einsum", "aten.dot", "aten.mv", "aten.outer", "aten.ger")(Multilinear())
+
+
+@register_rule("aten.bilinear")
+class Bilinear(Rule):
+    """``x₁ᵀ W x₂ + b``: linear in each of x₁, W, x₂, with an additive bias."""
+
+    derivative = "bilinear"
 
 
 def _rows(x: Tensor, lead: int) -> Tensor:

@@ -32,7 +32,13 @@ def over_samples(f: Callable[..., Any], tensors: Sequence[Tensor], randomness: s
 
 
 def value(node: Node, xs: list[Tensor]) -> Tensor:
-    result = over_samples(lambda *ts: node.call(ts), xs)
+    try:
+        result = over_samples(lambda *ts: node.call(ts), xs)
+    except torch.OutOfMemoryError:
+        raise
+    except (NotImplementedError, RuntimeError):  # no batching rule and no fallback to one (custom operators)
+        n = max((x.shape[0] for x in xs), default=1)
+        result = torch.stack([node.call([_pick(x, k) for x in xs]) for k in range(n)])
     assert isinstance(result, Tensor)
     return result
 
@@ -54,47 +60,104 @@ def _split(call: Call, active: Iterable[int]) -> tuple[list[int], Callable[..., 
 
 
 def jvp(call: Call, tangents: Mapping[int, Tensor]) -> Tensor:
+    """``Σ D t`` in forward mode, checked on one sample and direction against reverse mode, which is the fallback."""
     if call.node.key not in _NO_FORWARD:
         try:
-            return _forward_jvp(call, tangents)
+            found: Tensor = _forward_jvp(call, tangents)
+            if call.once(
+                f"jvp agrees {sorted(tangents)}",
+                lambda: _agrees(found, _twice(call, _double_reverse_jvp, tangents), tangents),
+            ):
+                return found
         except torch.OutOfMemoryError:
             raise
         except (NotImplementedError, RuntimeError):
             _NO_FORWARD.add(call.node.key)
+    return _twice(call, _double_reverse_jvp, tangents, every=True)
+
+
+def _twice(
+    call: Call, method: Callable[..., Any], tangents: Mapping[int, Tensor], *rest: Any, every: bool = False
+) -> Any:
+    """A double-reverse method on everything, or on the first sample and direction alone."""
+    if not every:
+        call = Call(call.node, [x[:1] for x in call.xs], call.out[:1])
+        b = _telling(tangents)
+        tangents = {i: t[:1, b : b + 1] for i, t in tangents.items()}
+        rest = tuple(r[:1] if isinstance(r, Tensor) else r for r in rest)
     try:
-        return _double_reverse_jvp(call, tangents)
+        return method(call, tangents, *rest)
     except torch.OutOfMemoryError:
         raise
     except (NotImplementedError, RuntimeError) as error:
-        raise _underivable(call, error) from None
+        if every:
+            raise _underivable(call, error) from None
+        return None
 
 
-def _underivable(call: Call, error: Exception) -> RuleError:
+def _telling(tangents: Mapping[int, Tensor]) -> int:
+    """The direction that moves the first sample most."""
+    moved = torch.stack([t[0].flatten(1).norm(dim=1) if t.dim() > 2 else t[0].abs() for t in tangents.values()])
+    return int(moved.sum(0).argmax())
+
+
+def _agrees(found: Tensor, reference: Tensor | None, tangents: Mapping[int, Tensor]) -> bool:
+    """Whether one entry of ``found`` matches; without a reference it is taken as it is."""
+    if reference is None or not bool(torch.isfinite(reference).all()):
+        return True
+    b = _telling(tangents)
+    tolerance, floor = (1e-7, 1e-11) if found.dtype == torch.float64 else (1e-2, 1e-4)
+    difference = (found[:1, b : b + 1] - reference).norm()
+    return bool(difference <= tolerance * reference.norm() + floor * found.norm())
+
+
+def _underivable(call: Call, error: Exception, times: str = " twice") -> RuleError:
     node = call.node
     where = f" in {node.module!r}" if node.module else ""
     return RuleError(
-        f"PyTorch cannot differentiate {node.key}{where} twice ({str(error).splitlines()[0][:120]}); "
+        f"PyTorch cannot differentiate {node.key}{where}{times} ({str(error).splitlines()[0][:120]}); "
         "register a rule for it with dagh.register_rule, or rewrite that line of the model"
     )
+
+
+def _over_pairs(f: Callable[..., Any], values: Sequence[Tensor], bundles: Sequence[Tensor]) -> Any:
+    """``f`` on every pair of sample and direction, as one ``vmap`` over all of them.
+
+    Nested ``vmap`` levels of ``jvp`` are silently wrong for some operations (determinants, linear solves).
+    """
+    n = max(t.shape[0] for t in [*values, *bundles])
+    b = bundles[0].shape[1]
+    dims = [None if v.shape[0] == 1 else 0 for v in values]
+    flat = [v[0] if d is None else v.repeat_interleave(b, 0) for v, d in zip(values, dims, strict=True)]
+    flat += [t.expand(n, *t.shape[1:]).reshape(n * b, *t.shape[2:]) for t in bundles]
+    out = torch.func.vmap(f, in_dims=(*dims, *([0] * len(bundles))))(*flat)
+    return torch.utils._pytree.tree_map(lambda t: t.reshape(n, b, *t.shape[1:]), out)
 
 
 def _forward_jvp(call: Call, tangents: Mapping[int, Tensor]) -> Tensor:
     active, close = _split(call, tangents)
     k = len(call.xs)
 
-    def per_sample(*tensors: Tensor) -> Tensor:
+    def one(*tensors: Tensor) -> Tensor:
         xs, ts = tensors[:k], tensors[k:]
-        f = close(xs)
-        point = tuple(xs[i] for i in active)
-        pushed: Tensor = torch.func.vmap(lambda *t: torch.func.jvp(f, point, t)[1])(*ts)
+        pushed: Tensor = torch.func.jvp(close(xs), tuple(xs[i] for i in active), tuple(ts))[1]
         return pushed
 
-    result = over_samples(per_sample, [*call.xs, *(tangents[i] for i in active)])
-    assert isinstance(result, Tensor)
+    result: Tensor = _over_pairs(one, call.xs, [tangents[i] for i in active])
     return result
 
 
 def vjp(call: Call, cotangent: Tensor, arg: int) -> Tensor:
+    """``Dᵀ s`` by ``torch.func``, or by plain autograd where that does not know the operation."""
+    try:
+        return _transform_vjp(call, cotangent, arg)
+    except torch.OutOfMemoryError:
+        raise
+    except (NotImplementedError, RuntimeError):
+        return _plain_vjp(call, cotangent, arg)
+
+
+def _transform_vjp(call: Call, cotangent: Tensor, arg: int) -> Tensor:
     _, close = _split(call, [arg])
     k = len(call.xs)
 
@@ -109,21 +172,47 @@ def vjp(call: Call, cotangent: Tensor, arg: int) -> Tensor:
     return result
 
 
+def _plain_vjp(call: Call, cotangent: Tensor, arg: int) -> Tensor:
+    _, close = _split(call, [arg])
+    n_max = max(t.shape[0] for t in [*call.xs, cotangent])
+    rows = []
+    with torch.enable_grad():
+        for n in range(n_max):
+            xs = [_pick(x, n).detach() for x in call.xs]
+            point = xs[arg].clone().requires_grad_()
+            try:
+                out = close(xs)(point)
+                for b in range(cotangent.shape[1]):
+                    (grad,) = torch.autograd.grad(
+                        out, point, _pick(cotangent, n)[b], retain_graph=True, allow_unused=True
+                    )
+                    rows.append(torch.zeros_like(point) if grad is None else grad)
+            except (NotImplementedError, RuntimeError) as error:
+                raise _underivable(call, error, "") from None
+    return torch.stack(rows).reshape(n_max, cotangent.shape[1], *call.node.inputs[arg].shape)
+
+
 def curvature(call: Call, adjoint: Tensor, tangents: Mapping[int, Tensor], args: Iterable[int]) -> dict[int, Tensor]:
+    """``Σ M t`` forward over reverse, checked on one sample and direction like :func:`jvp`."""
     args = list(args)
     if call.node.key not in _NO_FORWARD:
         try:
-            return _forward_over_reverse(call, adjoint, tangents, args)
+            found = _forward_over_reverse(call, adjoint, tangents, args)
+            if call.once(f"curvature agrees {args}", lambda: _curvature_agrees(call, adjoint, tangents, args, found)):
+                return found
         except torch.OutOfMemoryError:
             raise
         except (NotImplementedError, RuntimeError):
             _NO_FORWARD.add(call.node.key)
-    try:
-        return _reverse_over_reverse(call, adjoint, tangents, args)
-    except torch.OutOfMemoryError:
-        raise
-    except (NotImplementedError, RuntimeError) as error:
-        raise _underivable(call, error) from None
+    result: dict[int, Tensor] = _twice(call, _reverse_over_reverse, tangents, adjoint, args, every=True)
+    return result
+
+
+def _curvature_agrees(
+    call: Call, adjoint: Tensor, tangents: Mapping[int, Tensor], args: list[int], found: dict[int, Tensor]
+) -> bool:
+    reference = _twice(call, _reverse_over_reverse, tangents, adjoint, args)
+    return reference is None or all(_agrees(found[i], reference[i], tangents) for i in args)
 
 
 def _forward_over_reverse(
@@ -133,7 +222,7 @@ def _forward_over_reverse(
     k = len(call.xs)
     moving = list(tangents)
 
-    def per_sample(*tensors: Tensor) -> tuple[Tensor, ...]:
+    def one(*tensors: Tensor) -> tuple[Tensor, ...]:
         xs, delta, ts = tensors[:k], tensors[k], tensors[k + 1 :]
         f = close(xs)
 
@@ -144,15 +233,9 @@ def _forward_over_reverse(
             grads = torch.func.vjp(f, *point)[1](delta)
             return tuple(grads[active.index(i)] for i in args)
 
-        base = tuple(xs[i] for i in moving)
+        return tuple(torch.func.jvp(gradient, tuple(xs[i] for i in moving), tuple(ts))[1])
 
-        def along(*t: Tensor) -> tuple[Tensor, ...]:
-            out = torch.func.jvp(gradient, base, t)[1]
-            return tuple(out)
-
-        return tuple(torch.func.vmap(along)(*ts))
-
-    results = over_samples(per_sample, [*call.xs, adjoint, *(tangents[i] for i in moving)])
+    results = _over_pairs(one, [*call.xs, adjoint], [tangents[i] for i in moving])
     return dict(zip(args, results, strict=True))
 
 
@@ -190,7 +273,7 @@ def _double_reverse_jvp(call: Call, tangents: Mapping[int, Tensor]) -> Tensor:
 
 
 def _reverse_over_reverse(
-    call: Call, adjoint: Tensor, tangents: Mapping[int, Tensor], args: list[int]
+    call: Call, tangents: Mapping[int, Tensor], adjoint: Tensor, args: list[int]
 ) -> dict[int, Tensor]:
     active, close = _split(call, sorted({*tangents, *args}))
     n_max = max(t.shape[0] for t in [*call.xs, adjoint, *tangents.values()])

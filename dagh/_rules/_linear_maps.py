@@ -48,7 +48,7 @@ sum mean cumsum flip roll index index_select gather pixel_shuffle pixel_unshuffl
 reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d
 im2col col2im unfold unfold_copy tril triu diagonal diag_embed trace repeat repeat_interleave stack
 slice_scatter select_scatter index_put scatter_add index_add movedim swapaxes rot90 narrow
-take_along_dim expand_as broadcast_to _to_copy to copy
+take_along_dim expand_as broadcast_to _to_copy to
 """
 for _name in _GENERIC.split():
     register_rule(f"aten.{_name}")(LinearMap())
@@ -299,22 +299,18 @@ class Embedding(LinearMap):
 
 @register_rule("dagh.fixed_dropout")
 class FixedDropout(LinearMap):
-    """Dropout whose mask is drawn once from a seed, independently for every sample."""
+    """Dropout whose mask was drawn from a seed, independently for every sample."""
 
-    def _mask(self, node: Node, x: Tensor) -> Tensor:
-        from dagh._lowering import dropout_mask
-
-        return dropout_mask(x, float(node.arg("p")), int(node.arg("seed")))
+    acts_per = "element"
 
     def value(self, node: Node, xs: list[Tensor], kink: Any = None) -> Tensor:
-        return xs[0] * self._mask(node, xs[0])
+        return xs[0] * xs[1]
 
     def jvp(self, call: Call, tangents: Tangents) -> Tensor:
-        mask: Tensor = call.once("mask", lambda: self._mask(call.node, call.xs[0]).unsqueeze(1))
-        return tangents[0] * mask
+        return tangents[0] * call.xs[1].unsqueeze(1)
 
     def vjp(self, call: Call, cotangent: Tensor, arg: int, keep: bool) -> Tensor:
-        return self.jvp(call, {0: cotangent})
+        return cotangent * call.xs[1].unsqueeze(1)
 
 
 @register_rule("dagh.stop_gradient")
@@ -329,3 +325,23 @@ class StopGradient(LinearMap):
 
     def vjp(self, call: Call, cotangent: Tensor, arg: int, keep: bool) -> Tensor:
         return torch.zeros_like(cotangent)
+
+
+@register_rule("aten.copy")
+class Copy(LinearMap):
+    """``src`` in the shape of what it overwrites (which itself drops out)."""
+
+    def value(self, node: Node, xs: list[Tensor], kink: Any = None) -> Tensor:
+        src = align(xs[1], 1, len(node.shape)).to(node.dtype)
+        return src.expand(src.shape[0], *node.shape)
+
+    def jvp(self, call: Call, tangents: Tangents) -> Tensor:
+        if 1 not in tangents:
+            return torch.zeros_like(tangents[0])
+        t = align(tangents[1], 2, len(call.node.shape)).to(call.node.dtype)
+        return t.expand(*t.shape[:2], *call.node.shape)
+
+    def vjp(self, call: Call, cotangent: Tensor, arg: int, keep: bool) -> Tensor:
+        if arg == 0:
+            return torch.zeros_like(cotangent)
+        return unbroadcast(cotangent, 2, call.node.inputs[1].shape).to(call.node.inputs[1].dtype)

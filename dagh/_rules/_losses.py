@@ -31,11 +31,21 @@ class CrossEntropy(Rule):
     def _axis(self, node: Node) -> int:
         return 1 if len(node.inputs[0].shape) > 1 else 0
 
+    def value(self, node: Node, xs: list[Tensor], kink: Any = None) -> Tensor:
+        call = Call(node, xs, xs[0])
+        _, q = self._mass(call)
+        axis = self._axis(node) + 1
+        # Where nothing is expected, an impossible class (logit -inf) costs nothing.
+        each = (q * -torch.log_softmax(xs[0], axis)).masked_fill(q == 0, 0.0).sum(axis)
+        return each if int(node.arg("reduction")) not in (_MEAN, _SUM) else each.reshape(each.shape[0], -1).sum(1)
+
     def _mass(self, call: Call) -> tuple[Tensor, Tensor]:
         """``p`` and ``q``, both ``[N, *logits]``; ``q`` includes the reduction's normaliser."""
 
         def compute() -> tuple[Tensor, Tensor]:
             z, target = call.xs[0], call.xs[1]
+            z = z.expand(max(z.shape[0], target.shape[0]), *z.shape[1:])
+            target = target.expand(z.shape[0], *target.shape[1:])
             axis = self._axis(call.node) + 1
             classes = z.shape[axis]
             weight, smoothing = call.tensor("weight"), float(call.arg("label_smoothing") or 0.0)
@@ -95,8 +105,8 @@ class CrossEntropy(Rule):
         if bool((mass < 0).any()):
             return None
         n, classes = p.shape[0], p.shape[axis]
-        p = p.movedim(axis, 1).flatten(2)  # [N, C, T]
-        root = (mass.movedim(axis, 1).flatten(2) * p).sqrt()
+        p = p.movedim(axis, 1).reshape(n, classes, -1)  # [N, C, T]
+        root = (mass.movedim(axis, 1).reshape(mass.shape[0], 1, -1) * p).sqrt()
         eye = torch.eye(classes, dtype=p.dtype, device=p.device)
         columns = root.unsqueeze(2) * (eye[None, :, :, None] - p.unsqueeze(1))  # [N, c, C, T]
         positions = p.shape[2]

@@ -192,6 +192,9 @@ class Selection(Rule):
 
 for _name in (
     "aten.amax",
+    "aten.clamp.Tensor",
+    "aten.clamp_min.Tensor",
+    "aten.clamp_max.Tensor",
     "aten.amin",
     "aten.max.default",
     "aten.min.default",
