@@ -289,13 +289,9 @@ def non_finite(program: Program, values: dict[Node, Tensor], otherwise: Node) ->
 
 
 def _what(value: Tensor) -> str:
-    return (
-        "NaN"
-        if bool(torch.isnan(value).any())
-        else "Inf"
-        if bool(torch.isinf(value).any())
-        else "a derivative overflow"
-    )
+    if bool(torch.isnan(value).any()):
+        return "NaN"
+    return "Inf" if bool(torch.isinf(value).any()) else "overflow of a derivative"
 
 
 def as_policy(kinks: Any) -> KinkPolicy:
