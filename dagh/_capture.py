@@ -6,6 +6,7 @@ import contextlib
 import functools
 import io
 import logging
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,9 @@ from torch.utils import _pytree as pytree
 from dagh.errors import CaptureError, DaghError
 
 aten = torch.ops.aten
+
+#: Modes and flags are put back as they were found, and PyTorch traces in one thread at a time.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 @dataclass
@@ -42,17 +46,18 @@ class Captured:
 @contextlib.contextmanager
 def in_mode(model: nn.Module, mode: str) -> Iterator[None]:
     """Put every submodule in train or eval mode, and restore each one's own flag afterwards."""
-    before = [(m, m.training) for m in model.modules()]
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        for m, _ in before:
-            m.training = mode == "train"
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-        for m, flag in before:
-            m.training = flag
+    with _ONE_AT_A_TIME:
+        before = [(m, m.training) for m in model.modules()]
+        fastpath = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            for m, _ in before:
+                m.training = mode == "train"
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fastpath)
+            for m, flag in before:
+                m.training = flag
 
 
 @contextlib.contextmanager
@@ -61,7 +66,7 @@ def quiet() -> Iterator[None]:
     loggers = [logging.getLogger(n) for n in ("torch.export", "torch._dynamo", "torch.fx", "torch._export")]
     levels = [log.level for log in loggers]
     # A failed export prints the partial graph on standard error, whatever the log level.
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+    with _ONE_AT_A_TIME, warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
             for log in loggers:

@@ -17,6 +17,7 @@ from dagh._graph import Graph, Mode, trace
 from dagh._objectives import Reduction
 from dagh._planner import Plan, make_plan
 from dagh._request import Pair, Request, choose_names, choose_pairs, itemsize
+from dagh._rules._generic import quiet_batching
 from dagh._state import State, non_finite
 from dagh.errors import ReductionError
 
@@ -249,7 +250,8 @@ def _compute(
         raise ReductionError("the plan was made for another graph or request; leave plan=None to make a new one")
     elif signature[4] and not plan.signature[4]:
         raise ReductionError("the plan was made for gauss_newton and has no sweeps for H_F; leave plan=None")
-    pieces = assemble(state, request, plan, parts=parts, keep=keep, budget=budget)
+    with quiet_batching():
+        pieces = assemble(state, request, plan, parts=parts, keep=keep, budget=budget)
     if not all(bool(torch.isfinite(block).all()) for piece in pieces.values() for block in piece.blocks.values()):
         assert program.loss is not None
         raise non_finite(program, state.values, program.loss)

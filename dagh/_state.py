@@ -13,6 +13,7 @@ from torch import Tensor
 from dagh import _sweep
 from dagh._ir import Node, Program
 from dagh._rules import Call, Rule, rule_for
+from dagh._rules._generic import quiet_batching
 from dagh.errors import NonFiniteError, ReductionError, ShapeError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -230,8 +231,18 @@ def evaluate_program(
     known: dict[Node, Tensor] | None = None,
 ) -> dict[Node, Tensor]:
     """Values of every node (``[N or 1, *shape]``) from the values of the leaves; ``known`` ones are not recomputed."""
+    with quiet_batching():
+        return _evaluate(program, leaves, policy, only, known or {})
+
+
+def _evaluate(
+    program: Program,
+    leaves: dict[Node, Tensor],
+    policy: KinkPolicy,
+    only: Collection[Node] | None,
+    known: dict[Node, Tensor],
+) -> dict[Node, Tensor]:
     values: dict[Node, Tensor] = {}
-    known = known or {}
     for node in program:
         if only is not None and node not in only:
             continue

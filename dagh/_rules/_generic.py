@@ -7,7 +7,9 @@ differentiated twice in reverse mode, one sample and one tangent at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +20,14 @@ from dagh._rules._base import Call
 from dagh.errors import RuleError
 
 _NO_FORWARD: set[str] = set()
+
+
+@contextlib.contextmanager
+def quiet_batching() -> Iterator[None]:
+    """Silence PyTorch's hint that an operation without a batching rule runs sample by sample: nothing to act on."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet implemented")
+        yield
 
 
 def over_samples(f: Callable[..., Any], tensors: Sequence[Tensor], randomness: str = "error") -> Any:
