@@ -6,12 +6,12 @@ A plug-in is an object with a ``name``, a ``description``, the ``fields`` of its
     [project.entry-points."dagh.architectures"]
     my_block = "my_package.blocks:MY_BLOCK"
 
-:func:`recognise` asks all of them; one that cannot be imported, or fails, is reported and skipped.
+:func:`recognize` asks all of them; one that cannot be imported, or fails, is reported and skipped.
 """
 
 from ._convolution import ConvolutionChain, ConvolutionLayer, Pooling
 from ._dense import DenseHead, DenseLayer
-from ._plugins import GROUP, Architecture, Match, Plugin, PluginWarning, installed, recognise
+from ._plugins import GROUP, Architecture, Match, Plugin, PluginWarning, installed, recognize
 
 __all__ = [
     "GROUP",
@@ -25,5 +25,5 @@ __all__ = [
     "PluginWarning",
     "Pooling",
     "installed",
-    "recognise",
+    "recognize",
 ]

@@ -14,7 +14,7 @@ from ._plugins import installed
 def architectures() -> None:
     """List the installed architecture plug-ins."""
     table = Table(box=None, pad_edge=False)
-    for column in ("name", "what it recognises", "from"):
+    for column in ("name", "what it recognizes", "from"):
         table.add_column(column)
     for plugin in installed():
         if plugin.architecture is None:

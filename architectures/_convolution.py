@@ -44,15 +44,15 @@ class ConvolutionLayer:
     size_before: Sizes
     size_after: Sizes
     activation: str | None = None
-    normalised: bool = False
+    normalized: bool = False
     pooling: tuple[Pooling, ...] = ()
 
 
 @dataclass(frozen=True)
 class ConvolutionChain:
-    """Recognises maximal chains of ``dims``-dimensional convolutions without branches.
+    """Recognizes maximal chains of ``dims``-dimensional convolutions without branches.
 
-    Between two convolutions may stand elementwise activations, normalisations, poolings and paddings. A node
+    Between two convolutions may stand elementwise activations, normalizations, poolings and paddings. A node
     that several operations use, or an operation on two tensors that both depend on the input, ends a chain.
     """
 
@@ -92,8 +92,8 @@ class ConvolutionChain:
                 if last.activation is not None:
                     break
                 layers[-1] = dataclasses.replace(last, activation=walk.operation(following))
-            elif walk.is_normalisation(following):
-                layers[-1] = dataclasses.replace(last, normalised=True)
+            elif walk.is_normalization(following):
+                layers[-1] = dataclasses.replace(last, normalized=True)
             else:
                 break
             path += [*pending, following]

@@ -25,7 +25,7 @@ class DenseLayer:
 
 @dataclass(frozen=True)
 class DenseHead:
-    """Recognises the chain of linear layers that ends in the model's output.
+    """Recognizes the chain of linear layers that ends in the model's output.
 
     Elementwise activations may stand between the layers, and a softmax or log-softmax after the last one.
     """

@@ -66,7 +66,7 @@ def installed() -> list[Plugin]:
     return sorted((_load(e) for e in entry_points(group=GROUP)), key=lambda p: (p.name, p.provider))
 
 
-def recognise(graph: Graph) -> list[Match]:
+def recognize(graph: Graph) -> list[Match]:
     """Every occurrence of an installed architecture in ``graph``.
 
     A plug-in that cannot be loaded or raises an exception is reported by a :class:`PluginWarning` and

@@ -98,8 +98,8 @@ class Walk:
     def is_pooling(self, node: str) -> bool:
         return "pool" in self.operation(node)
 
-    def is_normalisation(self, node: str) -> bool:
-        """A normalisation, or the scale and shift by parameters that follow one."""
+    def is_normalization(self, node: str) -> bool:
+        """A normalization, or the scale and shift by parameters that follow one."""
         return self.operation(node) in _NORMALISATIONS or self.is_affine(node)
 
     def is_affine(self, node: str) -> bool:

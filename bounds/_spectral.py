@@ -60,12 +60,12 @@ def gram_bound(matrix: Tensor, steps: int = 6) -> Tensor:
         return matrix.abs().new_zeros(matrix.shape[:-2])
     # The power 2^(t+1) of a norm overflows at once: each iterate is divided by its norm, whose logarithm is
     # kept.
-    gram, log_scale = _normalised(matrix)
+    gram, log_scale = _normalized(matrix)
     if matrix.shape[-2] < matrix.shape[-1]:
         gram = gram.mH  # the smaller of the two Gram matrices
     power = 1.0
     for _ in range(steps):
-        gram, log_step = _normalised(gram.mH @ gram)
+        gram, log_step = _normalized(gram.mH @ gram)
         power /= 2
         log_scale = log_scale + power * log_step
     return log_scale.exp()
@@ -81,7 +81,7 @@ def check_matrix(matrix: Tensor, axes: int = 2) -> None:
         raise NonFiniteError("the matrix has NaN or Inf entries")
 
 
-def _normalised(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def _normalized(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """``matrix / ‖matrix‖_F`` and ``log ‖matrix‖_F`` (zero matrices stay zero, with logarithm -inf)."""
     # Scaled by the largest entry first: the squares of very small entries would underflow.
     largest = matrix.abs().amax((-2, -1), keepdim=True)

@@ -18,7 +18,7 @@ from dagh._state import State
 #: Smallest working memory the chunking aims for.
 _FLOOR = 32 * 2**20
 #: Largest bundle formed at once: beyond it fresh memory costs more than the arithmetic on it.
-_CACHE = 16 * 2**20
+_CACHE = 8 * 2**20
 
 
 class Accumulator:

@@ -208,7 +208,7 @@ class BlockMap:
 
     # -- HTML --------------------------------------------------------------------------------------
     def to_html(self) -> str:
-        """A self-contained ``<div>``: the whole symmetric table, heat-coloured by the log of the norm."""
+        """A self-contained ``<div>``: the whole symmetric table, heat-colored by the log of the norm."""
         positive = [c.norm for c in self._flat() if c.norm]
         low, high = (log10(min(positive)), log10(max(positive))) if positive else (0.0, 0.0)
         heads = "".join(
@@ -223,7 +223,7 @@ class BlockMap:
             body.append(f"<tr>{name}{cells}</tr>")
         lines = self.caption(False)
         if positive:
-            lines.append(f"colour: Frobenius norm, log scale, {10**low:.2e} (light) to {10**high:.2e} (dark)")
+            lines.append(f"color: Frobenius norm, log scale, {10**low:.2e} (light) to {10**high:.2e} (dark)")
         notes = "<br>".join(escape(line) for line in lines)
         return (
             '<div style="font-family:ui-monospace,monospace;font-size:12px;color:inherit;overflow-x:auto">'
@@ -243,22 +243,22 @@ class BlockMap:
             tip += f", Frobenius norm {cell.norm:.9e}"
         if cell.structure not in ("zero", ""):
             tip += f", held as {cell.structure}"
-        colour: Colour | None
+        color: Color | None
         if cell.norm:
-            colour = _heat((log10(cell.norm) - low) / (high - low) if high > low else 1.0)
+            color = _heat((log10(cell.norm) - low) / (high - low) if high > low else 1.0)
         else:
-            colour = KIND_COLOURS.get(cell.kind) if cell.norm is None else None
-        style = "opacity:.5" if colour is None else _paint(colour)
+            color = KIND_COLOURS.get(cell.kind) if cell.norm is None else None
+        style = "opacity:.5" if color is None else _paint(color)
         symbol = SYMBOLS[cell.kind] + ("*" if cell.partial else "")
         return f'<td title="{escape(tip)}" style="{_PLAIN}{style}">{symbol}</td>'
 
 
 _PLAIN = "padding:2px 7px;text-align:center;"
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
 
-def _heat(t: float) -> Colour:
+def _heat(t: float) -> Color:
     """Light yellow to dark red for ``t`` from 0 to 1."""
     position = min(max(t, 0.0), 1.0) * (len(HEAT) - 1)
     i = min(int(position), len(HEAT) - 2)
@@ -266,8 +266,8 @@ def _heat(t: float) -> Colour:
     return mixed[0], mixed[1], mixed[2]
 
 
-def _paint(colour: Colour) -> str:
-    """Background and a text colour that reads on it, whatever the theme of the page."""
-    red, green, blue = colour
+def _paint(color: Color) -> str:
+    """Background and a text color that reads on it, whatever the theme of the page."""
+    red, green, blue = color
     ink = "#111" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "#fff"
     return f"background:rgb({red},{green},{blue});color:{ink}"

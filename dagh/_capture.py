@@ -79,7 +79,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Restore buffers afterwards (training-mode normalisation updates them), and keep the random state."""
+    """Restore buffers afterwards (training-mode normalization updates them), and keep the random state."""
     saved = {n: b.detach().clone() for n, b in model.named_buffers()}
     with torch.random.fork_rng(devices=_cuda_devices(model)):
         try:

@@ -31,7 +31,7 @@ class _Cluster:
 
 
 def dot(title: str, rows: Sequence[NodeRow]) -> str:
-    """A directed graph: one cluster per module, one node shape per kind, colours by derivative class."""
+    """A directed graph: one cluster per module, one node shape per kind, colors by derivative class."""
     root = _Cluster()
     for row in rows:
         place = root

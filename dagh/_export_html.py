@@ -9,7 +9,7 @@ from dagh._export import NodeRow, shape_text
 from dagh._export_text import acts_text, kink_text, notes, params_text
 from dagh._export_tree import Line, lines
 
-#: Colours follow the reader's theme; every rule is under ``.dagh``, as a notebook has styles of its own.
+#: Colors follow the reader's theme; every rule is under ``.dagh``, as a notebook has styles of its own.
 STYLE = """
 .dagh{--ink:#1d2733;--soft:#5f6c7b;--line:#dfe5ec;--card:#fff;--band:#f5f7fa;--accent:#0b6bcb;--warn:#b45309;
 --c-linear:#64748b;--c-bilinear:#0b7285;--c-elementwise:#2b8a3e;--c-smooth:#9c36b5;--c-kinked:#c2560c;

@@ -1,4 +1,4 @@
-"""The user's inputs: organised, checked, and compared."""
+"""The user's inputs: organized, checked, and compared."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 
 def check_like(example: tuple[Any, Any], given: tuple[Any, Any]) -> None:
-    """Refuse inputs organised or shaped differently from the traced example; only axis 0 may change."""
+    """Refuse inputs organized or shaped differently from the traced example; only axis 0 may change."""
     if pytree.tree_flatten(given)[1] != pytree.tree_flatten(example)[1]:
         raise ShapeError("the inputs are organized differently from the traced example (number, names or nesting)")
     n_old, n_new = batch_size(*example), batch_size(*given)

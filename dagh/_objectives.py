@@ -29,7 +29,7 @@ F = torch.nn.functional
 class Objective:
     """A loss in the form the engine uses.
 
-    ``summed(output, target)`` is a scalar; ``weigh(output, target)`` gives each sample's share of the normaliser
+    ``summed(output, target)`` is a scalar; ``weigh(output, target)`` gives each sample's share of the normalizer
     (``[N]``), or is ``None`` where the callable's own value on the batch is the definition. Two objectives with equal
     ``key`` are the same function.
     """

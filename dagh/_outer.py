@@ -59,7 +59,7 @@ def _signs(values: Tensor) -> Tensor | None:
 
 
 def loss_curvature(state: State) -> Tensor:
-    """``∇²_out ℓ``: ``[N, K, K]``, symmetrised; zero where the loss is linear in the output."""
+    """``∇²_out ℓ``: ``[N, K, K]``, symmetrized; zero where the loss is linear in the output."""
     program = state.program
     output = program.output
     k, like = output.numel, state.values[output]

@@ -165,7 +165,7 @@ def _functional_loss(problem: Problem) -> tuple[Callable[[Tensor], Tensor], Tens
 
     def loss(flat: Tensor) -> Tensor:
         parts = (t.view(s) for t, s in zip(flat.split(problem.sizes), shapes, strict=True))
-        # Copies: normalisation layers in training mode write to their buffers.
+        # Copies: normalization layers in training mode write to their buffers.
         state = {**{n: b.clone() for n, b in buffers.items()}, **dict(zip(problem.names, parts, strict=True))}
 
         def call(*args: Any, **kwargs: Any) -> Any:

@@ -355,7 +355,7 @@ CASES: list[RuleCase] = [
             (3, [2, 2, 2], [2, 2, 2], [0, 1, 0], [1, 1, 1], False),
         ]
     ],
-    # normalisation
+    # normalization
     RuleCase(standardize, (T((1, 2, 3)),), {"dims": [-1], "eps": 1e-3, "center": True}),
     RuleCase(standardize, (T((1, 2, 3)),), {"dims": [1, 2], "eps": 0.1, "center": False}),
     RuleCase(standardize, (T((3, 2)),), {"dims": [0], "eps": 1e-3, "center": True}),

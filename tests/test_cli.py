@@ -108,7 +108,7 @@ def test_table(run: Run) -> None:
     ):
         assert words in out
     assert "every operation has a closed form" in out
-    assert "\x1b[" not in out, "no colours into a pipe"
+    assert "\x1b[" not in out, "no colors into a pipe"
     assert result.stderr == "", "no progress into a pipe"
 
 

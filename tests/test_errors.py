@@ -115,7 +115,7 @@ def test_inputs_that_are_not_tensors() -> None:
         dagh.trace(lambda x: x, data()[0])  # type: ignore[arg-type]
 
 
-def test_inputs_organised_differently() -> None:
+def test_inputs_organized_differently() -> None:
     x, y = data()
     graph = dagh.trace(net(), x)
     with refused(errors.ShapeError, "organized differently"):

@@ -66,7 +66,7 @@ def small_net(norm: nn.Module) -> tuple[nn.Module, object, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["LayerNorm", "BatchNorm1d"])
-def test_torch_func_hessian_is_wrong_on_normalisation(kind: str) -> None:
+def test_torch_func_hessian_is_wrong_on_normalization(kind: str) -> None:
     """The reason why ``torch.func.hessian`` is no oracle here."""
     args = small_net(getattr(nn, kind)(5))
     reference = hessian_double_backward(*args, mode="train")

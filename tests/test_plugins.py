@@ -1,4 +1,4 @@
-"""Architecture plug-ins: what ours recognise, and how foreign ones are found."""
+"""Architecture plug-ins: what ours recognize, and how foreign ones are found."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import dagh
 from dagh._cli import cli
-from dagh.architectures import Architecture, Match, PluginWarning, installed, recognise
+from dagh.architectures import Architecture, Match, PluginWarning, installed, recognize
 
 GOOD = """
 class Everything:
@@ -35,7 +35,7 @@ def matches(model: nn.Module, *shape: int) -> dict[str, list[Match]]:
     found: dict[str, list[Match]] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("error", PluginWarning)
-        for match in recognise(graph):
+        for match in recognize(graph):
             found.setdefault(match.architecture, []).append(match)
     return found
 
@@ -87,13 +87,13 @@ def test_a_convolutional_network_with_a_head() -> None:
     assert (first.channels_in, first.channels_out, first.kernel, first.groups) == (2, 6, (3, 3), 1)
     assert (first.stride, first.padding, first.dilation) == ((1, 1), (1, 1), (1, 1))
     assert (first.size_before, first.size_after, first.activation) == ((8, 8), (8, 8), "relu")
-    assert not first.normalised
+    assert not first.normalized
     (pool,) = first.pooling
     assert (pool.operation, pool.kernel, pool.stride, pool.size_after) == ("max_pool", (2, 2), (2, 2), (4, 4))
     assert (second.module, second.parameters) == ("3", ("3.weight",))
     assert (second.channels_in, second.channels_out, second.kernel, second.groups) == (6, 4, (3, 1), 2)
     assert (second.stride, second.size_before, second.size_after) == ((1, 2), (4, 4), (2, 2))
-    assert (second.activation, second.normalised) == ("tanh", True)
+    assert (second.activation, second.normalized) == ("tanh", True)
     assert [(p.operation, p.size_after) for p in second.pooling] == [("avg_pool2d", (1, 1))]
     (head,) = found["fc_head"]
     assert [(d.module, d.features_in, d.features_out, d.activation) for d in head.layers] == [
@@ -196,7 +196,7 @@ def test_a_broken_plugin_is_reported_and_skipped(
     install(monkeypatch, tmp_path, broken=value)
     graph = dagh.trace(nn.Linear(2, 2), torch.randn(2, 2))
     with pytest.warns(PluginWarning) as caught:
-        found = recognise(graph)
+        found = recognize(graph)
     assert [m.architecture for m in found] == ["fc_head"]
     (message,) = [str(w.message) for w in caught]
     assert "'broken' of zoo-of-nets 1.2" in message

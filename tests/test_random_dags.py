@@ -159,12 +159,12 @@ def scale(r: Recipe) -> None:
     """A parameter as it is, or after an operation on parameters alone."""
     i = r.take()
     g = r.parameter(r.widths[i])
-    how = r.rng.choice(["plain", "exp", "softplus", "normalised"])
+    how = r.rng.choice(["plain", "exp", "softplus", "normalized"])
     ops: dict[str, Callable[[Tensor], Tensor]] = {
         "plain": lambda w: w,
         "exp": torch.exp,
         "softplus": F.softplus,
-        "normalised": lambda w: w / (w.square().sum() + 0.5).sqrt(),
+        "normalized": lambda w: w / (w.square().sum() + 0.5).sqrt(),
     }
     r.add(r.widths[i], f"v{i} * {how}({g})", lambda p, v: v[i] * ops[how](p[g]))
 
@@ -376,7 +376,7 @@ def test_recipes_are_rich() -> None:
         "select",
         "inplace",
         "softmax",
-        "normalised",
+        "normalized",
     ]
     assert [w for w in wanted if not any(w in t for t in texts)] == []
     assert shared >= 8

@@ -290,7 +290,7 @@ def test_output_that_does_not_depend_on_the_input() -> None:
 
 
 def test_weight_norm_agrees_with_its_definition() -> None:
-    """PyTorch's fused weight normalisation has a wrong double backward on the CPU (its Hessian is not
+    """PyTorch's fused weight normalization has a wrong double backward on the CPU (its Hessian is not
     symmetric);
     the reference is ``g v / ‖v‖`` written out."""
 

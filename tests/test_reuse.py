@@ -123,7 +123,7 @@ def test_loss_module_changed_between_calls(graph: dagh.Graph) -> None:
 
 
 def test_callable_with_state(graph: dagh.Graph) -> None:
-    """A callable whose behaviour changes (an annealed coefficient) must not be remembered as it was."""
+    """A callable whose behavior changes (an annealed coefficient) must not be remembered as it was."""
     _, x, y = build()
     setting = {"power": 2.0}
 

@@ -27,7 +27,7 @@ def console() -> Console:
 
 
 def plain(renderable: RenderableType) -> str:
-    """The text of a renderable, without colours."""
+    """The text of a renderable, without colors."""
     out = Console(file=io.StringIO(), width=_FILE_WIDTH, highlight=False, no_color=True, force_terminal=False)
     out.print(renderable)
     assert isinstance(out.file, io.StringIO)

@@ -110,7 +110,7 @@ def _map(blocks: BlockTable) -> str:
     )
     notes = list(table.notes)
     if values:
-        notes.append(f"depth of colour: log of the Frobenius norm, {10**low:.1e} to {10**high:.1e}")
+        notes.append(f"depth of color: log of the Frobenius norm, {10**low:.1e} to {10**high:.1e}")
     under = "".join(f"<div>{escape(note)}</div>" for note in notes)
     return (
         f'<div style="margin-bottom:12px">{escape(blocks.summary())}</div>'

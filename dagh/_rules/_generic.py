@@ -1,7 +1,7 @@
 """Derivatives of any operation by ``torch.func`` on that node alone.
 
 Second derivatives are forward-over-reverse (``jvp`` of ``vjp``): reverse-over-reverse under ``vmap`` is silently wrong
-for normalisation layers in the PyTorch versions supported. Operations without forward-mode formulas are
+for normalization layers in the PyTorch versions supported. Operations without forward-mode formulas are
 differentiated twice in reverse mode, one sample and one tangent at a time.
 """
 

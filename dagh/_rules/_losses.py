@@ -40,7 +40,7 @@ class CrossEntropy(Rule):
         return each if int(node.arg("reduction")) not in (_MEAN, _SUM) else each.reshape(each.shape[0], -1).sum(1)
 
     def _mass(self, call: Call) -> tuple[Tensor, Tensor]:
-        """``p`` and ``q``, both ``[N, *logits]``; ``q`` includes the reduction's normaliser."""
+        """``p`` and ``q``, both ``[N, *logits]``; ``q`` includes the reduction's normalizer."""
 
         def compute() -> tuple[Tensor, Tensor]:
             z, target = call.xs[0], call.xs[1]

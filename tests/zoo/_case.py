@@ -93,7 +93,7 @@ def randint(high: int, *shape: int, seed: int = 1) -> Tensor:
     return torch.randint(high, shape, generator=rng(seed))
 
 
-def randomise(model: nn.Module, seed: int = 0, gain: float = 1.0) -> nn.Module:
+def randomize(model: nn.Module, seed: int = 0, gain: float = 1.0) -> nn.Module:
     """Give a model in float64 random parameters and running statistics, away from the defaults.
 
     Zero biases, unit scales and unit variances would hide errors in the terms that they multiply.
@@ -162,7 +162,7 @@ def case(
 
     def build() -> tuple[nn.Module, Any, Any]:
         torch.manual_seed(0)  # constructors draw too
-        model = randomise(make(), gain=gain)
+        model = randomize(make(), gain=gain)
         if prepare is not None:
             prepare(model)
         is_shape = isinstance(inputs, tuple) and all(isinstance(s, int) for s in inputs)

@@ -1,4 +1,4 @@
-"""Multilayer perceptrons, activations, normalisation, and functional operations between two linear layers."""
+"""Multilayer perceptrons, activations, normalization, and functional operations between two linear layers."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoo._case import LOSSES, Case, call, randint, randn, randomise, targets_for
+from zoo._case import LOSSES, Case, call, randint, randn, randomize, targets_for
 
 TEXT = {"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 3}
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
@@ -66,7 +66,7 @@ def _case(name: str, make: Any, *tags: str) -> Case:
     def build() -> tuple[nn.Module, Any, Any]:
         torch.manual_seed(0)
         model, inputs = make()
-        model = randomise(model).eval()
+        model = randomize(model).eval()
         with torch.no_grad():
             out = call(model, inputs, "logits")
         return model, inputs, targets_for("cross_entropy", out)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from zoo._case import Case, case, randn, randomise
+from zoo._case import Case, case, randn, randomize
 
 F = nn.functional
 
@@ -58,7 +58,7 @@ def _silence(model: nn.Module) -> None:
 
 def _exact_fit() -> tuple[nn.Module, Tensor, Tensor]:
     """Some residuals are zero, the others are not."""
-    model = randomise(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
+    model = randomize(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
     data = randn(3, 3)
     with torch.no_grad():
         target = model(data)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo._case import LOSSES, Apply, Case, case, randint, randn, randomise, rng
+from zoo._case import LOSSES, Apply, Case, case, randint, randn, randomize, rng
 
 F = nn.functional
 
@@ -34,7 +34,7 @@ def _loss(
 
     def build() -> tuple[nn.Module, Any, Any]:
         torch.manual_seed(0)
-        return randomise(make(), gain=1.3), randn(*shape), targets
+        return randomize(make(), gain=1.3), randn(*shape), targets
 
     if loss_fn is None:
         loss_fn = LOSSES[loss] if isinstance(loss, str) else loss

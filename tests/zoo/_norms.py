@@ -1,4 +1,4 @@
-"""Normalisation layers and reparametrised weights."""
+"""Normalization layers and reparametrised weights."""
 
 from __future__ import annotations
 

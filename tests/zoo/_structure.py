@@ -28,7 +28,7 @@ class Residual(nn.Module):
 
 
 class ResidualConv(nn.Module):
-    """A basic block with batch normalisation and a projected shortcut."""
+    """A basic block with batch normalization and a projected shortcut."""
 
     def __init__(self) -> None:
         super().__init__()
