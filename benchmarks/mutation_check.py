@@ -1,10 +1,11 @@
 """Flip one sign or one constant at a time in the derivative code, and see whether the tests notice.
 
-Usage, from the root of the repository: ``python benchmarks/mutation_check.py [--files GLOB] [--sample
-K] [--seed S]
-[--list] [--tests PATH ...]``. Every mutant runs in a copy of the sources, so nothing in the working
-tree changes. Exit
-status 1 when a mutant survives. Lines that only steer cost (``flops``) or text are left alone.
+Usage, from the root of the repository::
+
+    python benchmarks/mutation_check.py [--files GLOB] [--sample K] [--seed S] [--list] [--tests PATH ...]
+
+Every mutant runs in a copy of the sources, so nothing in the working tree changes. The exit status is 1 when a mutant
+survives. Lines that only steer cost (``flops``) or text are left alone.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TARGETS = ["dagh/_rules/*.py", "dagh/_sweep.py", "dagh/_outer.py", "dagh/_assemble.py", "dagh/_rewrites.py"]
+TARGETS = ["dagh/_rules/*.py", "dagh/_sweep.py", "dagh/_outer.py", "dagh/_assemble.py", "dagh/_rewrites*.py"]
 #: Fast and decisive ones first: a run stops at the first failure.
 TESTS = [
     "tests/test_rules.py",
