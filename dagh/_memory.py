@@ -55,6 +55,6 @@ def refuse(what: str, p: int, needed: int, budget: int, device: torch.device) ->
     """The error for a request that does not fit, with the cheaper ways."""
     return MemoryBudgetError(
         f"{what} (P = {p:,}) needs {human(needed)}; the budget is {human(budget)} ({human(free_bytes(device))} free). "
-        "Cheaper: name blocks (blocks=[('a', 'b')]), blocks='diagonal', fewer parameters (params='conv*'), "
-        "or raise memory_budget"
+        "Cheaper: named blocks (blocks=[('a', 'b')]), blocks='diagonal', fewer parameters (params='conv*'), "
+        "products H @ v (graph.evaluate(...).hessian_product(v)); or raise memory_budget"
     )

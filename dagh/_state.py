@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from dagh import _sweep
 from dagh._ir import Node, Program
 from dagh._rules import Call, Rule, rule_for
 from dagh._rules._generic import quiet_batching
-from dagh.errors import NonFiniteError, ReductionError, ShapeError, UnknownNameError
+from dagh.errors import CoupledSamplesError, NonFiniteError, ReductionError, ShapeError, UnknownNameError
 
 if TYPE_CHECKING:
     from dagh._kinks import KinkPolicy, KinkTable
@@ -182,6 +182,46 @@ class State:
         if n == 1 and block.shape[0] > 1:
             block = block.sum(0, keepdim=True)
         return block.expand(n, *block.shape[1:])
+
+    def hessian_product(
+        self, v: Mapping[str, Tensor], part: Literal["full", "outer", "functional"] = "full"
+    ) -> dict[str, Tensor]:
+        """``H @ v`` without forming any block: one tangent sweep forward, one sweep back.
+
+        ``v`` maps names of parameters (or nodes) to tensors of their shape, or to bundles ``[B, *shape]`` of several
+        directions; what is not named stands still. Returns the product for every parameter, in the same layout.
+
+        Raises :class:`~dagh.errors.ShapeError` for directions of the wrong shape, and
+        :class:`~dagh.errors.CoupledSamplesError` for a state per sample.
+        """
+        if self.per_sample:
+            raise CoupledSamplesError("hessian_product sums over samples; evaluate with reduction='mean' or 'sum'")
+        assert self.program.loss is not None
+        seeds, widths = {}, set()
+        for name, direction in v.items():
+            node = self.node(name)
+            self._require_floating(node)
+            single = direction.shape == node.shape
+            if not single and direction.shape[1:] != node.shape:
+                raise ShapeError(
+                    f"the direction of {name!r} has shape {tuple(direction.shape)}, not {tuple(node.shape)}"
+                )
+            bundled = direction.unsqueeze(0) if single else direction
+            seeds[node] = bundled.detach().to(self.values[node]).unsqueeze(0)
+            widths.add((bundled.shape[0], single))
+        if len(widths) != 1:
+            raise ShapeError("give one direction for every name, or bundles of the same number of directions")
+        nodes = set(self.program.nodes)
+        curved = {n for n in nodes if part == "full" or (n.part == "loss") == (part == "outer")}
+        tangents = _sweep.push_forward(self, seeds, self.program.ancestors([self.program.loss]))
+        leaves = {name: leaf for name, leaf in self.program.parameters.items() if leaf in self.sources}
+        found = _sweep.pull_back(self, {}, list(leaves.values()), tangents=tangents, curved=curved)
+        ((width, single),) = widths
+        product = {}
+        for name, leaf in leaves.items():
+            row = found[leaf][0] if leaf in found else self.values[leaf].new_zeros(width, *leaf.shape)
+            product[name] = row[0] if single else row
+        return product
 
     def kinks(self, tol: float = 0.0) -> KinkTable:
         """Per node with kinks: how many elements sit on one, within ``tol`` of one, and the smallest margin."""

@@ -381,3 +381,37 @@ def test_misuse(call: Callable[[dagh.State], Any], error: str, words: str) -> No
     with pytest.raises(getattr(dagh.errors, error), match=words) as caught:
         call(state)
     assert "\n" not in str(caught.value)
+
+
+# -- products without blocks -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_hessian_product(name: str) -> None:
+    """``H v`` of each part, for one direction and for a bundle, against the assembled blocks."""
+    model, _, state, x, y = problem(name)
+    graph = dagh.trace(model, x)
+    parts = dagh.decompose(graph, "cross_entropy", x, y)
+    generator = torch.Generator().manual_seed(0)
+    for part in ("full", "outer", "functional"):
+        matrix = getattr(parts, part)
+        shapes = dict(zip(matrix.names, matrix.shapes, strict=True))
+        v = {k: torch.randn(3, *s, generator=generator, dtype=torch.float64) for k, s in shapes.items()}
+        wanted = [matrix @ {k: t[b] for k, t in v.items()} for b in range(3)]
+        for k, got in state.hessian_product(v, part).items():
+            close(got, torch.stack([w[k] for w in wanted]), f"{part}, {k}")
+        one = state.hessian_product({k: t[1] for k, t in v.items()}, part)
+        assert all(torch.allclose(one[k], wanted[1][k], atol=1e-12) for k in shapes)
+    first = next(iter(shapes))
+    column = state.hessian_product({first: torch.ones(shapes[first], dtype=torch.float64)}, "functional")
+    still = {k: torch.zeros(s, dtype=torch.float64) for k, s in shapes.items()}
+    wanted_column = matrix @ {**still, first: torch.ones(shapes[first], dtype=torch.float64)}
+    assert all(torch.allclose(column[k], wanted_column[k], atol=1e-12) for k in shapes)
+
+
+def test_hessian_product_misuse() -> None:
+    state = problem("gate")[2]
+    with pytest.raises(dagh.errors.ShapeError, match="has shape"):
+        state.hessian_product({"a.weight": torch.zeros(1)})
+    with pytest.raises(dagh.errors.ShapeError, match="direction"):
+        state.hessian_product({})
