@@ -11,20 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dagh import _capture, _objectives
+from dagh import _capture, _inputs, _objectives
 from dagh._attach import append_loss
 from dagh._binding import leaf_values, lower_model
-from dagh._inputs import (
-    check_like,
-    check_runs,
-    check_tensors,
-    close,
-    normalize_inputs,
-    parameter_names,
-    probe_batch,
-    same_output,
-    warn_about_mode,
-)
+from dagh._gradient_check import check_gradient, differentiable_output
 from dagh._ir import Node, Program
 from dagh._outputs import choose_output
 from dagh._state import State, as_policy, check_finite, evaluate_program
@@ -91,17 +81,20 @@ class Graph:
         self.dropout_seed = dropout_seed
         self._output = output
         self.output_name = ""
+        self._gradient_checked = False
         self.coupled = False
         self.coupling = ""
-        self.parameter_names = parameter_names(model)
+        self.parameter_names = _inputs.parameter_names(model)
         self._programs: dict[Any, Program] = {}
         self._losses: dict[Any, Program] = {}
         self._captured: dict[int | None, _capture.Captured] = {}
-        args, kwargs = normalize_inputs(example_inputs)
-        check_tensors(model, args, kwargs)
-        warn_about_mode(model, mode)
+        args, kwargs = _inputs.normalize_inputs(example_inputs)
+        if _capture.batch_size(args, kwargs) == 0:
+            raise ShapeError("the batch is empty: give at least one sample")
+        _inputs.check_tensors(model, args, kwargs)
+        _inputs.warn_about_mode(model, mode)
         self._example = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs))
-        check_runs(model, args, kwargs, mode)
+        _inputs.check_runs(model, args, kwargs, mode)
         captured = _capture.capture(model, args, kwargs, mode, batch=None)
         self._captured[captured.batch] = captured
         self.method = captured.method
@@ -173,7 +166,7 @@ class Graph:
 
     def _settle(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Decide whether samples are coupled, by comparing the per-sample program with the model itself."""
-        probe_args, probe_kwargs = probe_batch(args, kwargs)
+        probe_args, probe_kwargs = _inputs.probe_batch(args, kwargs)
         try:
             self._program(1)
         except (CoupledSamplesError, RuntimeError, ValueError) as error:
@@ -205,7 +198,9 @@ class Graph:
                 values = evaluate_program(program, leaves, as_policy("torch"), program.ancestors([program.output]))
             except ShapeError as error:
                 return False, str(error)
-        return same_output(
+            except RuntimeError as error:  # boolean masks and the like: shapes that depend on values
+                return False, f"one sample at a time cannot be evaluated ({str(error).splitlines()[0][:80]})"
+        return _inputs.same_output(
             values[program.output], wanted, n
         ), "the model's output on a batch differs from its output sample by sample"
 
@@ -268,9 +263,9 @@ class Graph:
         """
         if reduction not in ("mean", "sum", "none"):
             raise ReductionError(f"reduction={reduction!r}: expected 'mean', 'sum' or 'none'")
-        args, kwargs = normalize_inputs(inputs)
-        check_tensors(self.model, args, kwargs)
-        check_like(self._example, (args, kwargs))
+        args, kwargs = _inputs.normalize_inputs(inputs)
+        _inputs.check_tensors(self.model, args, kwargs)
+        _inputs.check_like(self._example, (args, kwargs))
         n = _capture.batch_size(args, kwargs)
         if n == 0:
             raise ShapeError("the batch is empty: give at least one sample")
@@ -322,9 +317,14 @@ class Graph:
         if wrt is not None:
             wanted = {program.parameters[w] if w in program.parameters else program.by_name[w] for w in wrt}
             sources = list(wanted)
-        return State(
+        state = State(
             program, values, weights.detach(), samples, policy, frozenset(sources), coupled, reduction == "none"
         )
+        fixed_masks = self.dropout_seed is not None and self.mode == "train"
+        if not self._gradient_checked and policy.choices is None and not fixed_masks:
+            check_gradient(self.model, state, differentiable_output(self.model, args, kwargs, self.mode, self._pick))
+            self._gradient_checked = True
+        return state
 
     def _verify(self, args: tuple[Any, ...], kwargs: dict[str, Any], n: int) -> tuple[Tensor, dict[Node, Tensor]]:
         """The model's own output on these inputs, after checking that the program reproduces it; and its values."""
@@ -344,7 +344,7 @@ class Graph:
                 with torch.no_grad():
                     values = evaluate_program(program, leaves, as_policy("torch"), program.ancestors([program.output]))
                 got = values[program.output]
-                if same_output(got, output.unsqueeze(0) if self.coupled else output, 1 if self.coupled else n):
+                if _inputs.same_output(got, output.unsqueeze(0) if self.coupled else output, 1 if self.coupled else n):
                     return output, values
                 if not bool(torch.isfinite(got).all()):
                     check_finite(program, values)
@@ -352,7 +352,7 @@ class Graph:
                 if self.coupled:
                     raise
             again = self._pick(_capture.run_model(self.model, args, kwargs, self.mode))
-            if not close(output, again):
+            if not _inputs.close(output, again):
                 raise NonDeterministicError(
                     "two evaluations of the model on the same inputs differ; remove or seed its randomness"
                 )

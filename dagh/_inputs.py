@@ -64,7 +64,7 @@ def warn_about_mode(model: nn.Module, mode: str) -> None:
         warnings.warn(
             f"the model is in training mode and has {', '.join(sorted(kinds))}; dagh uses eval mode (running "
             "statistics, no dropout) unless it is traced with mode='train'",
-            stacklevel=4,
+            stacklevel=6,
         )
 
 

@@ -188,7 +188,7 @@ class Builder:
         line = f" ({self.source})" if self.source else ""
         return RandomnessError(
             f"the model draws random numbers: {what}{where}{line}; trace it in eval mode, "
-            "or fix the dropout masks with dropout_seed=0"
+            "or fix the dropout masks: dagh.trace(model, inputs, mode='train', dropout_seed=0)"
         )
 
 

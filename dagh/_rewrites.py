@@ -188,3 +188,17 @@ def _chunk(b: Builder, a: dict[str, Any]) -> Any:
 def _unbind(b: Builder, a: dict[str, Any]) -> Any:
     x, dim = a["self"], int(a["dim"]) % len(a["self"].shape)
     return [b.emit(aten.select.int, x, dim, i) for i in range(x.shape[dim])]
+
+
+@rewrite("aten.index_put")
+def _masked_assignment(b: Builder, a: dict[str, Any]) -> Any:
+    """``x[mask] = number`` as a choice between the two; other assignments stay as they are."""
+    x, indices, value = a["self"], a["indices"], a["values"]
+    mask = indices[0] if len(indices) == 1 else None
+    if not isinstance(mask, Node) or mask.dtype != torch.bool or a["accumulate"] or value.shape.numel() != 1:
+        return NotImplemented
+    if len(mask.shape) < len(x.shape):
+        mask = b.emit(aten.reshape.default, mask, [*mask.shape, *([1] * (len(x.shape) - len(mask.shape)))])
+    if isinstance(value, Node) and len(value.shape) > len(x.shape):
+        value = b.emit(aten.reshape.default, value, [])
+    return b.emit(aten.where.self, mask, value, x)

@@ -136,7 +136,7 @@ def test_norms_are_those_of_the_api(run: Run, tmp_path: Path) -> None:
 def test_blocks_and_plan(run: Run) -> None:
     result = run(MLP, "--blocks", "a.*:b.bias", "--plan")
     assert result.exit_code == 0, result.output
-    assert "4 of 16 blocks" in result.stdout
+    assert "2 of 10 blocks" in result.stdout
     assert "a.weight" in result.stdout
     assert "- not asked for" in result.stdout
     assert "Plan:" in result.stdout

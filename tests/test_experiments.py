@@ -37,9 +37,8 @@ def idx_bytes(array: np.ndarray) -> bytes:
 
 @pytest.fixture
 def data() -> Path:
-    """The folder of real data sets: ``DAGH_DATA``, or ``../shared/data`` beside the repository."""
-    default = Path(__file__).resolve().parents[2] / "shared" / "data"
-    folder = Path(os.environ.get("DAGH_DATA", default))
+    """The folder of real data sets: ``DAGH_DATA``, or ``data`` in the repository."""
+    folder = Path(os.environ.get("DAGH_DATA", Path(__file__).resolve().parents[1] / "data"))
     if not folder.is_dir():
         pytest.skip("no data folder; set DAGH_DATA")
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
@@ -53,11 +54,8 @@ class BlockTable:
     whole: tuple[int, int] = (0, 0)
 
     def counts(self) -> dict[str, int]:
-        """How many blocks of the whole symmetric map are of each kind."""
-        out: dict[str, int] = {}
-        for (i, j), kind in self.kinds.items():
-            out[kind] = out.get(kind, 0) + (1 if i == j else 2)
-        return out
+        """How many blocks are of each kind, each pair of parameters counted once."""
+        return dict(Counter(self.kinds.values()))
 
     def summary(self) -> str:
         """One line on the whole map."""
@@ -136,8 +134,10 @@ class BlockTable:
                 break
         yield table
         words = layout == shown._words
-        if not words or "-" in self.legend():
+        if not words:
             yield Text(shown.legend(), style="dim")
+        elif len(shown.kinds) < len(shown.names) * (len(shown.names) + 1) // 2:
+            yield Text("- not asked for", style="dim")
         elif shown.norms is not None:
             yield Text("O, F: Frobenius norms of H_O and H_F", style="dim")
         for note in shown.notes:
@@ -233,7 +233,7 @@ def block_table(state: State, request: Request) -> BlockTable:
         tuple(request.names[k] for k in rows),
         tuple(request.sizes[k] for k in rows),
         {(at[i], at[j]): labels[kind] for (i, j), kind in found.items()},
-        whole=(request.total, len(request.names) ** 2),
+        whole=(request.total, len(request.names) * (len(request.names) + 1) // 2),
     )
 
 

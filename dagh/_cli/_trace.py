@@ -232,7 +232,7 @@ def _budget_hint() -> Iterator[None]:
     try:
         yield
     except MemoryBudgetError as error:
-        raise MemoryBudgetError(f"{error} (here: --blocks GLOB:GLOB, --memory-budget 2GiB)") from error
+        raise MemoryBudgetError(f"{error} (on the command line: --blocks GLOB:GLOB, --memory-budget SIZE)") from error
 
 
 @contextlib.contextmanager

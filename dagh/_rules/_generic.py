@@ -27,7 +27,11 @@ def quiet_batching() -> Iterator[None]:
     """Silence PyTorch's hint that an operation without a batching rule runs sample by sample: nothing to act on."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet implemented")
-        yield
+        torch._C._functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            torch._C._functorch._set_vmap_fallback_warning_enabled(True)  # type: ignore[attr-defined]
 
 
 def over_samples(f: Callable[..., Any], tensors: Sequence[Tensor], randomness: str = "error") -> Any:

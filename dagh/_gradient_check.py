@@ -1,0 +1,61 @@
+"""Comparing a graph's gradient with autograd's own, once per graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dagh import _capture
+from dagh._state import State
+from dagh.errors import CaptureError
+
+
+def check_gradient(model: nn.Module, state: State, output: Tensor) -> None:
+    """Refuse models whose backward pass is not the derivative of what they compute.
+
+    Tracing sees values: ``torch.no_grad`` regions, ``.data``, gradient hooks and hand-written backward passes leave no
+    mark in the graph, and its derivatives would silently be others than autograd's. ``output`` is the model's output
+    with its autograd graph; the cotangent is the loss's adjoint at that output.
+    """
+    delta = state.adjoints.get(state.program.output)
+    named = dict(model.named_parameters(remove_duplicate=False))
+    leaves = {
+        name: leaf
+        for name, leaf in state.program.parameters.items()
+        if leaf in state.sources and named[name].requires_grad
+    }
+    if delta is None or not leaves or not output.requires_grad:
+        if delta is not None and leaves and any(leaf in state.adjoints for leaf in leaves.values()):
+            raise _refusal(next(iter(leaves)))
+        return
+    cotangent = delta.reshape(output.shape)
+    found = torch.autograd.grad(output, [named[n] for n in leaves], cotangent, allow_unused=True)
+    pairs = {}
+    for (name, leaf), grad in zip(leaves.items(), found, strict=True):
+        ours = state.adjoints.get(leaf)
+        ours = torch.zeros_like(named[name]) if ours is None else ours.sum(0) if state.per_sample else ours[0]
+        pairs[name] = (ours, torch.zeros_like(ours) if grad is None else grad)
+    tolerance = 1e-6 if output.dtype == torch.float64 else 2e-2
+    scale = max(float(torch.stack([g.norm() for _, g in pairs.values()]).norm()), 1e-30)
+    worst = max(pairs, key=lambda n: float((pairs[n][0] - pairs[n][1]).norm()))
+    ours, theirs = pairs[worst]
+    if float((ours - theirs).norm()) > tolerance * max(scale, float(ours.norm())):
+        raise _refusal(worst)
+
+
+def _refusal(name: str) -> CaptureError:
+    return CaptureError(
+        f"the gradient of {name!r} by autograd is not the derivative of what the model computes: look for "
+        "torch.no_grad, .data, gradient hooks or a hand-written backward; .detach() is understood"
+    )
+
+
+def differentiable_output(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: str, pick: Callable[[Any], Tensor]
+) -> Tensor:
+    """The model's own forward pass with its autograd graph, leaving no trace on the model."""
+    with _capture.in_mode(model, mode), _capture.undisturbed(model), torch.enable_grad():
+        return pick(model(*args, **kwargs))
