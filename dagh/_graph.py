@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from dagh import _capture, _inputs, _objectives
 from dagh._attach import append_loss
 from dagh._binding import leaf_values, lower_model
-from dagh._gradient_check import check_gradient, differentiable_output
+from dagh._gradient_check import check_gradient
 from dagh._ir import Node, Program
 from dagh._outputs import choose_output
 from dagh._state import State, as_policy, check_finite, evaluate_program
@@ -322,7 +322,7 @@ class Graph:
         )
         fixed_masks = self.dropout_seed is not None and self.mode == "train"
         if not self._gradient_checked and policy.choices is None and not fixed_masks:
-            check_gradient(self.model, state, differentiable_output(self.model, args, kwargs, self.mode, self._pick))
+            check_gradient(self.model, state, args, kwargs, self.mode, self._pick)
             self._gradient_checked = True
         return state
 
