@@ -95,20 +95,11 @@ def _slice_scatter(b: Builder, a: dict[str, Any]) -> Any:
     return b.emit(aten.slice_scatter.default, x, a["src"], dim, start, stop, step)
 
 
-@rewrite("aten.addmm")
-def _addmm(b: Builder, a: dict[str, Any]) -> Any:
-    product = b.emit(aten.mm.default, a["mat1"], a["mat2"])
-    if a["alpha"] != 1:
-        product = b.emit(aten.mul.Tensor, product, a["alpha"])
-    if a["beta"] == 0:
-        return product
-    bias = a["self"] if a["beta"] == 1 else b.emit(aten.mul.Tensor, a["self"], a["beta"])
-    return b.emit(aten.add.Tensor, product, bias)
-
-
-@rewrite("aten.baddbmm")
-def _baddbmm(b: Builder, a: dict[str, Any]) -> Any:
-    product = b.emit(aten.bmm.default, a["batch1"], a["batch2"])
+@rewrite("aten.addmm", "aten.baddbmm")
+def _added_product(b: Builder, a: dict[str, Any]) -> Any:
+    batched = a["__name__"] == "baddbmm"
+    first, second = (a["batch1"], a["batch2"]) if batched else (a["mat1"], a["mat2"])
+    product = b.emit(aten.bmm.default if batched else aten.mm.default, first, second)
     if a["alpha"] != 1:
         product = b.emit(aten.mul.Tensor, product, a["alpha"])
     if a["beta"] == 0:
