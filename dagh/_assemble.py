@@ -130,7 +130,6 @@ def _add_outer(state: State, request: Request, plan: Plan, result: Accumulator, 
 def _add_column(
     state: State, request: Request, column: Column, result: Accumulator, window: slice, keep: bool, working: int
 ) -> None:
-    node = request.leaves[column.leaf]
     per_sample = keep or column.basis == "activation"
     step = _width(column, state.samples, working, itemsize(state.weights.dtype))
     for start in range(0, column.width, step):
@@ -152,7 +151,7 @@ def _add_column(
             elif column.gate is not None and column.basis == "channel":
                 result.add_channels(column.leaf, row, piece, column.gate.channels, slice(start, stop), window)
             else:
-                _add_activation_piece(state, column, h, row, result, window, start, stop, node)
+                _add_activation_piece(state, column, h, row, result, window, start, stop)
 
 
 def _sweep_column(
@@ -180,7 +179,6 @@ def _add_activation_piece(
     window: slice,
     start: int,
     stop: int,
-    node: Node,
 ) -> None:
     """Apply the layer's inputs: directions of ``z`` become directions of W (or b)."""
     assert column.gate is not None
