@@ -202,6 +202,11 @@ def rule_for(node: Node) -> Rule:
     return rule or _FALLBACK
 
 
+def has_rule(key: str) -> bool:
+    """Whether a closed-form rule is registered for the operation named ``key``."""
+    return key in _RULES or key.rpartition(".")[0] in _RULES
+
+
 def registered() -> dict[str, Rule]:
     """Every registered rule by operation name, sorted."""
     return dict(sorted(_RULES.items()))
