@@ -110,16 +110,19 @@ def reach(program: Program, leaves: Collection[Node]) -> dict[Node, int]:
     return bits
 
 
-def _curved_pairs(node: Node, bits: dict[Node, int]) -> list[tuple[int, int]]:
-    """Leaf sets that meet at a curved node: one entry per pair of arguments with second derivatives."""
+def curved_pairs(node: Node) -> set[tuple[int, int]]:
+    """Pairs of arguments with non-zero mixed second derivatives."""
     rule = rule_for(node)
     if not rule.curved(node):
-        return []
+        return set()
     pairs = rule.pairs(node)
     slots = range(len(node.inputs))
-    if pairs is None:
-        pairs = {(i, j) for i in slots for j in slots}
-    return [(bits[node.inputs[i]], bits[node.inputs[j]]) for i, j in pairs]
+    return {(i, j) for i in slots for j in slots} if pairs is None else pairs
+
+
+def _curved_pairs(node: Node, bits: dict[Node, int]) -> list[tuple[int, int]]:
+    """Leaf sets that meet at a curved node: one entry per pair of arguments with second derivatives."""
+    return [(bits[node.inputs[i]], bits[node.inputs[j]]) for i, j in curved_pairs(node)]
 
 
 def structure(program: Program, request: Request, bits: dict[Node, int]) -> dict[Pair, tuple[bool, bool]]:
@@ -266,14 +269,17 @@ class _Sweeps:
         above = self.reach.above
         below = above[:, seed.index]
         reachable = above[:, [self.request.leaves[r].index for r in rows]].any(1)
-        meeting = self.curved & below & reachable
-        meeting[seed.index] = False
-        held = np.zeros_like(meeting)
-        for u in np.flatnonzero(meeting):
-            for parent in self.program.nodes[u].inputs:
-                held[parent.index] |= below[parent.index]
+        meeting, held, entry = (np.zeros_like(below) for _ in range(3))
+        for u in np.flatnonzero(self.curved & below & reachable):
+            node = self.program.nodes[u]
+            if node is seed:
+                continue
+            for i, j in curved_pairs(node):
+                row_side, column_side = node.inputs[i].index, node.inputs[j].index
+                if reachable[row_side] and below[column_side]:
+                    meeting[u] = held[column_side] = entry[row_side] = True
         within = above[held].any(0) & below
-        back = (above[meeting].any(0) | meeting) & reachable
+        back = above[entry].any(0) & reachable
         return within, held, meeting, back
 
     def _flops(self, seed: Node, within: Any, meeting: Any, back: Any, basis: Basis, copies: int) -> float:

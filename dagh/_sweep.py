@@ -11,6 +11,7 @@ which is the elimination of the live-block recursion restricted to the columns t
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -23,8 +24,32 @@ if TYPE_CHECKING:
 Bundle = dict[Node, Tensor]
 
 
+@dataclass(frozen=True)
+class Scaled:
+    """A bundle ``base · factor`` not multiplied out: a chain of element-wise operations costs one pass over it."""
+
+    base: Tensor
+    factor: Tensor | float
+
+    @staticmethod
+    def by(bundle: Tensor | Scaled, factor: Tensor | float) -> Tensor | Scaled:
+        """``bundle · factor``."""
+        if isinstance(factor, float) and factor == 1.0:
+            return bundle
+        if isinstance(bundle, Scaled):
+            return Scaled(bundle.base, bundle.factor * factor)
+        return Scaled(bundle, factor)
+
+    def value(self) -> Tensor:
+        return self.base * self.factor
+
+
+def written_out(bundle: Tensor | Scaled) -> Tensor:
+    return bundle.value() if isinstance(bundle, Scaled) else bundle
+
+
 class Tangents(dict[Node, Tensor]):
-    """Tangents by node, ``[N, B, *shape]``.
+    """Tangents by node, ``[N, B, *shape]``; those of element-wise operations are written out when first read.
 
     The bundle of a node in ``channelwise`` is channel-diagonal: ``[N, b, m, C, …]`` stands for C·b directions, member
     (c, b) being ``[:, b]`` restricted to channel c. A convolution's own weights move one output channel each, so up to
@@ -34,6 +59,30 @@ class Tangents(dict[Node, Tensor]):
     def __init__(self, values: Mapping[Node, Tensor], channelwise: Iterable[Node] = ()) -> None:
         super().__init__(values)
         self.channelwise = set(channelwise)
+        self._scaled: dict[Node, Scaled] = {}
+
+    def __contains__(self, node: object) -> bool:
+        return super().__contains__(node) or node in self._scaled
+
+    def __getitem__(self, node: Node) -> Tensor:
+        if node in self._scaled:
+            self[node] = self._scaled.pop(node).value()
+        return super().__getitem__(node)
+
+    def scale(self, node: Node, parent: Node, factor: Tensor | float) -> None:
+        """The tangent of ``node`` is that of ``parent`` times ``factor``."""
+        known = self._scaled.get(parent)
+        scaled = Scaled.by(super().__getitem__(parent) if known is None else known, factor)
+        if isinstance(scaled, Scaled):
+            self._scaled[node] = scaled
+        else:
+            self[node] = scaled
+        if parent in self.channelwise:
+            self.channelwise.add(node)
+
+    def drop(self, node: Node) -> None:
+        self.pop(node, None)
+        self._scaled.pop(node, None)
 
     def dense(self, node: Node) -> Tensor:
         """The bundle with every direction written out."""
@@ -74,15 +123,21 @@ def push_forward(
         moving = [p for p in node.inputs if p in tangents]
         if not moving or not node.dtype.is_floating_point or (node in seeds and not moving):
             continue
-        t = _push(state, node, tangents, moving)
-        tangents[node] = t + seeds[node] if node in seeds else t
+        factor = None
+        if len(moving) == 1 and node.inputs.count(moving[0]) == 1 and node not in seeds:
+            factor = state.rule(node).scaling(state.call(node), node.inputs.index(moving[0]))
+        if factor is not None:
+            tangents.scale(node, moving[0], factor)
+        else:
+            t = _push(state, node, tangents, moving)
+            tangents[node] = t + seeds[node] if node in seeds else t
         if held is None:
             continue
         for parent in dict.fromkeys(node.inputs):
             if parent in waiting:
                 waiting[parent] -= 1
                 if waiting[parent] == 0 and parent not in held:
-                    tangents.pop(parent, None)
+                    tangents.drop(parent)
     return tangents
 
 
@@ -116,16 +171,25 @@ def pull_back(
     nodes that do not depend on the sample are summed over samples unless ``keep``.
     """
     tangents = Tangents({}) if tangents is None else tangents
-    rows: Bundle = {}
+    rows: dict[Node, Tensor | Scaled] = {}
     route = state.program.descendants(list(wanted))
 
-    def add(node: Node, row: Tensor) -> None:
+    def add(node: Node, row: Tensor | Scaled) -> None:
         samples = state.values[node].shape[0]
+        if isinstance(row, Scaled):
+            if samples > 1 and node not in rows:
+                rows[node] = row
+                return
+            row = row.value()
         if samples == 1 and row.shape[0] > 1 and not keep:
             row = row.sum(0, keepdim=True)
         elif samples > 1 and row.shape[0] == 1:
             row = row.expand(samples, *row.shape[1:])
-        rows[node] = rows[node] + row if node in rows else row
+        rows[node] = whole(node, rows[node]) + row if node in rows else row
+
+    def whole(node: Node, row: Tensor | Scaled) -> Tensor:
+        row, samples = written_out(row), state.values[node].shape[0]
+        return row.expand(samples, *row.shape[1:]) if samples > 1 and row.shape[0] == 1 else row
 
     for node, row in start.items():
         add(node, row)
@@ -134,7 +198,7 @@ def pull_back(
     for node in reversed(state.program.nodes):
         current = rows.pop(node, None)
         if node in wanted and current is not None:
-            found[node] = current
+            current = found[node] = whole(node, current)
         if node.op is None or node not in route:
             continue
         args = [i for i, p in enumerate(node.inputs) if p in route and p.dtype.is_floating_point]
@@ -143,6 +207,11 @@ def pull_back(
         rule, call = state.rule(node), state.call(node)
         if current is not None:
             for i in args:
+                factor = rule.scaling(call, i)
+                if factor is not None:
+                    add(node.inputs[i], Scaled.by(current, factor))
+                    continue
+                current = whole(node, current)
                 add(node.inputs[i], rule.vjp(call, current, i, keep))
         if node in curved and rule.curved(node):
             delta = state.adjoints.get(node)
@@ -157,13 +226,24 @@ def _curve(
 ) -> dict[int, Tensor]:
     """``Σ_q [M]_{p,q} J_q t`` at one node."""
     rule, call = state.rule(node), state.call(node)
+    pairs = rule.pairs(node)
+    if pairs is not None:
+        args = [i for i in args if any(a == i and node.inputs[j] in tangents for a, j in pairs)]
     moving = [p for p in node.inputs if p in tangents]
-    if not moving:
+    if not moving or not args:
         return {}
     if moving == [node.inputs[0]] and node.inputs[0] in tangents.channelwise:
         found = rule.curvature_channels(call, delta, tangents[node.inputs[0]], keep)
         if found is not None:
             return {i: row for i, row in found.items() if i in args}
+    if all(p in tangents.channelwise for p in moving) and rule.keeps_channels(node):
+        rank, channels = len(node.shape), node.shape[1]
+        shapes = [node.inputs[i].shape for i in args]
+        if all(len(shape) == rank and shape[1] == channels for shape in shapes):
+            # Each channel's rows depend on that channel alone: packed bundles in, packed rows out.
+            packed = {i: tangents[p] for i, p in enumerate(node.inputs) if p in tangents}
+            rows = rule.curvature(call, delta, packed, args, keep)
+            return {i: expand_channels(row) for i, row in rows.items()}
     incoming = {i: tangents.dense(p) for i, p in enumerate(node.inputs) if p in tangents}
     return rule.curvature(call, delta, incoming, args, keep)
 

@@ -9,7 +9,8 @@ import torch
 from rule_cases import RuleCase, T
 from test_rules import check_rule
 
-from dagh._rules._conv import convolution, windows
+from dagh._rules._conv import convolution
+from dagh._rules._conv_kernels import windows
 
 N = 2
 

@@ -111,6 +111,13 @@ class Rule:
 
         return _generic.curvature(call, adjoint, tangents, args)
 
+    def scaling(self, call: Call, arg: int) -> Tensor | float | None:
+        """The diagonal of ``D_arg``, broadcastable against bundles of the node, where that Jacobian is diagonal.
+
+        The sweeps multiply such factors together first and touch a bundle once per chain. ``None``: not diagonal.
+        """
+        return None
+
     def curved(self, node: Node) -> bool:
         """Whether the local curvature can be non-zero."""
         return self.derivative != "linear"

@@ -11,6 +11,10 @@ from dagh._ir import Node
 from dagh._rules._base import Call, KinkSites, Rule, Tangents, align, bundle, register_rule, unbroadcast
 
 
+def _times(t: Tensor, factor: Tensor | float) -> Tensor:
+    return t if isinstance(factor, float) and factor == 1.0 else t * factor
+
+
 class _Binary(Rule):
     """Two broadcast tensors, or a tensor and a number."""
 
@@ -50,17 +54,23 @@ class _Binary(Rule):
         """``f_aa``, ``f_ab``, ``f_bb``, broadcastable against bundles."""
         return 0.0, 0.0, 0.0
 
+    def scaling(self, call: Call, arg: int) -> Tensor | float | None:
+        node = call.node
+        if node.inputs[arg].shape != node.shape:
+            return None
+        return self.partials(call)[0 if arg == self._positions(node)[0] else 1]
+
     def jvp(self, call: Call, tangents: Tangents) -> Tensor:
         ta, tb = self._tangents(call, tangents)
         da, db = self.partials(call)
-        terms = [t * d for t, d in ((ta, da), (tb, db)) if t is not None]
+        terms = [_times(t, d) for t, d in ((ta, da), (tb, db)) if t is not None]
         total = terms[0] if len(terms) == 1 else terms[0] + terms[1]
         lead = total.shape[:2]
         return total.expand(*lead, *call.node.shape)
 
     def vjp(self, call: Call, cotangent: Tensor, arg: int, keep: bool) -> Tensor:
         partial = self.partials(call)[0 if arg == self._positions(call.node)[0] else 1]
-        return unbroadcast(cotangent * partial, 2, call.node.inputs[arg].shape)
+        return unbroadcast(_times(cotangent, partial), 2, call.node.inputs[arg].shape)
 
     def curvature(
         self, call: Call, adjoint: Tensor, tangents: Tangents, args: Iterable[int], keep: bool
@@ -74,7 +84,7 @@ class _Binary(Rule):
             own, cross = (aa, ab) if arg == a else (bb, ab)
             mine, other = (ta, tb) if arg == a else (tb, ta)
             terms = [
-                delta * (t * c)
+                delta * _times(t, c)
                 for t, c in ((mine, own), (other, cross))
                 if t is not None and not (isinstance(c, float) and c == 0.0)
             ]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dagh._ir import Node
+from dagh._rules import _conv_kernels as kernels
 from dagh._rules._base import Call, Rule, Tangents, bundle, register_rule
 
 _aten = torch.ops.aten
@@ -29,24 +30,6 @@ def convolution(
     return _aten.convolution(  # type: ignore[no-any-return]
         input, weight, bias, stride, padding, dilation, transposed, output_padding, groups
     )
-
-
-def windows(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
-    """Sliding windows as a view: ``[M, C, *space]`` to ``[M, C, *kernel, *positions]`` (``x`` already padded)."""
-    m, c, *space = x.shape
-    count = [(s - d * (k - 1) - 1) // st + 1 for s, k, st, d in zip(space, kernel, stride, dilation, strict=True)]
-    steps = x.stride()
-    own = [s * d for s, d in zip(steps[2:], dilation, strict=True)]
-    moves = [s * st for s, st in zip(steps[2:], stride, strict=True)]
-    return x.as_strided((m, c, *kernel, *count), (steps[0], steps[1], *own, *moves), x.storage_offset())
-
-
-def pad_space(x: Tensor, padding: Sequence[int], fill: float = 0.0) -> Tensor:
-    """Pad every spatial axis symmetrically."""
-    if not any(padding):
-        return x
-    widths = [p for pair in reversed(list(padding)) for p in (pair, pair)]
-    return torch.nn.functional.pad(x, widths, value=fill)
 
 
 def _merge(t: Tensor, lead: int) -> Tensor:
@@ -82,16 +65,20 @@ class Convolution(Rule):
 
     def _apply(self, node: Node, x: Tensor, w: Tensor, b: Tensor | None, groups: int | None = None) -> Tensor:
         stride, padding, dilation, transposed, output_padding, own = self._settings(node)
-        return convolution(x, w, b, stride, padding, dilation, transposed, output_padding, groups or own)
+        if transposed:
+            return convolution(x, w, b, stride, padding, dilation, transposed, output_padding, groups or own)
+        return kernels.convolve(x, w, b, stride, padding, dilation, groups or own)
 
-    def _gradient(self, node: Node, s: Tensor, x: Tensor, w: Tensor, wrt: int, groups: int) -> Tensor:
-        """Input (0) or weight (1) gradient of one plain convolution with output cotangent ``s``."""
-        stride, padding, dilation, transposed, output_padding, _ = self._settings(node)
-        mask = [wrt == 0, wrt == 1, False]
+    def _input_gradient(self, node: Node, s: Tensor, w: Tensor, space: Sequence[int], channels: int) -> Tensor:
+        """``D_xᵀ s`` for merged cotangents ``s``: ``[M, channels, *space]``."""
+        stride, padding, dilation, transposed, output_padding, groups = self._settings(node)
+        if not transposed:
+            return kernels.input_gradient(s, w, space, stride, padding, dilation, groups)
+        like = s.new_empty(()).expand(s.shape[0], channels, *space)
         grads = _aten.convolution_backward(
-            s, x, w, None, stride, padding, dilation, transposed, output_padding, groups, mask
+            s, like, w, None, stride, padding, dilation, True, output_padding, groups, [True, False, False]
         )
-        result = grads[wrt]
+        result = grads[0]
         assert isinstance(result, Tensor)
         return result
 
@@ -155,8 +142,7 @@ class Convolution(Rule):
         if arg == 0:
             shape = node.inputs[0].shape
             s = _merge(cotangent, 2)
-            like = s.new_empty(()).expand(s.shape[0], *shape[1:])
-            grad = self._gradient(node, s, like, call.xs[1][0], 0, self._settings(node)[5])
+            grad = self._input_gradient(node, s, call.xs[1][0], shape[2:], shape[1])
             return grad.reshape(*cotangent.shape[:2], *shape)
         return self._weight_gradient(call, cotangent, bundle(call.xs[0]), keep)
 
@@ -170,7 +156,7 @@ class Convolution(Rule):
             if arg == 0 and 1 in tangents:
                 out[0] = self._input_curvature(call, adjoint, tangents[1])
             if arg == 1 and 0 in tangents:
-                out[1] = self._weight_gradient(call, bundle(adjoint), tangents[0], keep)
+                out[1] = self._curvature_gradient(call, adjoint, tangents[0], keep)
         return out
 
     # A bundle that lives in one channel each: only that channel's weights are read, or written.
@@ -186,13 +172,15 @@ class Convolution(Rule):
         out_channels, rest = w.shape[1], w.shape[3:]
         each = w[0].transpose(0, 1).reshape(c * out_channels, 1, *rest)
         y = self._apply(node, tangent.reshape(n * b * m, *tangent.shape[3:]), each, None, groups=c)
-        y = y.reshape(n, b, m, c, out_channels, *y.shape[2:])
-        return y.movedim(3, 1).reshape(n, c * b, *node.shape)
+        y = y.reshape(n, b, m, c, out_channels, *y.shape[2:]).movedim(3, 1)
+        # One copy, into the order that the next convolution wants: channels last.
+        y = y.movedim(4, -1).reshape(n, c * b, m, *y.shape[5:], out_channels)
+        return y.movedim(-1, 3)
 
     def curvature_channels(self, call: Call, adjoint: Tensor, tangent: Tensor, keep: bool) -> dict[int, Tensor] | None:
         if not self._channelwise(call.node) or call.xs[1].shape[0] > 1:
             return None
-        grad = self._weight_gradient(call, bundle(adjoint), tangent, keep)  # [N, b, out, C, *k]
+        grad = self._curvature_gradient(call, adjoint, tangent, keep)  # [N, b, out, C, *k]
         n, b, _, c = grad.shape[:4]
         rows = grad.new_zeros(n, c, *grad.shape[1:])
         rows.diagonal(dim1=1, dim2=4).copy_(grad.movedim(3, -1))
@@ -206,7 +194,7 @@ class Convolution(Rule):
             return call.xs[0].new_ones(1, 1, *shape)
         stride, padding, dilation, _, _, _ = self._settings(node)
         x, kernel = call.xs[0], node.inputs[1].shape[2:]
-        view = windows(pad_space(_merge(x, 1), padding), kernel, stride, dilation)
+        view = kernels.windows(kernels.pad_space(_merge(x, 1), padding), kernel, stride, dilation)
         cols = view.reshape(x.shape[0], shape[0], -1, *shape[2:]).transpose(1, 2)  # [N, c·k, m, *space]
         return cols.unsqueeze(3).expand(-1, -1, -1, shape[1], *shape[2:])
 
@@ -220,8 +208,7 @@ class Convolution(Rule):
             w = w.reshape(b, groups, -1, *w.shape[2:]).transpose(0, 1).reshape(-1, *w.shape[2:])
         else:  # W: [C_out, C_in/g, *k]; per group the input channels become (B, own)
             w = w.transpose(0, 1).reshape(w.shape[1], b * w.shape[2], *w.shape[3:])
-        like = s.new_empty(()).expand(s.shape[0], b * shape[1], *shape[2:])
-        grad = self._gradient(node, s, like, w, 0, groups)
+        grad = self._input_gradient(node, s, w, shape[2:], b * shape[1])
         return self._unstack(grad, n, b, groups, shape)
 
     def _weight_gradient(self, call: Call, s: Tensor, x: Tensor, keep: bool) -> Tensor:
@@ -229,51 +216,22 @@ class Convolution(Rule):
 
         Returns ``[N, B, *W]`` when ``keep``, else the sum over samples ``[1, B, *W]``.
         """
-        node = call.node
-        _, _, _, transposed, _, groups = self._settings(node)
-        n = max(s.shape[0], x.shape[0])
-        b = max(s.shape[1], x.shape[1])
-        if keep or (s.shape[1] > 1 and x.shape[1] > 1):
-            grad = self._per_sample(node, s, x)
-            return grad if keep else grad.sum(0, keepdim=True)
-        # Without samples to keep, a bundle is just more channels of a single weight gradient.
-        s, x = s.expand(n, *s.shape[1:]), x.expand(n, *x.shape[1:])
-        s_, x_ = self._as_channels(s, groups), self._as_channels(x, groups)
-        w = node.inputs[1].shape
-        many_out = s.shape[1] > 1
-        c_in, c_out = x_.shape[1], s_.shape[1]
-        shape = (c_in, c_out // groups, *w[2:]) if transposed else (c_out, c_in // groups, *w[2:])
-        grad = self._gradient(node, s_, x_, s_.new_empty(()).expand(shape), 1, groups)
-        first = many_out != transposed  # is the bundle on weight axis 0?
-        if first:
-            grad = grad.reshape(groups, b, -1, *grad.shape[1:]).transpose(0, 1)
-        else:
-            grad = grad.reshape(grad.shape[0], b, -1, *grad.shape[2:]).transpose(0, 1)
-        return grad.reshape(1, b, *w)
+        stride, padding, dilation, transposed, _, groups = self._settings(call.node)
+        still, moving = (x, s) if transposed else (s, x)
+        kernel = call.node.inputs[1].shape[2:]
+        return kernels.correlate(still, moving, kernel, stride, padding, dilation, groups, keep)
 
-    def _as_channels(self, t: Tensor, groups: int) -> Tensor:
-        """``[N, B, m, C, *space]`` to ``[N·m, groups·B·C/groups, *space]`` ordered (group, B, own)."""
-        n, b, m, c, *space = t.shape
-        if b == 1:
-            return t.reshape(n * m, c, *space)
-        t = t.reshape(n, b, m, groups, c // groups, *space).movedim(1, 3)
-        return t.reshape(n * m, b * c, *space)
-
-    def _per_sample(self, node: Node, s: Tensor, x: Tensor) -> Tensor:
-        """One weight gradient per sample and bundle member, as batched matrix products on sliding windows."""
-        stride, padding, dilation, transposed, _, groups = self._settings(node)
-        w = node.inputs[1].shape
-        moving, still = (s, x) if transposed else (x, s)
-        kernel = w[2:]
-        nm, bm, m, cm = moving.shape[:4]
-        ns, bs, _, cs = still.shape[:4]
-        padded = pad_space(moving.reshape(-1, *moving.shape[3:]), padding)
-        view = windows(padded, kernel, stride, dilation)
-        positions = [min(a, b) for a, b in zip(view.shape[2 + len(kernel) :], still.shape[4:], strict=True)]
-        for axis, count in enumerate(positions):
-            view = view.narrow(2 + len(kernel) + axis, 0, count)
-            still = still.narrow(4 + axis, 0, count)
-        cols = view.reshape(nm, bm, m, groups, (cm // groups) * kernel.numel(), -1)
-        rows = still.reshape(ns, bs, m, groups, cs // groups, -1)
-        grad = (rows @ cols.transpose(-1, -2)).sum(2)  # [N, B, g, c_still, c_moving·k]
-        return grad.reshape(*grad.shape[:2], *w)
+    def _curvature_gradient(self, call: Call, adjoint: Tensor, t: Tensor, keep: bool) -> Tensor:
+        """Weight gradients for the adjoint and a bundle of tangents of the input; shapes as above."""
+        stride, padding, dilation, transposed, _, groups = self._settings(call.node)
+        if transposed or t.shape[1] == 1 or any(st != 1 for st in stride):
+            return self._weight_gradient(call, bundle(adjoint), t, keep)
+        kernel, n = call.node.inputs[1].shape[2:], max(t.shape[0], adjoint.shape[0])
+        kept = call.memo.get("shifts")
+        if kept is None or kept[0] is not adjoint or kept[1:3] != (keep, n):
+            still = bundle(adjoint).expand(n, 1, *adjoint.shape[1:])
+            space = call.node.inputs[0].shape[2:]
+            kept = (adjoint, keep, n, kernels.shifts(still, space, kernel, padding, dilation, groups, keep))
+            call.memo["shifts"] = kept
+        t = t.expand(n, *t.shape[1:])
+        return kernels.correlate_shifted(kept[3], t, kernel, groups, keep)

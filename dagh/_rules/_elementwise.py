@@ -98,6 +98,9 @@ class Unary(Rule):
         lam = float(call.kink)
         return float((1 - lam) * at[0] + lam * at[1]), float((1 - lam) * second[0] + lam * second[1])
 
+    def scaling(self, call: Call, arg: int) -> Tensor | None:
+        return bundle(self._derivatives(call)[0])
+
     def jvp(self, call: Call, tangents: Tangents) -> Tensor:
         return tangents[0] * bundle(self._derivatives(call)[0])
 

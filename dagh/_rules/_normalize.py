@@ -95,6 +95,9 @@ class StandardizeFixed(Rule):
         result: Tensor = call.once("scale", compute)
         return result
 
+    def scaling(self, call: Call, arg: int) -> Tensor | None:
+        return self._scale(call)
+
     def jvp(self, call: Call, tangents: Tangents) -> Tensor:
         return tangents[0] * self._scale(call)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dagh._ir import Node
 from dagh._rules._base import Call, KinkSites, Rule, Tangents, bundle, register_rule
-from dagh._rules._conv import windows
+from dagh._rules._conv_kernels import windows
 from dagh.errors import ReductionError
 
 _POOL = {1: torch.nn.functional.max_pool1d, 2: torch.nn.functional.max_pool2d, 3: torch.nn.functional.max_pool3d}
