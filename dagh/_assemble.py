@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from dagh import _outer, _sweep
+from dagh._accumulate import Accumulator
 from dagh._ir import Node
+from dagh._outer_blocks import add_outer
 from dagh._planner import Column, Plan
 from dagh._request import Pair, Request, itemsize
 from dagh._rules._conv import Convolution
@@ -21,59 +23,20 @@ _FLOOR = 32 * 2**20
 _CACHE = 8 * 2**20
 
 
-class Accumulator:
-    """Dense blocks filled piece by piece."""
-
-    def __init__(self, request: Request, state: State, keep: bool) -> None:
-        self.request, self.keep = request, keep
-        self.like = next(iter(state.values.values())) if not request.leaves else state.values[request.leaves[0]]
-        self.samples = state.samples
-        self.blocks: dict[Pair, Tensor] = {}
-
-    def block(self, i: int, j: int) -> Tensor:
-        """The (zero-initialised) storage of block ``i <= j``."""
-        if (i, j) not in self.blocks:
-            sizes = self.request.sizes
-            lead = (self.samples,) if self.keep else ()
-            self.blocks[i, j] = self.like.new_zeros(*lead, sizes[i], sizes[j])
-        return self.blocks[i, j]
-
-    def add(self, i: int, j: int, piece: Tensor, rows: slice, window: slice) -> None:
-        """Add ``piece`` ``[(n,) rows of i, all of j]`` to block (i, j) or, transposed, (j, i)."""
-        lead = (window,) if self.keep else ()
-        if i <= j:
-            self.block(i, j)[(*lead, rows)] += piece
-        else:
-            self.block(j, i)[(*lead, slice(None), rows)] += piece.transpose(-1, -2)
-
-    def add_channels(self, i: int, j: int, piece: Tensor, channels: int, part: slice, window: slice) -> None:
-        """As :meth:`add` for rows (channel, member) with the members of ``part``: ``[(n,) C·part, all of j]``."""
-        target = self.block(min(i, j), max(i, j))
-        if self.keep:
-            target = target[window]
-        lead, (rows, columns) = target.shape[:-2], target.shape[-2:]
-        piece = piece.reshape(*lead, channels, part.stop - part.start, -1)
-        if i <= j:
-            target.view(*lead, channels, rows // channels, columns)[..., part, :] += piece
-        else:
-            target.view(*lead, rows, channels, columns // channels)[..., part] += piece.movedim(-1, -3)
-
-
 def assemble(
-    state: State, request: Request, plan: Plan, *, parts: tuple[str, ...], keep: bool, budget: int
-) -> dict[str, Accumulator]:
-    """Blocks of the outer and/or functional part. With ``keep``, one block per sample."""
-    results = {part: Accumulator(request, state, keep) for part in parts}
-    copies = len(parts) * (state.samples if keep else 1)
-    working = max(budget - request.elements * itemsize(state.weights.dtype) * copies, _FLOOR)
-    for window in _windows(state, request, plan, parts, working):
+    state: State, request: Request, plan: Plan, *, parts: dict[str, Accumulator], keep: bool, budget: int
+) -> None:
+    """Fill the accumulators of the ``"outer"`` and/or ``"functional"`` part (they may be one and the same)."""
+    distinct = len({id(p) for p in parts.values()})
+    held = plan.result_elements(request, state.samples, keep) * distinct * itemsize(state.weights.dtype)
+    working = max(budget - held, _FLOOR)
+    for window in _windows(state, request, plan, tuple(parts), working):
         part_state = narrow(state, window)
         if "outer" in parts:
-            _add_outer(part_state, request, plan, results["outer"], window)
+            _add_outer(part_state, request, plan, parts["outer"], window)
         if "functional" in parts:
             for column in plan.columns:
-                _add_column(part_state, request, column, results["functional"], window, keep, working)
-    return results
+                _add_column(part_state, request, plan, column, parts["functional"], window, keep, working)
 
 
 # -- chunks ----------------------------------------------------------------------------------------
@@ -121,74 +84,102 @@ def _add_outer(state: State, request: Request, plan: Plan, result: Accumulator, 
         return
     leaves = {i for pair in pairs for i in pair}
     rows = _outer.pull_rows(state, factor, request, plan, leaves)
-    for i, j in pairs:
-        if i in rows and j in rows:
-            piece = _outer.combine(rows[i], rows[j], factor.signs, result.keep)
-            result.add(i, j, piece, slice(None), window)
+    add_outer(rows, pairs, factor.signs, plan, result, window)
 
 
 def _add_column(
-    state: State, request: Request, column: Column, result: Accumulator, window: slice, keep: bool, working: int
+    state: State,
+    request: Request,
+    plan: Plan,
+    column: Column,
+    result: Accumulator,
+    window: slice,
+    keep: bool,
+    working: int,
 ) -> None:
     per_sample = keep or column.basis == "activation"
     step = _width(column, state.samples, working, itemsize(state.weights.dtype))
     for start in range(0, column.width, step):
-        stop = min(start + step, column.width)
-        found = _sweep_column(state, request, column, start, stop, per_sample)
-        for row in column.rows:
-            target = request.leaves[row]
-            if target not in found:
+        part = slice(start, min(start + step, column.width))
+        tangents, found = _sweep_column(state, column, part, per_sample)
+        if column.basis == "activation":
+            _add_activation(state, plan, column, tangents, found, result, window, part)
+            continue
+        for leaf, row in column.pairs:
+            h = found.get(column.targets[row])
+            if h is None:
                 continue
-            h = found[target]
             if keep and h.shape[0] == 1:
                 h = h.expand(state.samples, *h.shape[1:])
             if not per_sample and h.shape[0] > 1:
                 h = h.sum(0, keepdim=True)
             h = _sweep.matrices(h)  # [N or 1, B, p_row]
             piece = h if keep else h[0]
-            if column.basis == "parameter":
-                result.add(column.leaf, row, piece, slice(start, stop), window)
-            elif column.gate is not None and column.basis == "channel":
-                result.add_channels(column.leaf, row, piece, column.gate.channels, slice(start, stop), window)
+            if column.gate is not None and column.basis == "channel":
+                result.add_channels(leaf, row, piece, column.gate.channels, part, window)
             else:
-                _add_activation_piece(state, column, h, row, result, window, start, stop)
+                result.add(leaf, row, piece, part, window)
 
 
 def _sweep_column(
-    state: State, request: Request, column: Column, start: int, stop: int, per_sample: bool
-) -> dict[Node, Tensor]:
-    like = state.values[column.seed]
+    state: State, column: Column, part: slice, per_sample: bool
+) -> tuple[_sweep.Tangents, dict[Node, Tensor]]:
+    like, width = state.values[column.seed], part.stop - part.start
     channelwise = column.basis == "channel"
     if channelwise and column.gate is not None:
-        seed = Convolution().seed_channels(state.call(column.gate.node), column.gate.argument)[:, start:stop]
+        seed = Convolution().seed_channels(state.call(column.gate.node), column.gate.argument)[:, part]
     else:
-        eye = torch.zeros(stop - start, column.seed.numel, dtype=like.dtype, device=like.device)
-        eye[torch.arange(stop - start), torch.arange(start, stop)] = 1
-        seed = eye.reshape(1, stop - start, *column.seed.shape)
+        eye = torch.zeros(width, column.seed.numel, dtype=like.dtype, device=like.device)
+        eye[torch.arange(width), torch.arange(part.start, part.stop)] = 1
+        seed = eye.reshape(1, width, *column.seed.shape)
     tangents = _sweep.push_forward(state, {column.seed: seed}, column.within, column.held, channelwise=channelwise)
-    rows = [request.leaves[r] for r in column.rows]
-    return _sweep.pull_back(state, {}, rows, tangents=tangents, curved=column.curved, keep=per_sample)
+    targets = list(column.targets.values())
+    return tangents, _sweep.pull_back(state, {}, targets, tangents=tangents, curved=column.curved, keep=per_sample)
 
 
-def _add_activation_piece(
+def _add_activation(
     state: State,
+    plan: Plan,
     column: Column,
-    h: Tensor,
-    row: int,
+    tangents: _sweep.Tangents,
+    found: dict[Node, Tensor],
     result: Accumulator,
     window: slice,
-    start: int,
-    stop: int,
+    part: slice,
 ) -> None:
-    """Apply the layer's inputs: directions of ``z`` become directions of W (or b)."""
-    assert column.gate is not None
-    x = _outer.gate_inputs(state, column.gate.node, column.gate.argument)  # [N, i]
-    n, i = state.samples, x.shape[1]
-    h = h.expand(n, *h.shape[1:])
-    rows = slice(start * i, stop * i)
+    """Apply the layers' inputs: directions of ``z`` become directions of W (or b)."""
+    n = state.samples
+
+    def whole(t: Tensor) -> Tensor:
+        return _sweep.matrices(t.expand(n, *t.shape[1:]))
+
+    for leaf, row in column.pairs:
+        gate, target = plan.gates[leaf], column.targets[row]
+        x = _outer.gate_inputs(state, gate.node, gate.argument)  # [n, i]
+        h = found.get(target)
+        other = plan.gates.get(row)
+        if other is None or target is not other.node:
+            if h is not None:
+                _add_rows(result, (leaf, row), x, whole(h), part, window)
+            continue
+        y = _outer.gate_inputs(state, other.node, other.argument)
+        into = other.node.inputs[0]
+        path = whole(tangents[into]) if other.argument == 1 and into in tangents else None
+        delta = state.adjoints.get(other.node)
+        if delta is None:
+            path = None
+        if h is None and path is None:
+            continue
+        adjoint = None if path is None or delta is None else delta.expand(n, *delta.shape[1:]).flatten(1)
+        result.add_layers((leaf, row), x, y, None if h is None else whole(h), path, adjoint, part, window)
+
+
+def _add_rows(result: Accumulator, pair: Pair, x: Tensor, h: Tensor, part: slice, window: slice) -> None:
+    """Rows ``[n, B, p]`` of a parameter that is no linear layer's, against a layer with inputs ``x`` ``[n, i]``."""
+    i, (n, b, p) = x.shape[1], h.shape
+    rows = slice(part.start * i, part.stop * i)
     if result.keep:
         piece = torch.einsum("nbp,ni->nbip", h, x).flatten(1, 2)
     else:
-        b, p = h.shape[1:]
         piece = (x.T @ h.reshape(n, b * p)).reshape(i, b, p).transpose(0, 1).reshape(b * i, p)
-    result.add(column.leaf, row, piece, rows, window)
+    result.add(*pair, piece, rows, window)

@@ -18,6 +18,7 @@ from dagh._block_base import (
     samples_of,
     streamed_fro,
 )
+from dagh._block_layers import write_layers
 from dagh._block_simple import DiagonalBlock, ZeroBlock
 from dagh.errors import ShapeError
 
@@ -119,7 +120,9 @@ class KroneckerSumBlock(Block):
     structure = "kronecker"
     fields = ("core", "left", "right")
 
-    def __init__(self, core: Tensor, left: Tensor | None = None, right: Tensor | None = None) -> None:
+    def __init__(
+        self, core: Tensor, left: Tensor | None = None, right: Tensor | None = None, *, symmetric: bool = False
+    ) -> None:
         samples = samples_of(core, 3, "the core of a Kronecker block")
         ones = core.new_ones(1).expand(*core.shape[:-2], 1)
         left = ones if left is None else left
@@ -134,6 +137,8 @@ class KroneckerSumBlock(Block):
         self.core = core
         self.left = left
         self.right = right
+        # One weight against itself: every core symmetric, both sides the same. Writing it out takes half the work.
+        self.symmetric = symmetric
 
     @property
     def terms(self) -> int:
@@ -158,8 +163,10 @@ class KroneckerSumBlock(Block):
 
     def write_into(self, out: Tensor) -> None:
         o_a, i_a, o_b, i_b = self.factor_shape
-        n = self.samples or 1
-        if n * max(self.terms * i_a * i_b, self.shape[0] * self.shape[1]) > CHUNK_NUMEL:
+        if self.samples is None and self.terms:
+            write_layers(out, self.core, self.left, self.right, symmetric=self.symmetric)
+            return
+        if (self.samples or 1) * max(self.terms * i_a * i_b, self.shape[0] * self.shape[1]) > CHUNK_NUMEL:
             super().write_into(out)
             return
         # One product over the terms; it comes out as (o, o', i, i') and is interleaved while copying.
@@ -193,7 +200,7 @@ class KroneckerSumBlock(Block):
         return KroneckerSumBlock(self.core.mT, self.right, self.left)
 
     def scale(self, c: float) -> Block:
-        return KroneckerSumBlock(self.core * c, self.left, self.right)
+        return KroneckerSumBlock(self.core * c, self.left, self.right, symmetric=self.symmetric)
 
     def _gram_factors(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.core.flatten(-2), self.left, self.right

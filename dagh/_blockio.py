@@ -20,6 +20,7 @@ from dagh._blocks import (
     DiagonalBlock,
     GridBlock,
     KroneckerSumBlock,
+    LayerPairBlock,
     LowRankBlock,
     SumBlock,
     TransposedBlock,
@@ -38,7 +39,7 @@ _HEADER = "header"
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 _FACTORED: dict[str, type[Block]] = {
-    cls.structure: cls for cls in (DenseBlock, DiagonalBlock, LowRankBlock, KroneckerSumBlock)
+    cls.structure: cls for cls in (DenseBlock, DiagonalBlock, LowRankBlock, KroneckerSumBlock, LayerPairBlock)
 }
 
 

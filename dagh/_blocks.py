@@ -5,6 +5,7 @@ from __future__ import annotations
 from dagh._block_base import Block, check_same_kind
 from dagh._block_composite import GridBlock, SumBlock, TransposedBlock
 from dagh._block_factored import KroneckerSumBlock, LowRankBlock
+from dagh._block_layers import LayerPairBlock
 from dagh._block_simple import DenseBlock, DiagonalBlock, ZeroBlock
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "DiagonalBlock",
     "GridBlock",
     "KroneckerSumBlock",
+    "LayerPairBlock",
     "LowRankBlock",
     "SumBlock",
     "TransposedBlock",

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from dagh import _memory
-from dagh._assemble import Accumulator, assemble
+from dagh._accumulate import Accumulator
+from dagh._assemble import assemble
 from dagh._blockmatrix import BlockMatrix
-from dagh._blocks import DenseBlock, ZeroBlock
+from dagh._blocks import Block, TransposedBlock, add_blocks
 from dagh._graph import Graph, Mode, trace
 from dagh._objectives import Reduction
 from dagh._planner import Plan, make_plan
@@ -239,7 +240,6 @@ def _compute(
         else ("outer", "functional")
     )
     keep = reduction == "none"
-    budget = _check_budget(request, state, len(wanted) + (len(parts) > 1), keep, memory_budget)
     signature = (id(graph), names, request.pairs, id(program), "functional" in parts)
     if plan is None:
         plan = make_plan(program, request, functional="functional" in parts)
@@ -250,42 +250,49 @@ def _compute(
         raise ReductionError("the plan was made for another graph or request; leave plan=None to make a new one")
     elif signature[4] and not plan.signature[4]:
         raise ReductionError("the plan was made for gauss_newton and has no sweeps for H_F; leave plan=None")
+    copies = len(wanted) if len(wanted) > 1 else 1
+    budget = _check_budget(request, state, plan, copies, keep, memory_budget)
+    sums = {part: Accumulator(request, state, plan, keep) for part in parts}
+    if wanted == ("full",):
+        sums["outer"] = sums["functional"]
     with quiet_batching():
-        pieces = assemble(state, request, plan, parts=parts, keep=keep, budget=budget)
-    if not all(bool(torch.isfinite(block).all()) for piece in pieces.values() for block in piece.blocks.values()):
-        assert program.loss is not None
-        raise non_finite(program, state.values, program.loss)
+        assemble(state, request, plan, parts=sums, keep=keep, budget=budget)
     info = {"loss": state.loss, "samples": state.samples, "method": graph.method, "coupled": state.coupled}
     out: dict[str, BlockMatrix] = {}
+    pieces = {part: result.finished() for part, result in sums.items()}
+    if "full" in wanted:
+        whole = pieces["functional"]
+        if len(wanted) > 1:
+            whole = {pair: add_blocks(pieces["outer"][pair], block) for pair, block in whole.items()}
+        pieces["full"] = whole
     for part in wanted:
-        tensors = _sum_parts([pieces[p] for p in parts]) if part == "full" else pieces[part].blocks
-        if part == "full" and len(wanted) == 1:
-            pieces.clear()
-        out[part] = _matrix(part, tensors, request, state, plan, reduction, keep, memory_budget, info, graph)
+        found = pieces[part]
+        if not all(bool(torch.isfinite(t).all()) for block in found.values() for t in _tensors(block)):
+            assert program.loss is not None
+            raise non_finite(program, state.values, program.loss)
+        out[part] = _matrix(part, found, request, state, plan, reduction, keep, memory_budget, info)
     return out
 
 
-def _check_budget(request: Request, state: State, copies: int, keep: bool, memory_budget: int | None) -> int:
+def _tensors(block: Block) -> tuple[Tensor, ...]:
+    return _tensors(block.base) if isinstance(block, TransposedBlock) else block.tensors()
+
+
+def _check_budget(
+    request: Request, state: State, plan: Plan, copies: int, keep: bool, memory_budget: int | None
+) -> int:
     device = state.weights.device
     budget = _memory.budget_bytes(memory_budget, device)
-    needed = request.elements * itemsize(state.weights.dtype) * (state.samples if keep else 1) * copies
+    needed = plan.result_elements(request, state.samples, keep) * itemsize(state.weights.dtype) * copies
     if needed > budget:
         what = f"{len(request.pairs)} blocks" if len(request.pairs) > 1 else "one block"
         raise _memory.refuse(what, request.total, needed, budget, device)
     return budget
 
 
-def _sum_parts(parts: list[Accumulator]) -> dict[Pair, Tensor]:
-    total = dict(parts[0].blocks)
-    for part in parts[1:]:
-        for pair, block in part.blocks.items():
-            total[pair] = total[pair] + block if pair in total else block
-    return total
-
-
 def _matrix(
     part: str,
-    tensors: Mapping[Pair, Tensor],
+    blocks: Mapping[Pair, Block],
     request: Request,
     state: State,
     plan: Plan,
@@ -293,16 +300,7 @@ def _matrix(
     keep: bool,
     memory_budget: int | None,
     info: dict[str, Any],
-    graph: Graph,
 ) -> BlockMatrix:
-    sizes, samples = request.sizes, state.samples if keep else None
-    dtype, device = state.weights.dtype, state.weights.device
-    blocks = {
-        (i, j): DenseBlock(tensors[i, j])
-        if (i, j) in tensors
-        else ZeroBlock((sizes[i], sizes[j]), dtype=dtype, device=device, samples=samples)
-        for i, j in request.pairs
-    }
     modules = [
         _module_of(name, leaf.kind, leaf.module) for name, leaf in zip(request.names, request.leaves, strict=True)
     ]
@@ -312,12 +310,12 @@ def _matrix(
         blocks,
         part=part,
         reduction=reduction,
-        samples=samples,
+        samples=state.samples if keep else None,
         modules=modules,
         memory_budget=memory_budget,
         kinds=dict(plan.kinds),
-        dtype=dtype,
-        device=device,
+        dtype=state.weights.dtype,
+        device=state.weights.device,
         plan=plan,
         info=info,
     )

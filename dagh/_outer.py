@@ -118,8 +118,16 @@ def gate_inputs(state: State, node: Node, argument: int) -> Tensor:
     return out.new_ones(out.shape[0], 1)
 
 
+def core(first: Rows, second: Rows, signs: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """``Σ_r σ_r s_r s'_rᵀ`` ``[N, o, o']`` of two linear layers, and their inputs."""
+    assert first.cotangent is not None and second.cotangent is not None
+    assert first.inputs is not None and second.inputs is not None
+    s = first.cotangent if signs is None else first.cotangent * signs.unsqueeze(2)
+    return s.transpose(1, 2) @ second.cotangent, first.inputs, second.inputs
+
+
 def combine(first: Rows, second: Rows, signs: Tensor | None, keep: bool) -> Tensor:
-    """``H_O[a, b]``: ``[p_a, p_b]``, or one per sample ``[N, p_a, p_b]``."""
+    """``H_O[a, b]`` unless both are linear layers: ``[p_a, p_b]``, or one per sample ``[N, p_a, p_b]``."""
     if first.dense is not None and second.dense is not None:
         left = first.dense if signs is None else first.dense * signs.unsqueeze(2)
         if keep:
@@ -127,27 +135,12 @@ def combine(first: Rows, second: Rows, signs: Tensor | None, keep: bool) -> Tens
         return left.flatten(0, 1).T @ second.dense.flatten(0, 1)
     if first.dense is not None:
         return combine(second, first, signs, keep).transpose(-1, -2)
-    assert first.cotangent is not None and first.inputs is not None
+    assert first.cotangent is not None and first.inputs is not None and second.dense is not None
     s, x = first.cotangent, first.inputs
     if signs is not None:
         s = s * signs.unsqueeze(2)
-    if second.dense is not None:
-        core = s.transpose(1, 2) @ second.dense  # [N, o, p_b]
-        if keep:
-            return torch.einsum("nop,ni->noip", core, x).flatten(1, 2)
-        n, o, p = core.shape
-        return (x.T @ core.reshape(n, -1)).reshape(-1, o, p).transpose(0, 1).reshape(-1, p)
-    assert second.cotangent is not None and second.inputs is not None
-    core = s.transpose(1, 2) @ second.cotangent  # [N, o_a, o_b]
-    return khatri_rao(core, x, second.inputs, keep)
-
-
-def khatri_rao(core: Tensor, x: Tensor, y: Tensor, keep: bool) -> Tensor:
-    """``Σ_n core_n ⊗ (x_n y_nᵀ)`` in row-major order of (o, i) × (o', i'): one matrix product over the samples."""
-    n, a, b = core.shape
-    i, j = x.shape[1], y.shape[1]
+    mixed = s.transpose(1, 2) @ second.dense  # [N, o, p_b]
     if keep:
-        return torch.einsum("nab,ni,nj->naibj", core, x, y).reshape(n, a * i, b * j)
-    outer = (x.unsqueeze(2) * y.unsqueeze(1)).reshape(n, i * j)
-    block = core.reshape(n, a * b).T @ outer
-    return block.reshape(a, b, i, j).permute(0, 2, 1, 3).reshape(a * i, b * j)
+        return torch.einsum("nop,ni->noip", mixed, x).flatten(1, 2)
+    n, o, p = mixed.shape
+    return (x.T @ mixed.reshape(n, -1)).reshape(-1, o, p).transpose(0, 1).reshape(-1, p)

@@ -35,12 +35,18 @@ class Gate:
 
 @dataclass
 class Column:
-    """One sweep: tangents of ``leaf`` (in ``basis``), rows of the leaves at ``rows``."""
+    """One sweep: tangents of ``leaves`` (in ``basis``), rows of the leaves that they are paired with.
 
-    leaf: int
+    In the activation basis the leaves are the weight and bias of one layer, and the rows of another linear layer are
+    taken at its output as well: ``targets`` says where.
+    """
+
+    leaves: list[int]
     basis: Basis
     gate: Gate | None
-    rows: list[int]
+    pairs: list[Pair]
+    """(leaf, row) in that order."""
+    targets: dict[int, Node]
     width: int
     seed: Node
     within: frozenset[Node]
@@ -51,6 +57,10 @@ class Column:
     """Elements held per sample and direction."""
     largest: int
     """Elements of the largest bundle per sample and direction."""
+
+    @property
+    def rows(self) -> list[int]:
+        return list(self.targets)
 
 
 @dataclass
@@ -69,6 +79,38 @@ class Plan:
     outer_rows: int
     signature: tuple[object, ...] = field(default=(), repr=False)
 
+    def __post_init__(self) -> None:
+        self._swept = {pair for c in self.columns for pair in c.pairs}
+
+    def oriented(self, i: int, j: int) -> Pair:
+        """The pair in the order in which its sweep forms it."""
+        return (j, i) if (j, i) in self._swept and (i, j) not in self._swept else (i, j)
+
+    def structured(self, i: int, j: int, samples: int) -> bool:
+        """Whether the block of two linear layers takes less memory kept per sample."""
+        i, j = self.oriented(i, j)
+        first, second = self.gates.get(i), self.gates.get(j)
+        if first is None or second is None or self.kinds[min(i, j), max(i, j)] == "zero":
+            return False
+        (o_a, i_a), (o_b, i_b) = _layer_shape(first), _layer_shape(second)
+        crossed = (i, j) in self._swept and first.node is not second.node
+        per_sample = o_a * o_b + i_a + i_b + (o_a * i_b + o_b if crossed else 0)
+        return samples * per_sample < o_a * i_a * o_b * i_b
+
+    def result_elements(self, request: Request, samples: int, keep: bool) -> int:
+        """Numbers that the blocks hold, in the structure they are kept in."""
+        total = 0
+        for i, j in request.pairs:
+            dense = request.sizes[i] * request.sizes[j]
+            if keep:
+                total += samples * dense
+            elif not self.structured(i, j, samples):
+                total += dense if self.kinds[i, j] != "zero" else 0
+            else:
+                (o_a, i_a), (o_b, i_b) = _layer_shape(self.gates[i]), _layer_shape(self.gates[j])
+                total += samples * (o_a * o_b + i_a + i_b + max(o_a * i_b, o_b * i_a))
+        return total
+
     def __rich__(self) -> Table:
         table = Table(title=f"Plan: {len(self.pairs)} blocks, {len(self.columns)} column sweeps for H_F")
         table.add_column("columns of")
@@ -77,7 +119,12 @@ class Plan:
             table.add_column(name, justify="right")
         for c in self.columns:
             table.add_row(
-                self.names[c.leaf], c.basis, str(c.width), str(len(c.rows)), str(len(c.within)), f"{c.flops / 1e6:.3g}"
+                " + ".join(self.names[i] for i in c.leaves),
+                c.basis,
+                str(c.width),
+                str(len(c.rows)),
+                str(len(c.within)),
+                f"{c.flops / 1e6:.3g}",
             )
         if self.fallbacks:
             table.caption = "generic derivatives: " + ", ".join(self.fallbacks)
@@ -86,13 +133,18 @@ class Plan:
     def __str__(self) -> str:
         lines = [f"{len(self.pairs)} blocks; H_F by {len(self.columns)} column sweeps, H_O by the loss factor"]
         lines += [
-            f"  {self.names[c.leaf]}: {c.width} {c.basis} directions, rows of {len(c.rows)} leaves, "
-            f"{c.flops / 1e6:.3g} MFLOP per sample"
+            f"  {' + '.join(self.names[i] for i in c.leaves)}: {c.width} {c.basis} directions, "
+            f"rows of {len(c.rows)} leaves, {c.flops / 1e6:.3g} MFLOP per sample"
             for c in self.columns
         ]
         if self.fallbacks:
             lines.append("  generic derivatives: " + ", ".join(self.fallbacks))
         return "\n".join(lines)
+
+
+def _layer_shape(gate: Gate) -> tuple[int, int]:
+    """Outputs and inputs of a linear layer; one input for its bias."""
+    return gate.node.numel, gate.node.inputs[0].numel if gate.argument == 1 else 1
 
 
 def reach(program: Program, leaves: Collection[Node]) -> dict[Node, int]:
@@ -211,12 +263,13 @@ def make_plan(program: Program, request: Request, *, functional: bool = True) ->
     columns: list[Column] = []
     if needed:
         sweeps = _Sweeps(program, request, bits, gates)
-        chosen: dict[tuple[int, Basis], list[int]] = {}
+        chosen: dict[tuple[int, Basis, int], list[Pair]] = {}
         for i, j in needed:
-            best = min(sweeps.price(i, j), sweeps.price(j, i))
-            leaf, row = (i, j) if best == sweeps.price(i, j) else (j, i)
-            chosen.setdefault((leaf, sweeps.basis(leaf, [row])[0]), []).append(row)
-        columns = [sweeps.column(leaf, rows) for (leaf, _), rows in sorted(chosen.items())]
+            leaf, row = (i, j) if sweeps.price(i, j) <= sweeps.price(j, i) else (j, i)
+            basis, _, seed, _, _ = sweeps.basis(leaf, row)
+            own = -1 if basis == "activation" else leaf  # weight and bias share the outputs of their layer
+            chosen.setdefault((seed.index, basis, own), []).append((leaf, row))
+        columns = [sweeps.column(pairs) for _, pairs in sorted(chosen.items())]
     fallbacks = sorted({n.operation for n in program if n.op is not None and bits[n] and not rule_for(n).closed_form})
     labels = {pair: _LABELS[outer, inner] for pair, (outer, inner) in kinds.items()}
     return Plan(request.names, request.pairs, labels, columns, linear, fallbacks, program.output.numel)
@@ -242,21 +295,29 @@ class _Sweeps:
     def price(self, leaf: int, row: int) -> float:
         """Flops per sample of sweeping ``leaf``'s tangents to get its block with ``row``."""
         if (leaf, row) not in self._prices:
-            basis, _, seed, width, copies = self.basis(leaf, [row])
-            within, _, meeting, back = self._regions(seed, [row])
+            basis, _, seed, width, copies = self.basis(leaf, row)
+            within, _, meeting, back = self._regions(seed, basis, [row])
             self._prices[leaf, row] = width * self._flops(seed, within, meeting, back, basis, copies)
         return self._prices[leaf, row]
 
-    def basis(self, leaf: int, rows: list[int]) -> tuple[Basis, Gate | None, Node, int, int]:
+    def basis(self, leaf: int, row: int) -> tuple[Basis, Gate | None, Node, int, int]:
         """Basis of the sweep, its layer, the node to seed, the number of directions, and channels per direction."""
         node, gate = self.request.leaves[leaf], self.gates.get(leaf)
-        if gate is not None and any(self._before(row, gate) for row in rows):
+        if gate is not None and self._before(row, gate):
             gate = None  # a row at or before the layer would need the layer's own curvature
         if gate is not None and gate.channels > 1:
             return "channel", gate, gate.node, node.numel // gate.channels, gate.channels
-        if gate is not None and not gate.channels and gate.node.numel < node.numel:
+        if gate is not None and not gate.channels and (gate.node.numel < node.numel or self._linear(row)):
             return "activation", gate, gate.node, gate.node.numel, 1
         return "parameter", None, node, node.numel, 1
+
+    def _linear(self, row: int) -> bool:
+        gate = self.gates.get(row)
+        return gate is not None and not gate.channels
+
+    def target(self, basis: Basis, row: int) -> Node:
+        """Where the rows of a leaf are taken: at its layer's output, if both layers are linear."""
+        return self.gates[row].node if basis == "activation" and self._linear(row) else self.request.leaves[row]
 
     def _before(self, row: int, gate: Gate) -> bool:
         leaf = self.request.leaves[row]
@@ -264,12 +325,13 @@ class _Sweeps:
             return bool(self.reach.above[gate.node.index, leaf.index])
         return bool(self.bits[gate.node.inputs[0]] >> row & 1)
 
-    def _regions(self, seed: Node, rows: list[int]) -> tuple[Any, Any, Any, Any]:
+    def _regions(self, seed: Node, basis: Basis, rows: list[int]) -> tuple[Any, Any, Any, Any]:
         """Masks: nodes whose tangents are needed, those kept, the curved nodes that matter, nodes on the way back."""
         above = self.reach.above
         below = above[:, seed.index]
-        reachable = above[:, [self.request.leaves[r].index for r in rows]].any(1)
-        meeting, held, entry = (np.zeros_like(below) for _ in range(3))
+        targets = [self.target(basis, r) for r in rows]
+        reachable: Any = above[:, [t.index for t in targets]].any(1)
+        meeting, held, entry = (np.zeros(len(below), dtype=bool) for _ in range(3))
         for u in np.flatnonzero(self.curved & below & reachable):
             node = self.program.nodes[u]
             if node is seed:
@@ -278,6 +340,10 @@ class _Sweeps:
                 row_side, column_side = node.inputs[i].index, node.inputs[j].index
                 if reachable[row_side] and below[column_side]:
                     meeting[u] = held[column_side] = entry[row_side] = True
+        for r, target in zip(rows, targets, strict=True):
+            if target is not self.request.leaves[r] and self.gates[r].argument == 1:
+                into = target.inputs[0].index  # the path to a later layer's input meets that layer's adjoint
+                held[into] |= below[into]
         within = above[held].any(0) & below
         back = above[entry].any(0) & reachable
         return within, held, meeting, back
@@ -292,10 +358,11 @@ class _Sweeps:
         own = flops[seed.index] if within[seed.index] else 0
         return float(forward - own + 2 * copies * flops[back].sum())
 
-    def column(self, leaf: int, rows: list[int]) -> Column:
-        """The sweep for several rows at once."""
-        basis, gate, seed, width, copies = self.basis(leaf, rows)
-        within, held, meeting, back = self._regions(seed, rows)
+    def column(self, pairs: list[Pair]) -> Column:
+        """The sweep for several (leaf, row) pairs with the same seed and basis."""
+        leaves, rows = sorted({leaf for leaf, _ in pairs}), sorted({row for _, row in pairs})
+        basis, gate, seed, width, copies = self.basis(*pairs[0])
+        within, held, meeting, back = self._regions(seed, basis, rows)
         spread = np.full(len(self.program.nodes), copies)
         if basis == "channel":
             spread[self.reach.thin(seed)] = 1
@@ -304,10 +371,11 @@ class _Sweeps:
             max(size[within].max(initial=1), (self.reach.numel * copies)[back & self.reach.batched].max(initial=1))
         )
         unit = int(size[held].sum()) + 2 * largest
+        targets = {r: self.target(basis, r) for r in rows}
         if basis == "activation":
-            unit += sum(self.request.leaves[r].numel for r in rows)
+            unit += sum({t: t.numel for t in targets.values()}.values())
         nodes = self.reach.nodes
         return Column(
-            leaf, basis, gate, list(rows), width, seed, nodes(within), nodes(held), nodes(meeting),
+            leaves, basis, gate, pairs, targets, width, seed, nodes(within), nodes(held), nodes(meeting),
             int(self._flops(seed, within, meeting, back, basis, copies)), unit, largest,
         )  # fmt: skip

@@ -1,0 +1,134 @@
+"""Blocks of two linear layers, kept per sample: cores of the size of the layers' outputs instead of their weights.
+
+With ``z_a = W_a x_a`` and ``z_b = W_b x_b`` (one row per sample), the block of ``W_a`` against ``W_b`` is
+
+    Σ_n x_a[i] ( C[o, o'] x_b[i'] + J[o, i'] δ_b[o'] )        at row (o, i), column (o', i'),
+
+``C = H_{z_a, z_b}`` the second derivative between the two outputs, ``J`` the derivative of ``x_b`` by ``z_a`` and
+``δ_b`` the adjoint of ``z_b``. Without the second term it is a :class:`~dagh._block_factored.KroneckerSumBlock`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dagh._block_base import Block
+from dagh._block_composite import TransposedBlock
+
+#: Entries of the right-hand factor formed at once: it should stay in the cache between its two uses.
+_PANEL = 1 << 20
+
+
+class LayerPairBlock(Block):
+    """The sum above: ``core`` [N, o_a, o_b], ``left`` [N, i_a], ``right`` [N, i_b],
+    ``jacobian`` [N, o_a, i_b], ``adjoint`` [N, o_b].
+    """
+
+    structure = "layer pair"
+    fields = ("core", "left", "right", "jacobian", "adjoint")
+
+    def __init__(self, core: Tensor, left: Tensor, right: Tensor, jacobian: Tensor, adjoint: Tensor) -> None:
+        shape = (core.shape[1] * left.shape[1], core.shape[2] * right.shape[1])
+        super().__init__(shape, None, core.dtype, core.device)
+        self.core, self.left, self.right, self.jacobian, self.adjoint = core, left, right, jacobian, adjoint
+
+    def row_numel(self) -> int:
+        return max(self.shape[1] * 2, self.core.shape[0] * self.shape[1] // max(1, self.left.shape[1]))
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        i_a = self.left.shape[1]
+        first, last = start // i_a, -(-stop // i_a)
+        out = self.core.new_empty((last - first) * i_a, self.shape[1])
+        part = slice(first, last)
+        write_layers(out, self.core[:, part], self.left, self.right, self.jacobian[:, part], self.adjoint)
+        return out[start - first * i_a : stop - first * i_a]
+
+    def write_into(self, out: Tensor) -> None:
+        write_layers(out, self.core, self.left, self.right, self.jacobian, self.adjoint)
+
+    def matmat(self, v: Tensor) -> Tensor:
+        v = v.reshape(self.core.shape[2], self.right.shape[1], -1)
+        middle = self.core @ torch.einsum("ni,oik->nok", self.right, v)
+        middle = middle + self.jacobian @ torch.einsum("no,oik->nik", self.adjoint, v)
+        return torch.einsum("ni,nok->oik", self.left, middle).flatten(0, 1)
+
+    def rmatmat(self, v: Tensor) -> Tensor:
+        v = v.reshape(self.core.shape[1], self.left.shape[1], -1)
+        middle = torch.einsum("ni,oik->nok", self.left, v)
+        by_core = torch.einsum("nok,ni->oik", self.core.mT @ middle, self.right)
+        by_path = torch.einsum("nik,no->oik", self.jacobian.mT @ middle, self.adjoint)
+        return (by_core + by_path).flatten(0, 1)
+
+    def diagonal(self) -> Tensor:
+        return torch.cat([rows.diagonal(start) for start, _, rows in self.strips()])[: min(self.shape)]
+
+    @property
+    def T(self) -> Block:
+        return TransposedBlock(self)
+
+    def scale(self, c: float) -> Block:
+        return LayerPairBlock(self.core * c, self.left, self.right, self.jacobian * c, self.adjoint)
+
+
+def write_layers(
+    out: Tensor,
+    core: Tensor,
+    left: Tensor,
+    right: Tensor,
+    jacobian: Tensor | None = None,
+    adjoint: Tensor | None = None,
+    *,
+    symmetric: bool = False,
+    add: bool = False,
+) -> None:
+    """Fill (or ``add`` to) ``out`` [p_a, p_b], any strides, by matrix products over the samples, panel by panel.
+
+    ``symmetric``: the block is that of one weight against itself (``left`` is ``right``, ``core`` symmetric); half of
+    the products are then copies (and ``add`` does not go with it).
+    """
+    o_a, o_b, i_a, i_b = core.shape[1], core.shape[2], left.shape[1], right.shape[1]
+    n = max(1, core.shape[0])
+    if i_a == 1 and o_a > 1 and not symmetric:
+        _write_columns(out, core * left.unsqueeze(2), right, jacobian, adjoint, left, add)
+        return
+    assert not (symmetric and add)
+    transposed = left.T
+    step = max(1, _PANEL // (n * i_b))
+    for o in range(o_a):
+        rows = out[o * i_a : (o + 1) * i_a]
+        for start in range(o if symmetric else 0, o_b, step):
+            stop = min(start + step, o_b)
+            panel = core[:, o, start:stop, None] * right[:, None, :]
+            if jacobian is not None and adjoint is not None:
+                panel.addcmul_(adjoint[:, start:stop, None], jacobian[:, o, None, :])
+            _product(rows[:, start * i_b : stop * i_b], transposed, panel.flatten(1), add)
+    if symmetric:
+        _mirror(out, o_a, i_a)
+
+
+def _write_columns(
+    out: Tensor, core: Tensor, right: Tensor, jacobian: Tensor | None, adjoint: Tensor | None, left: Tensor, add: bool
+) -> None:
+    """A bias against a weight: the products of a row are vectors, those of a column matrices."""
+    i_b = right.shape[1]
+    for b in range(core.shape[2]):
+        columns = out[:, b * i_b : (b + 1) * i_b]
+        _product(columns, core[:, :, b].T, right, add)
+        if jacobian is not None and adjoint is not None:
+            columns += torch.einsum("noi,n->oi", jacobian, adjoint[:, b] * left[:, 0])
+
+
+def _product(target: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+    if add:
+        target.addmm_(a, b)
+    else:
+        torch.mm(a, b, out=target)
+
+
+def _mirror(out: Tensor, o: int, i: int) -> None:
+    """Copy the sub-blocks (o, o') with o' > o to (o', o): each is symmetric, so no transpose is needed."""
+    row, column = out.stride()
+    grid = out.as_strided((o, i, o, i), (i * row, row, i * column, column), out.storage_offset())
+    for k in range(o - 1):
+        grid[k + 1 :, :, k] = grid[k, :, k + 1 :].transpose(0, 1)

@@ -1,0 +1,109 @@
+"""The blocks of H_O from the rows of every leaf, with few and large matrix products."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from dagh import _outer
+from dagh._accumulate import Accumulator
+from dagh._outer import Rows
+from dagh._planner import Plan
+from dagh._request import Pair
+
+#: Columns of one product of dense rows: wide enough for full speed, narrow enough to skip most of the lower half.
+_PANEL = 512
+#: Entries of the product of a layer's cotangents with dense rows that are formed at once.
+_MIXED = 1 << 22
+
+
+def add_outer(
+    rows: dict[int, Rows], pairs: list[Pair], signs: Tensor | None, plan: Plan, result: Accumulator, window: slice
+) -> None:
+    """Add ``Σ_r σ_r B_aᵀ B_b`` for every pair with rows."""
+    pairs = [(i, j) for i, j in pairs if i in rows and j in rows]
+    layers = [p for p in pairs if rows[p[0]].kronecker and rows[p[1]].kronecker]
+    for i, j in layers:
+        first, second = plan.oriented(i, j)
+        core, x, y = _outer.core(rows[first], rows[second], signs)
+        result.add_layers((first, second), x, y, core, None, None, slice(0, core.shape[1]), window)
+    rest = [p for p in pairs if p not in set(layers)]
+    if result.keep:
+        for i, j in rest:
+            result.add(i, j, _outer.combine(rows[i], rows[j], signs, True), slice(None), window)
+        return
+    dense = [p for p in rest if not rows[p[0]].kronecker and not rows[p[1]].kronecker]
+    members = sorted({i for p in dense for i in p})
+    if len(dense) > 1 and 2 * len(dense) == len(members) * (len(members) + 1):
+        _add_all(rows, members, signs, result)
+    else:
+        for i, j in dense:
+            result.add(i, j, _outer.combine(rows[i], rows[j], signs, False), slice(None), window)
+    partners: dict[int, list[int]] = {}
+    for i, j in rest:
+        if (i, j) not in set(dense):
+            layer, other = (i, j) if rows[i].kronecker else (j, i)
+            partners.setdefault(layer, []).append(other)
+    for layer, others in partners.items():
+        _add_mixed(rows, layer, others, signs, result)
+
+
+def _add_all(rows: dict[int, Rows], members: list[int], signs: Tensor | None, result: Accumulator) -> None:
+    """All pairs of dense leaves: one symmetric product, the upper half of it panel by panel."""
+    joined = torch.cat([_dense(rows[i]).flatten(0, 1) for i in members], 1)
+    left = joined if signs is None else joined * signs.reshape(-1, 1)
+    ends = [0]
+    for i in members:
+        ends.append(ends[-1] + _dense(rows[i]).shape[2])
+    for first, last in _panels(ends):
+        start, stop = ends[first], ends[last]
+        product = left[:, start:stop].T @ joined[:, start:]
+        for a in range(first, last):
+            for b in range(a, len(members)):
+                piece = product[ends[a] - start : ends[a + 1] - start, ends[b] - start : ends[b + 1] - start]
+                result.block(members[a], members[b]).add_(piece)
+
+
+def _panels(ends: list[int]) -> list[tuple[int, int]]:
+    """Consecutive leaves gathered until they are wide enough."""
+    panels, first = [], 0
+    for k, (_, stop) in enumerate(pairwise(ends)):
+        if stop - ends[first] >= _PANEL or k == len(ends) - 2:
+            panels.append((first, k + 1))
+            first = k + 1
+    return panels
+
+
+def _add_mixed(rows: dict[int, Rows], layer: int, others: list[int], signs: Tensor | None, result: Accumulator) -> None:
+    """A linear layer against dense leaves: the sum over r first, then one product per output of the layer."""
+    s, x = rows[layer].cotangent, rows[layer].inputs
+    assert s is not None and x is not None
+    s = (s if signs is None else s * signs.unsqueeze(2)).transpose(1, 2)  # [N, o, r]
+    n, o, i = s.shape[0], s.shape[1], x.shape[1]
+    step = max(1, _MIXED // max(1, n * o))
+    for other in others:
+        dense = _dense(rows[other])
+        target = result.block(min(layer, other), max(layer, other))
+        for start in range(0, dense.shape[2], step):
+            part = slice(start, min(start + step, dense.shape[2]))
+            mixed = s @ dense[:, :, part]  # [N, o, part]
+            if i == 1:
+                piece = torch.einsum("nop,n->op", mixed, x[:, 0])
+                if layer < other:
+                    target[:, part] += piece
+                else:
+                    target[part] += piece.T
+                continue
+            for k in range(o):
+                own = slice(k * i, (k + 1) * i)
+                if layer < other:
+                    target[own, part].addmm_(x.T, mixed[:, k])
+                else:
+                    target[part, own].addmm_(mixed[:, k].T, x)
+
+
+def _dense(rows: Rows) -> Tensor:
+    assert rows.dense is not None
+    return rows.dense
