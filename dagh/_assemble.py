@@ -79,12 +79,18 @@ def _add_outer(state: State, request: Request, plan: Plan, result: Accumulator, 
     pairs = [p for p in request.pairs if "H_O" in plan.kinds[p]]
     if not pairs:
         return
+    leaves = {i for pair in pairs for i in pair}
     factor = _outer.factor_loss(state)
     if factor.columns.shape[1] == 0:
         return
-    leaves = {i for pair in pairs for i in pair}
-    rows = _outer.pull_rows(state, factor, request, plan, leaves)
-    add_outer(rows, pairs, factor.signs, plan, result, window)
+    # Pulled back in ranges of samples that stay in the cache; multiplied all at once.
+    widest = max(n.numel for n in state.program)
+    step = max(1, _CACHE // max(1, factor.columns.shape[1] * widest * itemsize(state.weights.dtype)))
+    pieces = []
+    for start in range(0, state.samples, step):
+        part = slice(start, min(start + step, state.samples))
+        pieces.append(_outer.pull_rows(narrow(state, part), factor.columns[part], request, plan, leaves))
+    add_outer(_outer.join(pieces), pairs, factor.signs, plan, result, window)
 
 
 def _add_column(

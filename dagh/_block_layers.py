@@ -89,8 +89,8 @@ def write_layers(
     """
     o_a, o_b, i_a, i_b = core.shape[1], core.shape[2], left.shape[1], right.shape[1]
     n = max(1, core.shape[0])
-    if i_a == 1 and o_a > 1 and not symmetric:
-        _write_columns(out, core * left.unsqueeze(2), right, jacobian, adjoint, left, add)
+    if i_a == 1 or i_b == 1:
+        _write_bias(out, core, left, right, jacobian, adjoint, add)
         return
     assert not (symmetric and add)
     transposed = left.T
@@ -107,16 +107,28 @@ def write_layers(
         _mirror(out, o_a, i_a)
 
 
-def _write_columns(
-    out: Tensor, core: Tensor, right: Tensor, jacobian: Tensor | None, adjoint: Tensor | None, left: Tensor, add: bool
+def _write_bias(
+    out: Tensor, core: Tensor, left: Tensor, right: Tensor, jacobian: Tensor | None, adjoint: Tensor | None, add: bool
 ) -> None:
-    """A bias against a weight: the products of a row are vectors, those of a column matrices."""
-    i_b = right.shape[1]
-    for b in range(core.shape[2]):
-        columns = out[:, b * i_b : (b + 1) * i_b]
-        _product(columns, core[:, :, b].T, right, add)
+    """A bias on either side: its input is a one, and each term is a single product."""
+    n, o_a, o_b = core.shape
+    i_a, i_b = left.shape[1], right.shape[1]
+    if i_a == 1:
+        core = core * left.unsqueeze(2)
+        block = (core.reshape(n, -1).T @ right).reshape(o_a, o_b, i_b)
         if jacobian is not None and adjoint is not None:
-            columns += torch.einsum("noi,n->oi", jacobian, adjoint[:, b] * left[:, 0])
+            path = (jacobian * left.unsqueeze(2)).reshape(n, -1).T @ adjoint  # [(o, i'), o']
+            block = block + path.reshape(o_a, i_b, o_b).transpose(1, 2)
+        block = block.reshape(o_a, -1)
+    else:
+        core = core * right.unsqueeze(2)
+        if jacobian is not None and adjoint is not None:
+            core = core + jacobian * adjoint.unsqueeze(1)
+        block = (left.T @ core.reshape(n, -1)).reshape(i_a, o_a, o_b).transpose(0, 1).reshape(o_a * i_a, o_b)
+    if add:
+        out += block
+    else:
+        out.copy_(block)
 
 
 def _product(target: Tensor, a: Tensor, b: Tensor, add: bool) -> None:

@@ -37,7 +37,7 @@ def factor_loss(state: State) -> LossFactor:
     assert program.loss is not None
     loss = program.loss
     if loss.inputs and loss.inputs[0] is program.output and loss.inputs.count(program.output) == 1:
-        delta = state.adjoints[loss]
+        delta = state.weights.expand(state.samples).reshape(-1, *([1] * len(loss.shape)))
         columns = loss_factor(state.rule(loss), state.call(loss), delta)
         if columns is not None:
             return LossFactor(columns, None)
@@ -86,15 +86,29 @@ class Rows:
         return self.dense is None
 
 
-def pull_rows(state: State, factor: LossFactor, request: Request, plan: Plan, leaves: set[int]) -> dict[int, Rows]:
+def join(pieces: list[dict[int, Rows]]) -> dict[int, Rows]:
+    """Rows of several ranges of samples as those of all."""
+    if len(pieces) == 1:
+        return pieces[0]
+
+    def cat(tensors: list[Tensor | None]) -> Tensor | None:
+        present = [t for t in tensors if t is not None]
+        return torch.cat(present) if present else None
+
+    return {
+        i: Rows(*(cat([getattr(p[i], f) for p in pieces]) for f in ("dense", "cotangent", "inputs"))) for i in pieces[0]
+    }
+
+
+def pull_rows(state: State, columns: Tensor, request: Request, plan: Plan, leaves: set[int]) -> dict[int, Rows]:
     """Rows of every requested leaf that the output depends on."""
     wanted: list[Node] = []
     for i in leaves:
         gate = plan.gates.get(i)
         wanted.append(request.leaves[i] if gate is None else gate.node)
-    start = {state.program.output: factor.columns}
+    start = {state.program.output: columns}
     found = _sweep.pull_back(state, start, wanted, keep=True)
-    n, r = factor.columns.shape[:2]
+    n, r = columns.shape[:2]
     rows: dict[int, Rows] = {}
     for i in leaves:
         gate = plan.gates.get(i)
