@@ -7,7 +7,7 @@ METADATA := pyproject.toml constraints.txt dagh/_version.py
 # One thread per process: the tests run in several processes, and the matrices are small.
 test types lint: export OMP_NUM_THREADS := 1
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-data
@@ -19,6 +19,10 @@ test: $(VENV)/.installed-test
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# BENCH passes options on: make bench BENCH="--quick", or "--suite core --resume"; see python -m benchmarks run --help.
+bench: $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks run $(BENCH)
 
 types: $(VENV)/.installed-lint
 	$(BIN)/mypy
