@@ -21,7 +21,7 @@ lint: $(VENV)/.installed-lint
 	$(BIN)/ruff format --check .
 
 # BENCH passes options on: make bench BENCH="--quick", or "--suite core --resume"; see python -m benchmarks run --help.
-bench: $(VENV)/.installed-bench
+bench: $(VENV)/.installed-peers
 	$(BIN)/python -m benchmarks run $(BENCH)
 
 types: $(VENV)/.installed-lint
@@ -34,6 +34,16 @@ clean:
 # A stamp per extra, renewed when the metadata change: a second call installs nothing.
 $(VENV)/.installed-%: $(METADATA) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	@touch $@
+
+# A peer that cannot be installed here is left out, and the benchmark says so.
+PEERS = $(BIN)/python -c "import tomllib; m = tomllib.load(open('pyproject.toml', 'rb')); \
+  print(*m['project']['optional-dependencies']['bench'], sep='\n')"
+$(VENV)/.installed-peers: $(METADATA) | $(VENV)/.installed-data
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]' || \
+	  $(PEERS) | while read -r peer; do \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check "$$peer" || echo "not available: $$peer" >&2; \
+	  done
 	@touch $@
 
 $(BIN)/python:

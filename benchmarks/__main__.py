@@ -57,7 +57,9 @@ def _specs(suites: tuple[str, ...], quick: bool, tools: tuple[str, ...] | None, 
     for suite in suites:
         goals = {"core": GOALS, "variants": variant_goals(), "scaling": curve_goals()}[suite]
         usual = {"core": None, "variants": VARIANT_TOOLS, "scaling": CURVE_TOOLS}[suite]
-        for spec in measurements(goals, tools or usual, options):
+        # Curves and variants have many points: half the time for each peer that is scaled from a part.
+        slow = options.slow / (1 if suite == "core" else 2)
+        for spec in measurements(goals, tools or usual, replace(options, slow=slow)):
             found.setdefault(spec.key, spec)
     return list(found.values())
 
@@ -80,7 +82,7 @@ def main() -> None:
 @click.option(
     "--slow",
     type=float,
-    default=6.0,
+    default=4.0,
     show_default=True,
     metavar="SECONDS",
     help="Column-wise peers estimated above this are timed on part of their columns and scaled.",

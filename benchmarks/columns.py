@@ -44,7 +44,7 @@ class Columns:
     candidates: tuple[int, ...] = (16, 64, 256, 1024)
     diagonal: bool = False
     padded: bool = False
-    seconds_per_call: float = 1.5
+    seconds_per_call: float = 1.0
     """The chunk is not made larger once a call takes this long."""
     chunk: int = 0
     tuned: dict[int, float] = field(default_factory=dict)

@@ -231,7 +231,7 @@ class Measurement:
             return []
         times: list[float] = []
         missing = 0.0
-        while not _enough(times, self.spec.repeat) and not (part and len(times) >= 3):
+        while len(times) < 3 if part else not _enough(times, self.spec.repeat):
             seconds, result, missing = job.run(self.spec.slow / 3 if part else None)
             times.append(seconds)
             result.clear()

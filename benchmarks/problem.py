@@ -30,7 +30,7 @@ class Spec:
     budget: str | None = None
     reference: str = ""
     """File with the reference values; written by the tool named ``reference``."""
-    slow: float = 6.0
+    slow: float = 4.0
     """Column-wise runs estimated above this many seconds are timed on part of the columns."""
     repeat: float = 20.0
     """Calls that take longer than this many seconds are timed once, after the warm-up."""

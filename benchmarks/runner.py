@@ -79,7 +79,7 @@ class Options:
     dtype: str = "float32"
     device: str = "cpu"
     threads: int = 2
-    slow: float = 6.0
+    slow: float = 4.0
     timeout: float = 90.0
     own_timeout: float = 400.0
     memory_cap: float = 16.0

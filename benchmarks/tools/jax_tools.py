@@ -87,7 +87,7 @@ def _columns(problem: Problem, spec: Spec, row: dict[str, Any]) -> Columns:
     if len(strips) > 1:  # compilation of the other strips is not part of a run
         for each in strips:
             each.prepare(min(64, each.n))
-    candidates = (64,) if len(strips) > 1 else (32, 128, 512)
+    candidates = (64,) if len(strips) > 1 else (64, 256)
     return Columns(problem, strips, candidates, diagonal=problem.task == "diagonal", padded=True)
 
 
