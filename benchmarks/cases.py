@@ -189,6 +189,7 @@ def variant_goals() -> tuple[Goal, ...]:
 
 # -- scaling curves ----------------------------------------------------------------------------------------------------
 
+_FIRST_TWO = ("fc1.weight", "fc2.weight")
 _WIDTHS = (16, 28, 48, 72, 104, 152)
 _DEPTHS = (2, 4, 8, 16)
 _SAMPLES = (1, 4, 16, 64, 256, 1024)
@@ -200,7 +201,7 @@ def _deep(depth: int) -> tuple[Layer, ...]:
     return (*body, Pool("avg", 4), Flatten(), Linear(32, CLASSES))
 
 
-CASES |= {f"mlp_width_{w}": Case(f"mlp_width_{w}", _mlp((32, w, w), "tanh"), (32,)) for w in _WIDTHS}
+CASES |= {f"mlp_width_{w}": Case(f"mlp_width_{w}", _mlp((32, w, w), "tanh"), (32,), _FIRST_TWO) for w in _WIDTHS}
 CASES |= {f"cnn_depth_{d}": Case(f"cnn_depth_{d}", _deep(d), (1, 8, 8)) for d in _DEPTHS}
 
 #: curve -> (label of the horizontal axis, [(case, samples)]); the full Hessian is formed at every point.

@@ -36,6 +36,7 @@ class Strip:
 class Columns:
     """A job made of strips; ``diagonal`` keeps only the diagonal of every strip.
 
+    ``begin`` is called once per run, before the strips, for what they share; it is timed.
     ``padded``: every call gets exactly ``chunk`` unit vectors (for compiled functions).
     """
 
@@ -44,6 +45,7 @@ class Columns:
     candidates: tuple[int, ...] = (16, 64, 256, 1024)
     diagonal: bool = False
     padded: bool = False
+    begin: Callable[[], None] = lambda: None
     seconds_per_call: float = 1.0
     """The chunk is not made larger once a call takes this long."""
     chunk: int = 0
@@ -63,6 +65,7 @@ class Columns:
         """Choose the chunk on the largest strip; returns the estimated seconds of a whole run."""
         strip = max(self.strips, key=lambda s: s.n)
         free = psutil.virtual_memory().available
+        self.begin()
         for chunk in dict.fromkeys(min(c, strip.n) for c in self.candidates):
             rows = strip.prepare(chunk)
             self.call(rows, 0, strip, chunk)
@@ -85,7 +88,9 @@ class Columns:
 
     def run(self, limit: float | None = None) -> tuple[float, dict[str, Tensor], float]:
         """One run: seconds (scaled, if ``limit`` seconds cut it short), the rows formed, bytes of the rows left out."""
-        total, result, missing = 0.0, {}, 0.0
+        begin = time.perf_counter()
+        self.begin()
+        total, result, missing = time.perf_counter() - begin, {}, 0.0
         for strip in self.strips:
             chunk = min(self.chunk, strip.n)
             begin = time.perf_counter()
@@ -117,6 +122,7 @@ class Columns:
     def first_rows(self) -> dict[str, Tensor]:
         """A few rows of every strip, to be verified when the whole is not formed."""
         result = {}
+        self.begin()
         for strip in self.strips:
             chunk = min(self.chunk, strip.n)
             result[strip.key] = self.call(strip.prepare(chunk), 0, strip, chunk)

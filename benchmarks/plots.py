@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from benchmarks.cases import CASES, CURVES, GOALS, parameter_count
-from benchmarks.tables import digits, floor_seconds, mebibytes, seconds
+from benchmarks.cases import CASES, CURVES, GOALS, Goal, parameter_count
+from benchmarks.tables import Comparison, compare, digits, floor_seconds, marks, mebibytes, seconds
 from benchmarks.tools import TOOLS
 
 Row = dict[str, Any]
@@ -75,7 +75,7 @@ SHORT = {
 def write(rows: Iterable[Row], environment: Row, dtype: str, stem: Path) -> list[Path]:
     """PNG and SVG of every picture that the rows suffice for."""
     rows = [r for r in rows if r["dtype"] == dtype]
-    made = {"tools": tools_figure(rows, environment), "scaling": scaling_figure(rows, environment)}
+    made = {"tools": tools_figure(rows, environment, dtype), "scaling": scaling_figure(rows, environment)}
     paths = []
     for name, figure in made.items():
         if figure is None:
@@ -121,7 +121,7 @@ def scaling_figure(rows: list[Row], environment: Row) -> Figure | None:
                     (x, at[case, n, tool]) for x, (case, n) in zip(xs, points, strict=True) if (case, n, tool) in at
                 ]
                 found = [(x, r) for x, r in found if r["status"] == "ok"]
-                if found:
+                if len(found) > 1:
                     tools[tool] = None
                     _curve(above, tool, found, "seconds")
                     _curve(below, tool, found, "work_MiB")
@@ -187,7 +187,7 @@ def _log_axes(above: Axes, below: Axes, xs: list[float]) -> None:
         axis.yaxis.set_major_locator(LogLocator(numticks=12))
         axis.yaxis.set_minor_formatter(NullFormatter())
         axis.tick_params(which="minor", length=0)
-        axis.set_xticks(xs, [f"{x:,.0f}".replace(",", " ") if x >= 1e4 else f"{x:g}" for x in xs])
+        axis.set_xticks(xs, [f"{x / 1e3:.1f}k" if x >= 1e4 else f"{x:g}" for x in xs])
         axis.minorticks_off()
 
 
@@ -204,13 +204,13 @@ def _hollow() -> Line2D:
 # -- every tool --------------------------------------------------------------------------------------------------------
 
 
-def tools_figure(rows: list[Row], environment: Row) -> Figure | None:
+def tools_figure(rows: list[Row], environment: Row, dtype: str) -> Figure | None:
     """One panel per task, one line per network, a point for the time of every tool; the floor as a tick."""
     at = {(r["task"], r["case"], r["N"], r["tool"]): r for r in rows}
-    panels: dict[str, list[tuple[str, int]]] = {}
+    panels: dict[str, list[Goal]] = {}
     for goal in GOALS:
         if any((goal.task, goal.case, goal.samples, t) in at for t in TOOLS):
-            panels.setdefault(goal.task, []).append((goal.case, goal.samples))
+            panels.setdefault(goal.task, []).append(goal)
     if not panels:
         return None
     heights = [len(p) for p in panels.values()]
@@ -226,15 +226,15 @@ def tools_figure(rows: list[Row], environment: Row) -> Figure | None:
         used: dict[str, None] = {}
         some_floor = False
         for axis, (task, cases) in zip(axes[:, 0], panels.items(), strict=True):
-            for y, (case, n) in enumerate(cases):
-                found = {t: at[task, case, n, t] for t in TOOLS if (task, case, n, t) in at}
-                right = {t: r for t, r in found.items() if r["status"] == "ok"}
-                _line(axis, y, right)
+            for y, goal in enumerate(cases):
+                found = {t: at.get((task, goal.case, goal.samples, t)) for t in TOOLS}
+                right = {t: r for t, r in found.items() if r and r["status"] == "ok"}
+                _line(axis, y, right, compare(goal, right.values(), environment, dtype))
                 used |= dict.fromkeys(right)
                 if floor := floor_seconds(right.get("dagh"), environment):
                     axis.plot([floor], [y], "|", color=OWN, ms=13, mew=1.6, zorder=4)
                     some_floor = True
-            axis.set_yticks(range(len(cases)), [f"{c}, N={n}" for c, n in cases], color=INK)
+            axis.set_yticks(range(len(cases)), [f"{g.case}, N={g.samples}" for g in cases], color=INK)
             axis.set_ylim(len(cases) - 0.4, -0.6)
             axis.set_title(SHORT[task], loc="left", pad=4)
             axis.set_xscale("log")
@@ -252,22 +252,22 @@ def tools_figure(rows: list[Row], environment: Row) -> Figure | None:
         for handle in handles:
             handle.set_linestyle("")
         figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=3)
-        figure.suptitle("Time, by task and network", fontsize=13, fontweight="bold", x=0.02, ha="left")
-        figure.tight_layout(rect=(0, 0, 1, 0.995), h_pad=0.9)
+        title = "Time to the finished result; the number is the fastest peer over dagh"
+        figure.suptitle(title, fontsize=12, fontweight="bold", x=0.02, ha="left")
+        figure.tight_layout(rect=(0, 0, 1, 1 - 0.12 / figure.get_figheight()), h_pad=0.9)
     return figure
 
 
-def _line(axis: Axes, y: float, right: dict[str, Row]) -> None:
+def _line(axis: Axes, y: float, right: dict[str, Row], found: Comparison) -> None:
     """The tools of one case; the distance from dagh to the fastest peer is drawn and written."""
-    peers = {t: r["seconds"] for t, r in right.items() if t != "dagh"}
-    if "dagh" in right and peers:
-        own, best = right["dagh"]["seconds"], min(peers.values())
-        shade = OWN if own < best else FAINT
-        axis.plot([own, best], [y, y], color=shade, lw=3, alpha=0.22, solid_capstyle="butt", zorder=2)
-        text = f"{digits(best / own)}×" if best / own < 100 else f"{best / own:.0f}×"
+    if found.ratio and found.own and found.peer:
+        shade = OWN if found.ratio > 1 else FAINT
+        ends = [found.own["seconds"], found.peer["seconds"]]
+        axis.plot(ends, [y, y], color=shade, lw=3, alpha=0.22, solid_capstyle="butt", zorder=2)
+        number = digits(found.ratio) if found.ratio < 100 else f"{found.ratio:.0f}"
         axis.annotate(
-            text,
-            (max([own, *peers.values()]), y),
+            f"{marks(found.peer)[0]}{number}×",
+            (max(r["seconds"] for r in right.values()), y),
             (9, 0),
             textcoords="offset points",
             va="center",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,6 @@ from torch.func import functional_call, grad, jacrev, jvp, vmap
 from benchmarks.columns import Columns, Rows, Strip
 from benchmarks.problem import Problem, Spec, flat
 from benchmarks.verify import directions
-
-Strips = Callable[[Problem], list[Strip]]
 
 
 def _jvp_strips(problem: Problem) -> list[Strip]:
@@ -52,15 +51,20 @@ def _jvp_pair(problem: Problem) -> Strip:
     return Strip("pair", pb.numel(), pa.numel(), prepare)
 
 
-def _backward_strips(problem: Problem, loop: bool = False) -> list[Strip]:
+def _backward(problem: Problem, spec: Spec, row: dict[str, Any], loop: bool = False) -> Columns:
     """Double backward: the gradient's graph is kept, and rows are pulled back through it, in batches or one by one."""
+    kept: list[Tensor] = []
+
+    def begin() -> None:
+        wrt = [problem.params[problem.pair[1]]] if problem.task == "pair" else problem.params
+        kept[:] = torch.autograd.grad(problem.loss(), wrt, create_graph=True)
 
     def strip(key: str, rows: list[int], columns: list[int]) -> Strip:
         outputs, inputs = ([problem.params[i] for i in group] for group in (columns, rows))
         sizes, shapes = [p.numel() for p in outputs], [p.shape for p in outputs]
 
         def prepare(chunk: int) -> Rows:
-            gradients = torch.autograd.grad(problem.loss(), outputs, create_graph=True)
+            gradients = [kept[0]] if problem.task == "pair" else [kept[i] for i in columns]
 
             def pull(units: Tensor) -> Tensor:
                 if loop:
@@ -75,22 +79,22 @@ def _backward_strips(problem: Problem, loop: bool = False) -> list[Strip]:
 
     everything = list(range(len(problem.params)))
     if problem.task == "hessian":
-        return [strip("all", everything, everything)]
-    if problem.task == "pair":
+        strips = [strip("all", everything, everything)]
+    elif problem.task == "pair":
         a, b = problem.pair
-        return [strip("pair", [a], [b])]
-    return [strip(name, [i], [i]) for i, name in enumerate(problem.names)]
+        strips = [strip("pair", [a], [b])]
+    else:
+        strips = [strip(name, [i], [i]) for i, name in enumerate(problem.names)]
+    chunks = (1,) if loop else (16, 64, 256, 1024)
+    return Columns(problem, strips, chunks, diagonal=problem.task == "diagonal", begin=begin)
 
 
 def _grad(outputs: Any, inputs: list[Tensor], vs: list[Tensor], batched: bool = False) -> tuple[Tensor, ...]:
     return torch.autograd.grad(outputs, inputs, vs, retain_graph=True, is_grads_batched=batched, materialize_grads=True)
 
 
-def _columns(strips: Strips, candidates: tuple[int, ...] = (16, 64, 256, 1024)) -> Any:
-    def make(problem: Problem, spec: Spec, row: dict[str, Any]) -> Columns:
-        return Columns(problem, strips(problem), candidates, diagonal=problem.task == "diagonal")
-
-    return make
+def _forward_columns(problem: Problem, spec: Spec, row: dict[str, Any]) -> Columns:
+    return Columns(problem, _jvp_strips(problem), diagonal=problem.task == "diagonal")
 
 
 def _one_shot(problem: Problem, spec: Spec, row: dict[str, Any]) -> Callable[[], dict[str, Tensor]]:
@@ -150,10 +154,9 @@ _COLUMN_TASKS = ("hessian", "blocks", "diagonal", "pair")
 
 MAKERS: dict[str, dict[str, Any]] = {
     "torch_hessian": {"hessian": _one_shot},
-    "torch_jvp": {t: _columns(_jvp_strips) for t in _COLUMN_TASKS} | {"products": _many(_forward_over_reverse)},
-    "torch_vjp": {t: _columns(_backward_strips) for t in _COLUMN_TASKS},
-    "torch_loop": {t: _columns(lambda p: _backward_strips(p, loop=True), (1,)) for t in _COLUMN_TASKS}
-    | {"products": _many(_kept)},
+    "torch_jvp": dict.fromkeys(_COLUMN_TASKS, _forward_columns) | {"products": _many(_forward_over_reverse)},
+    "torch_vjp": dict.fromkeys(_COLUMN_TASKS, _backward),
+    "torch_loop": dict.fromkeys(_COLUMN_TASKS, partial(_backward, loop=True)) | {"products": _many(_kept)},
     "torch_double": {"products": _many(_anew)},
     "torch_jac": {"ggn": _jacobian},
 }
