@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import click
+import torch
 from rich.console import Console
 
 from benchmarks import report as reports
@@ -112,6 +113,8 @@ def run(
     results: Path | None,
 ) -> None:
     """Measure, append rows to <results>/<device>.jsonl, and write the report."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise click.ClickException("torch sees no CUDA device here; use --device cpu")
     options = Options(dtype, device, threads, slow, timeout)
     options = replace(options, memory_cap=memory_cap, minutes=minutes, resume=resume, quick=quick)
     folder = results or (WORK / "quick" if quick else RESULTS)

@@ -169,6 +169,9 @@ def markdown(rows: list[Row], environment: Row, dtype: str, pictures: Iterable[s
     device = environment.get("device", "cpu")
     yield from (f"# Benchmarks on {device.upper() if device == 'cpu' else device}, {dtype}", "")
     yield from (machine(environment, dtype), "", *NOTES.splitlines(), "")
+    elsewhere = sum(r.get("environment", environment.get("id")) != environment.get("id") for r in rows)
+    if elsewhere:
+        yield from (f"{elsewhere} of {len(rows)} rows come from another machine or other versions.", "")
     comparisons = [compare(g, rows, environment, dtype) for g in GOALS]
     count = {v: sum(c.verdict == v for c in comparisons) for v in ("met", "missed", "open")}
     yield from (f"Goals: {count['met']} met, {count['missed']} missed, {count['open']} open.", "")
