@@ -211,6 +211,8 @@ class Measurement:
             times.append(seconds)
             result.clear()
         self.memory.note()
+        if len(times) < 3:
+            self.row["flags"] = ["timed once"]
         return times
 
     def _columns(self, job: Columns) -> list[float]:

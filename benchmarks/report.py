@@ -20,12 +20,13 @@ Row = dict[str, Any]
 VERDICTS = {"met": "✓", "missed": "✗", "open": "?", "": "–"}
 
 NOTES = """\
-Every result is compared with a float64 reference before it is timed; **wrong** ones are excluded. A time is the median
-of at least three calls after a first one, each tool in a process of its own, and covers everything from the parameters
-to the finished matrix in memory; tracing and compilation come before and are listed below. Memory is the peak of the
-resident set above its size after imports and construction of the model. `~`: timed on part of the columns and scaled.
-`†`: first call only. `‡`: other processes kept more than a quarter of a core busy. *memory*, *time*: would need or
-needed more than was allowed. *n/a*: not installed, or cannot do it. *fails*: raises an error.
+Every result is compared with a float64 reference before it is timed; **wrong** ones are excluded. A time is the
+median of at least three calls after a first one, each tool in a process of its own, and covers everything from the
+parameters to the finished matrix in memory; tracing and compilation come before and are listed below. Memory is the
+peak of the resident set above its size after imports and construction of the model. `~`: timed on part of the columns
+and scaled. `¹`: timed once after the first call (long ones). `†`: first call only. `‡`: other processes kept more
+than a quarter of a core busy. *memory*, *time*: would need or needed more than was allowed. *n/a*: not installed, or
+cannot do it. *fails*: raises an error.
 """
 
 

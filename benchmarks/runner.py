@@ -108,6 +108,7 @@ def measurements(goals: Iterable[Goal], tools: Iterable[str] | None, options: Op
                 options.threads,
                 goal.budget,
                 slow=options.slow,
+                repeat=20.0 if tool == "dagh" else 8.0,
                 memory_cap=options.memory_cap,
             )
             found.setdefault(spec.key, spec)

@@ -41,9 +41,10 @@ def mebibytes(value: float | None) -> str:
 
 
 def marks(row: Row) -> tuple[str, str]:
-    """What is put before and after a time: ``~`` extrapolated, ``†`` first call only, ``‡`` other processes at work."""
+    """What is put before and after a time: ``~`` scaled, ``†`` first call only, ``¹`` timed once, ``‡`` noise."""
     flags = row.get("flags", [])
-    after = ("†" if "first call only" in flags else "") + ("‡" if row.get("other_cores", 0) > NOISY else "")
+    after = ("†" if "first call only" in flags else "") + ("¹" if "timed once" in flags else "")
+    after += "‡" if row.get("other_cores", 0) > NOISY else ""
     return "~" if "extrapolated" in flags else "", after
 
 
