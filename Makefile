@@ -7,7 +7,7 @@ METADATA := pyproject.toml constraints.txt dagh/_version.py
 # One thread per process: the tests run in several processes, and the matrices are small.
 test types lint: export OMP_NUM_THREADS := 1
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-data
@@ -20,6 +20,10 @@ lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# BENCH passes options on: make bench BENCH="--quick", or "--suite core --resume"; see python -m benchmarks run --help.
+bench: $(VENV)/.installed-peers
+	$(BIN)/python -m benchmarks run $(BENCH)
+
 types: $(VENV)/.installed-lint
 	$(BIN)/mypy
 
@@ -30,6 +34,16 @@ clean:
 # A stamp per extra, renewed when the metadata change: a second call installs nothing.
 $(VENV)/.installed-%: $(METADATA) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	@touch $@
+
+# A peer that cannot be installed here is left out, and the benchmark says so.
+PEERS = $(BIN)/python -c "import tomllib; m = tomllib.load(open('pyproject.toml', 'rb')); \
+  print(*m['project']['optional-dependencies']['bench'], sep='\n')"
+$(VENV)/.installed-peers: $(METADATA) | $(VENV)/.installed-data
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]' || \
+	  $(PEERS) | while read -r peer; do \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check "$$peer" || echo "not available: $$peer" >&2; \
+	  done
 	@touch $@
 
 $(BIN)/python:
