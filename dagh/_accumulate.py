@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dagh._block_layers import LayerPairBlock, write_layers
 from dagh._blocks import Block, DenseBlock, KroneckerSumBlock, ZeroBlock
-from dagh._planner import Plan
+from dagh._plan import Plan
 from dagh._request import Pair, Request
 from dagh._state import State
 

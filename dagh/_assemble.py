@@ -8,19 +8,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dagh import _outer, _sweep
+from dagh import _contract, _outer, _sweep
 from dagh._accumulate import Accumulator
 from dagh._ir import Node
 from dagh._outer_blocks import add_outer
-from dagh._planner import Column, Plan
-from dagh._request import Pair, Request, itemsize
+from dagh._plan import CACHE, Column, Plan
+from dagh._request import Request, itemsize
 from dagh._rules._conv import Convolution
 from dagh._state import State
 
 #: Smallest working memory the chunking aims for.
 _FLOOR = 32 * 2**20
-#: Largest bundle formed at once: beyond it fresh memory costs more than the arithmetic on it.
-_CACHE = 8 * 2**20
 
 
 def assemble(
@@ -28,7 +26,7 @@ def assemble(
 ) -> None:
     """Fill the accumulators of the ``"outer"`` and/or ``"functional"`` part (they may be one and the same)."""
     distinct = len({id(p) for p in parts.values()})
-    held = plan.result_elements(request, state.samples, keep) * distinct * itemsize(state.weights.dtype)
+    held = plan.result_elements * distinct * itemsize(state.weights.dtype)
     working = max(budget - held, _FLOOR)
     for window in _windows(state, request, plan, tuple(parts), working):
         part_state = narrow(state, window)
@@ -66,12 +64,6 @@ def narrow(state: State, window: slice) -> State:
     return replace(state, values=values, weights=state.weights[window], samples=window.stop - window.start)
 
 
-def _width(column: Column, samples: int, working: int, size: int) -> int:
-    fits = working // max(1, 3 * column.unit * samples * size)
-    cached = _CACHE // max(1, column.largest * samples * size)
-    return int(max(1, min(column.width, fits, cached)))
-
-
 # -- the two parts ---------------------------------------------------------------------------------
 
 
@@ -85,7 +77,7 @@ def _add_outer(state: State, request: Request, plan: Plan, result: Accumulator, 
         return
     # Pulled back in ranges of samples that stay in the cache; multiplied all at once.
     widest = max(n.numel for n in state.program)
-    step = max(1, _CACHE // max(1, factor.columns.shape[1] * widest * itemsize(state.weights.dtype)))
+    step = max(1, CACHE // max(1, factor.columns.shape[1] * widest * itemsize(state.weights.dtype)))
     pieces = []
     for start in range(0, state.samples, step):
         part = slice(start, min(start + step, state.samples))
@@ -104,7 +96,7 @@ def _add_column(
     working: int,
 ) -> None:
     per_sample = keep or column.basis == "activation"
-    step = _width(column, state.samples, working, itemsize(state.weights.dtype))
+    step = column.step(state.samples, working, itemsize(state.weights.dtype))
     for start in range(0, column.width, step):
         part = slice(start, min(start + step, column.width))
         tangents, found = _sweep_column(state, column, part, per_sample)
@@ -136,7 +128,9 @@ def _sweep_column(
         seed = Convolution().seed_channels(state.call(column.gate.node), column.gate.argument)[:, part]
     else:
         eye = torch.zeros(width, column.seed.numel, dtype=like.dtype, device=like.device)
-        eye[torch.arange(width), torch.arange(part.start, part.stop)] = 1
+        # Directions of one output of a layer, for all rows, lie together.
+        order = torch.arange(column.seed.numel).reshape(column.order, -1).T.flatten()
+        eye[torch.arange(width), order[part]] = 1
         seed = eye.reshape(1, width, *column.seed.shape)
     tangents = _sweep.push_forward(state, {column.seed: seed}, column.within, column.held, channelwise=channelwise)
     targets = list(column.targets.values())
@@ -154,38 +148,28 @@ def _add_activation(
     part: slice,
 ) -> None:
     """Apply the layers' inputs: directions of ``z`` become directions of W (or b)."""
-    n = state.samples
+    n, order = state.samples, column.order
 
     def whole(t: Tensor) -> Tensor:
-        return _sweep.matrices(t.expand(n, *t.shape[1:]))
+        """``[n, outputs, rows, d]``."""
+        t = _sweep.matrices(t.expand(n, *t.shape[1:]))
+        return t.unflatten(1, (-1, order))  # type: ignore[no-untyped-call, no-any-return]
 
+    outputs = slice(part.start // order, part.stop // order)
     for leaf, row in column.pairs:
-        gate, target = plan.gates[leaf], column.targets[row]
-        x = _outer.gate_inputs(state, gate.node, gate.argument)  # [n, i]
+        gate, target = plan.layers[leaf], column.targets[row]
+        x = _outer.layer_inputs(state, gate)  # [n, T, i]
         h = found.get(target)
-        other = plan.gates.get(row)
+        other = plan.layers.get(row)
         if other is None or target is not other.node:
             if h is not None:
-                _add_rows(result, (leaf, row), x, whole(h), part, window)
+                _contract.add_rows(result, (leaf, row), x, whole(h), outputs, window)
             continue
-        y = _outer.gate_inputs(state, other.node, other.argument)
-        into = other.node.inputs[0]
-        path = whole(tangents[into]) if other.argument == 1 and into in tangents else None
-        delta = state.adjoints.get(other.node)
-        if delta is None:
-            path = None
+        y = _outer.layer_inputs(state, other)
+        into, delta = other.node.inputs[0], state.adjoints.get(other.node)
+        path = whole(tangents[into]) if other.argument == 1 and into in tangents and delta is not None else None
         if h is None and path is None:
             continue
-        adjoint = None if path is None or delta is None else delta.expand(n, *delta.shape[1:]).flatten(1)
-        result.add_layers((leaf, row), x, y, None if h is None else whole(h), path, adjoint, part, window)
-
-
-def _add_rows(result: Accumulator, pair: Pair, x: Tensor, h: Tensor, part: slice, window: slice) -> None:
-    """Rows ``[n, B, p]`` of a parameter that is no linear layer's, against a layer with inputs ``x`` ``[n, i]``."""
-    i, (n, b, p) = x.shape[1], h.shape
-    rows = slice(part.start * i, part.stop * i)
-    if result.keep:
-        piece = torch.einsum("nbp,ni->nbip", h, x).flatten(1, 2)
-    else:
-        piece = (x.T @ h.reshape(n, b * p)).reshape(i, b, p).transpose(0, 1).reshape(b * i, p)
-    result.add(*pair, piece, rows, window)
+        adjoint = None if delta is None else delta.expand(n, *delta.shape[1:]).reshape(n, other.rows, -1)
+        core = None if h is None else whole(h)
+        _contract.add_layers(result, (leaf, row), x, y, core, path, adjoint, outputs, window)

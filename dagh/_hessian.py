@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +14,13 @@ from dagh._accumulate import Accumulator
 from dagh._assemble import assemble
 from dagh._blockmatrix import BlockMatrix
 from dagh._blocks import Block, TransposedBlock, add_blocks
-from dagh._graph import Graph, Mode, trace
+from dagh._graph import Graph, Mode
 from dagh._objectives import Reduction
-from dagh._planner import Plan, make_plan
-from dagh._request import Pair, Request, choose_names, choose_pairs, itemsize
+from dagh._plan import Plan
+from dagh._prepare import Blocks, Names, prepare
+from dagh._request import Pair, Request
 from dagh._rules._generic import quiet_batching
 from dagh._state import State, non_finite
-from dagh.errors import ReductionError
-
-Names: TypeAlias = str | Iterable[str] | None
-Blocks: TypeAlias = Literal["all", "diagonal"] | Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -206,6 +203,37 @@ def decompose(
     return Decomposition(found["full"], found["outer"], found["functional"])
 
 
+def plan(
+    model: nn.Module | Graph,
+    loss: Any,
+    inputs: Any,
+    targets: Any = None,
+    *,
+    part: Literal["full", "outer", "functional"] = "full",
+    params: Names = None,
+    wrt: Names = None,
+    blocks: Blocks = "all",
+    reduction: Reduction = "mean",
+    memory_budget: int | str | None = None,
+    routes: Mapping[tuple[str, str], str] | None = None,
+    output: str | int | None = None,
+    mode: Mode = "eval",
+) -> Plan:
+    """How :func:`hessian` (or the ``part`` named) would form its blocks, without forming them.
+
+    ``print(plan)`` shows sweeps, routes, sizes, predicted time and memory. ``routes`` overrides the choice for pairs of
+    names, with a label out of ``plan.alternatives``; pass the result as ``plan=``. Other arguments as in
+    :func:`hessian`.
+
+    Raises:
+        ReductionError: for a route that a pair does not have; other errors as :func:`hessian` does.
+    """
+    return prepare(
+        (part,), model, loss, inputs, targets, params=params, wrt=wrt, blocks=blocks, reduction=reduction,
+        kinks="torch", memory_budget=memory_budget, plan=None, output=output, mode=mode, routes=routes,
+    ).plan  # fmt: skip
+
+
 def _compute(
     wanted: tuple[str, ...],
     model: nn.Module | Graph,
@@ -222,36 +250,17 @@ def _compute(
     output: str | int | None,
     mode: Mode,
 ) -> dict[str, BlockMatrix]:
-    if isinstance(memory_budget, str):
-        memory_budget = _memory.parse_size(memory_budget)
-    graph = model if isinstance(model, Graph) else trace(model, inputs, mode=mode, output=output)
-    first = graph.program
-    names, _ = choose_names(first, graph.trainable, params, wrt)
-    choose_pairs(names, blocks)
-    state = graph.evaluate(loss, inputs, targets, reduction=reduction, kinks=kinks, wrt=names)
-    program = state.program
-    names, leaves = choose_names(program, graph.trainable, params, wrt)
-    request = Request(names, leaves, choose_pairs(names, blocks))
-    parts = (
-        ("outer",)
-        if wanted == ("outer",)
-        else ("functional",)
-        if wanted == ("functional",)
-        else ("outer", "functional")
-    )
-    keep = reduction == "none"
-    signature = (id(graph), names, request.pairs, id(program), "functional" in parts)
-    if plan is None:
-        plan = make_plan(program, request, functional="functional" in parts)
-        plan.signature = signature
-    elif not isinstance(plan, Plan):
-        raise ReductionError(f"plan must be a Plan such as H.plan, not {type(plan).__name__}")
-    elif (plan.names, plan.pairs) != (names, request.pairs) or plan.signature[3] != id(program):
-        raise ReductionError("the plan was made for another graph or request; leave plan=None to make a new one")
-    elif signature[4] and not plan.signature[4]:
-        raise ReductionError("the plan was made for gauss_newton and has no sweeps for H_F; leave plan=None")
-    copies = len(wanted) if len(wanted) > 1 else 1
-    budget = _check_budget(request, state, plan, copies, keep, memory_budget)
+    ready = prepare(
+        wanted, model, loss, inputs, targets, params=params, wrt=wrt, blocks=blocks, reduction=reduction, kinks=kinks,
+        memory_budget=memory_budget, plan=plan, output=output, mode=mode,
+    )  # fmt: skip
+    graph, state, request, plan = ready.graph, ready.state, ready.request, ready.plan
+    program, keep, budget = state.program, plan.keep, ready.budget
+    needed = plan.bytes * len(wanted)
+    if needed > budget:
+        what = f"{len(request.pairs)} blocks" if len(request.pairs) > 1 else "one block"
+        raise _memory.refuse(what, request.total, needed, budget, state.weights.device)
+    parts = plan.parts
     sums = {part: Accumulator(request, state, plan, keep) for part in parts}
     if wanted == ("full",):
         sums["outer"] = sums["functional"]
@@ -270,7 +279,7 @@ def _compute(
         if not all(_finite(t) for block in found.values() for t in _tensors(block)):
             assert program.loss is not None
             raise non_finite(program, state.values, program.loss)
-        out[part] = _matrix(part, found, request, state, plan, reduction, keep, memory_budget, info)
+        out[part] = _matrix(part, found, request, state, plan, reduction, keep, ready.memory_budget, info)
     return out
 
 
@@ -281,18 +290,6 @@ def _finite(t: Tensor) -> bool:
 
 def _tensors(block: Block) -> tuple[Tensor, ...]:
     return _tensors(block.base) if isinstance(block, TransposedBlock) else block.tensors()
-
-
-def _check_budget(
-    request: Request, state: State, plan: Plan, copies: int, keep: bool, memory_budget: int | None
-) -> int:
-    device = state.weights.device
-    budget = _memory.budget_bytes(memory_budget, device)
-    needed = plan.result_elements(request, state.samples, keep) * itemsize(state.weights.dtype) * copies
-    if needed > budget:
-        what = f"{len(request.pairs)} blocks" if len(request.pairs) > 1 else "one block"
-        raise _memory.refuse(what, request.total, needed, budget, device)
-    return budget
 
 
 def _matrix(

@@ -155,6 +155,8 @@ class Program:
     output: Node
     targets: list[Node] = field(default_factory=list)
     loss: Node | None = None
+    plans: dict[Any, Any] = field(default_factory=dict, repr=False)
+    """Plans already made for this program, by request."""
 
     def __post_init__(self) -> None:
         self.nodes = [*self.nodes]

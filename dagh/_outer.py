@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dagh import _sweep
 from dagh._ir import Node
-from dagh._planner import Plan
+from dagh._plan import Gate, Plan
 from dagh._request import Request
 from dagh._rules._losses import loss_factor
 
@@ -130,6 +130,15 @@ def gate_inputs(state: State, node: Node, argument: int) -> Tensor:
         return x.reshape(x.shape[0], -1)
     out = state.values[node]
     return out.new_ones(out.shape[0], 1)
+
+
+def layer_inputs(state: State, gate: Gate) -> Tensor:
+    """What multiplies a linear layer's output directions, row by row: ``[N, T, i]``, or ones for the bias."""
+    n = state.samples
+    if gate.argument == 1:
+        x = state.values[gate.node.inputs[0]]
+        return x.expand(n, *x.shape[1:]).reshape(n, gate.rows, -1)
+    return state.weights.new_ones(1).expand(n, gate.rows, 1)
 
 
 def core(first: Rows, second: Rows, signs: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from dagh import _outer
 from dagh._accumulate import Accumulator
 from dagh._outer import Rows
-from dagh._planner import Plan
+from dagh._plan import Plan
 from dagh._request import Pair
 
 #: Columns of one product of dense rows: wide enough for full speed, narrow enough to skip most of the lower half.

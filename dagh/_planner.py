@@ -1,150 +1,24 @@
-"""The plan: for every requested pair, which leaf's columns are swept and in which basis.
+"""Planning: for every requested pair, which leaf's columns are swept and in which basis.
 
-Two kinds of work make up a Hessian. The outer part H_O is formed from the factor S of the loss curvature, pulled back
-once (K columns). The functional part H_F is formed column by column: the tangents of one leaf are pushed forward to the
-curved nodes that matter, and the rows pulled back to the other leaf of the pair. The leaf whose columns are swept is
-the cheaper one of the two. A linear layer's parameters can be replaced by the outputs of that layer (fewer, one set per
-sample), with the outer product by the layer's inputs applied at the end.
+The alternatives of a pair (a, b) are the columns of a or of b, each in a basis: the parameter itself; for a convolution
+one direction per channel instead of one per output channel and weight; for a linear layer its outputs, one set per
+sample, with the layer's inputs applied at the end. Each is priced in floating-point operations, passes over memory
+counted in the same unit, and the cheapest taken; pairs with the same columns and basis share their sweep.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import numpy as np
-from rich.table import Table
 
+from dagh._costs import PASS, node_cost
 from dagh._ir import Node, Program
+from dagh._plan import Basis, Column, Gate, Plan
 from dagh._request import Pair, Request
 from dagh._rules import rule_for
-
-Basis = Literal["parameter", "activation", "channel"]
-
-
-@dataclass(frozen=True)
-class Gate:
-    """The layer through which alone a leaf acts: a linear one on a single row per sample, or a convolution."""
-
-    node: Node
-    argument: int
-    channels: int = 0
-    """Output channels of a convolution; 0 for a linear layer."""
-
-
-@dataclass
-class Column:
-    """One sweep: tangents of ``leaves`` (in ``basis``), rows of the leaves that they are paired with.
-
-    In the activation basis the leaves are the weight and bias of one layer, and the rows of another linear layer are
-    taken at its output as well: ``targets`` says where.
-    """
-
-    leaves: list[int]
-    basis: Basis
-    gate: Gate | None
-    pairs: list[Pair]
-    """(leaf, row) in that order."""
-    targets: dict[int, Node]
-    width: int
-    seed: Node
-    within: frozenset[Node]
-    held: frozenset[Node]
-    curved: frozenset[Node]
-    flops: int
-    unit: int
-    """Elements held per sample and direction."""
-    largest: int
-    """Elements of the largest bundle per sample and direction."""
-
-    @property
-    def rows(self) -> list[int]:
-        return list(self.targets)
-
-
-@dataclass
-class Plan:
-    """How the requested blocks will be formed; ``print(plan)`` explains it.
-
-    ``kinds`` says for every pair which parts are structurally present: ``"zero"``, ``"H_O"``, ``"H_F"``, ``"H_O+H_F"``.
-    """
-
-    names: tuple[str, ...]
-    pairs: tuple[Pair, ...]
-    kinds: dict[Pair, str]
-    columns: list[Column]
-    gates: dict[int, Gate]
-    fallbacks: list[str]
-    outer_rows: int
-    signature: tuple[object, ...] = field(default=(), repr=False)
-
-    def __post_init__(self) -> None:
-        self._swept = {pair for c in self.columns for pair in c.pairs}
-
-    def oriented(self, i: int, j: int) -> Pair:
-        """The pair in the order in which its sweep forms it."""
-        return (j, i) if (j, i) in self._swept and (i, j) not in self._swept else (i, j)
-
-    def structured(self, i: int, j: int, samples: int) -> bool:
-        """Whether the block of two linear layers takes less memory kept per sample."""
-        i, j = self.oriented(i, j)
-        first, second = self.gates.get(i), self.gates.get(j)
-        if first is None or second is None or self.kinds[min(i, j), max(i, j)] == "zero":
-            return False
-        (o_a, i_a), (o_b, i_b) = _layer_shape(first), _layer_shape(second)
-        crossed = (i, j) in self._swept and first.node is not second.node
-        per_sample = o_a * o_b + i_a + i_b + (o_a * i_b + o_b if crossed else 0)
-        return samples * per_sample < o_a * i_a * o_b * i_b
-
-    def result_elements(self, request: Request, samples: int, keep: bool) -> int:
-        """Numbers that the blocks hold, in the structure they are kept in."""
-        total = 0
-        for i, j in request.pairs:
-            dense = request.sizes[i] * request.sizes[j]
-            if keep:
-                total += samples * dense
-            elif not self.structured(i, j, samples):
-                total += dense if self.kinds[i, j] != "zero" else 0
-            else:
-                (o_a, i_a), (o_b, i_b) = _layer_shape(self.gates[i]), _layer_shape(self.gates[j])
-                total += samples * (o_a * o_b + i_a + i_b + max(o_a * i_b, o_b * i_a))
-        return total
-
-    def __rich__(self) -> Table:
-        table = Table(title=f"Plan: {len(self.pairs)} blocks, {len(self.columns)} column sweeps for H_F")
-        table.add_column("columns of")
-        table.add_column("basis")
-        for name in ("width", "rows", "nodes", "MFLOP / sample"):
-            table.add_column(name, justify="right")
-        for c in self.columns:
-            table.add_row(
-                " + ".join(self.names[i] for i in c.leaves),
-                c.basis,
-                str(c.width),
-                str(len(c.rows)),
-                str(len(c.within)),
-                f"{c.flops / 1e6:.3g}",
-            )
-        if self.fallbacks:
-            table.caption = "generic derivatives: " + ", ".join(self.fallbacks)
-        return table
-
-    def __str__(self) -> str:
-        lines = [f"{len(self.pairs)} blocks; H_F by {len(self.columns)} column sweeps, H_O by the loss factor"]
-        lines += [
-            f"  {' + '.join(self.names[i] for i in c.leaves)}: {c.width} {c.basis} directions, "
-            f"rows of {len(c.rows)} leaves, {c.flops / 1e6:.3g} MFLOP per sample"
-            for c in self.columns
-        ]
-        if self.fallbacks:
-            lines.append("  generic derivatives: " + ", ".join(self.fallbacks))
-        return "\n".join(lines)
-
-
-def _layer_shape(gate: Gate) -> tuple[int, int]:
-    """Outputs and inputs of a linear layer; one input for its bias."""
-    return gate.node.numel, gate.node.inputs[0].numel if gate.argument == 1 else 1
+from dagh.errors import ReductionError
 
 
 def reach(program: Program, leaves: Collection[Node]) -> dict[Node, int]:
@@ -204,7 +78,7 @@ def structure(program: Program, request: Request, bits: dict[Node, int]) -> dict
 
 
 def gate_of(program: Program, leaf: Node) -> Gate | None:
-    """The layer that is the leaf's only user: a linear one on a single row per sample, or a plain convolution."""
+    """The layer that is the leaf's only user: a linear one, or a plain convolution."""
     users = program.users[leaf]
     if leaf.op is not None or len(users) != 1 or users[0].inputs.count(leaf) != 1:
         return None
@@ -212,8 +86,8 @@ def gate_of(program: Program, leaf: Node) -> Gate | None:
     argument = node.inputs.index(leaf)
     if argument == 0 or not node.inputs[0].batched:
         return None
-    if node.key == "aten.linear.default" and node.inputs[0].numel == node.inputs[0].shape[-1]:
-        return Gate(node, argument)
+    if node.key == "aten.linear.default" and node.inputs[0].numel and node.inputs[1].op is None:
+        return Gate(node, argument, rows=node.inputs[0].numel // node.inputs[0].shape[-1])
     if node.key == "dagh.convolution" and int(node.arg("groups")) == 1 and not node.arg("transposed"):
         return Gate(node, argument, channels=node.shape[1])
     return None
@@ -230,7 +104,7 @@ class _Reach:
             for parent in node.inputs:
                 self.above[node.index] |= self.above[parent.index]
         self.numel = np.array([v.numel for v in program])
-        self.flops = np.array([rule_for(v).flops(v) if v.op is not None else 0 for v in program])
+        self.cost = np.array([node_cost(v) for v in program])
         self.batched = np.array([v.batched for v in program], dtype=bool)
         self._thin: dict[Node, np.ndarray[Any, Any]] = {}
 
@@ -252,30 +126,82 @@ class _Reach:
         return self._thin[seed]
 
 
-def make_plan(program: Program, request: Request, *, functional: bool = True) -> Plan:
-    """Choose columns and bases for every pair with a functional part."""
+def make_plan(
+    program: Program,
+    request: Request,
+    *,
+    samples: int,
+    functional: bool = True,
+    routes: Mapping[tuple[str, str], str] | None = None,
+) -> Plan:
+    """Choose columns and bases for every pair with a functional part; ``routes`` overrides the choice by name pair.
+
+    Raises :class:`~dagh.errors.ReductionError` for a route that a pair does not have.
+    """
     assert program.loss is not None
     bits = reach(program, request.leaves)
     kinds = structure(program, request, bits)
     gates = {i: g for i, leaf in enumerate(request.leaves) if (g := gate_of(program, leaf)) is not None}
-    linear = {i: g for i, g in gates.items() if not g.channels}
+    layers = {i: g for i, g in gates.items() if not g.channels}
     needed = [p for p in request.pairs if kinds[p][1]] if functional else []
     columns: list[Column] = []
+    alternatives: dict[Pair, dict[str, float]] = {}
+    chosen_routes: dict[Pair, str] = {}
     if needed:
         sweeps = _Sweeps(program, request, bits, gates)
         chosen: dict[tuple[int, Basis, int], list[Pair]] = {}
         for i, j in needed:
-            leaf, row = (i, j) if sweeps.price(i, j) <= sweeps.price(j, i) else (j, i)
-            basis, _, seed, _, _ = sweeps.basis(leaf, row)
+            options = sweeps.alternatives(i, j)
+            alternatives[i, j] = {sweeps.label(leaf, basis): price for (leaf, _, basis), price in options.items()}
+            leaf, row, basis = _choose(options, sweeps, request.names, (i, j), routes or {})
+            chosen_routes[i, j] = sweeps.label(leaf, basis)
+            seed = sweeps.seed(leaf, basis)
             own = -1 if basis == "activation" else leaf  # weight and bias share the outputs of their layer
             chosen.setdefault((seed.index, basis, own), []).append((leaf, row))
-        columns = [sweeps.column(pairs) for _, pairs in sorted(chosen.items())]
+        columns = [sweeps.column(pairs, basis) for (_, basis, _), pairs in sorted(chosen.items())]
     fallbacks = sorted({n.operation for n in program if n.op is not None and bits[n] and not rule_for(n).closed_form})
     labels = {pair: _LABELS[outer, inner] for pair, (outer, inner) in kinds.items()}
-    return Plan(request.names, request.pairs, labels, columns, linear, fallbacks, program.output.numel)
+    return Plan(
+        names=request.names,
+        sizes=tuple(request.sizes),
+        pairs=request.pairs,
+        kinds=labels,
+        columns=columns,
+        layers=layers,
+        fallbacks=fallbacks,
+        outer_rows=program.output.numel,
+        samples=samples,
+        routes=chosen_routes,
+        alternatives=alternatives,
+        forward_cost=float(sum(node_cost(v) for v in program if v.op is not None)),
+        forward_elements=sum(v.numel for v in program if v.batched),
+        widest=max((v.numel for v in program), default=1),
+        dtype=program.output.dtype,
+        program=program,
+        functional=functional,
+    )
 
 
 _LABELS = {(False, False): "zero", (True, False): "H_O", (False, True): "H_F", (True, True): "H_O+H_F"}
+_Option = tuple[int, int, Basis]
+
+
+def _choose(
+    options: dict[_Option, float],
+    sweeps: _Sweeps,
+    names: tuple[str, ...],
+    pair: Pair,
+    routes: Mapping[tuple[str, str], str],
+) -> _Option:
+    i, j = pair
+    wanted = routes.get((names[i], names[j])) or routes.get((names[j], names[i]))
+    if wanted is None:
+        return min(options, key=lambda o: options[o])
+    for option in options:
+        if sweeps.label(option[0], option[2]) == wanted:
+            return option
+    known = ", ".join(repr(sweeps.label(o[0], o[2])) for o in options)
+    raise ReductionError(f"no route {wanted!r} for the block {names[i]!r} x {names[j]!r}; its routes: {known}")
 
 
 class _Sweeps:
@@ -290,26 +216,57 @@ class _Sweeps:
             [v.op is not None and v.part == "model" and useful[v.index] and rule_for(v).curved(v) for v in program],
             dtype=bool,
         )
-        self._prices: dict[tuple[int, int], float] = {}
 
-    def price(self, leaf: int, row: int) -> float:
-        """Flops per sample of sweeping ``leaf``'s tangents to get its block with ``row``."""
-        if (leaf, row) not in self._prices:
-            basis, _, seed, width, copies = self.basis(leaf, row)
-            within, _, meeting, back = self._regions(seed, basis, [row])
-            self._prices[leaf, row] = width * self._flops(seed, within, meeting, back, basis, copies)
-        return self._prices[leaf, row]
+    def label(self, leaf: int, basis: Basis) -> str:
+        """Name of a route: the basis and whose columns."""
+        return f"{basis} columns of {self.request.names[leaf]}"
 
-    def basis(self, leaf: int, row: int) -> tuple[Basis, Gate | None, Node, int, int]:
-        """Basis of the sweep, its layer, the node to seed, the number of directions, and channels per direction."""
-        node, gate = self.request.leaves[leaf], self.gates.get(leaf)
-        if gate is not None and self._before(row, gate):
-            gate = None  # a row at or before the layer would need the layer's own curvature
-        if gate is not None and gate.channels > 1:
-            return "channel", gate, gate.node, node.numel // gate.channels, gate.channels
-        if gate is not None and not gate.channels and (gate.node.numel < node.numel or self._linear(row)):
-            return "activation", gate, gate.node, gate.node.numel, 1
-        return "parameter", None, node, node.numel, 1
+    def alternatives(self, i: int, j: int) -> dict[_Option, float]:
+        """Every way to form the pair, with its price per sample."""
+        options: dict[_Option, float] = {}
+        for leaf, row in dict.fromkeys([(i, j), (j, i)]):
+            for basis in self.bases(leaf, row):
+                options[leaf, row, basis] = self.price(leaf, row, basis)
+        return options
+
+    def bases(self, leaf: int, row: int) -> list[Basis]:
+        """The bases in which the columns of a leaf can be swept for its block with ``row``."""
+        gate = self.gates.get(leaf)
+        if gate is None or self._before(row, gate):
+            return ["parameter"]  # a row at or before the layer would need the layer's own curvature
+        if not gate.channels:
+            return ["activation", "parameter"]
+        return ["channel", "parameter"] if gate.channels > 1 else ["parameter"]
+
+    def seed(self, leaf: int, basis: Basis) -> Node:
+        """The node at which the sweep starts."""
+        return self.request.leaves[leaf] if basis == "parameter" else self.gates[leaf].node
+
+    def shape(self, leaf: int, basis: Basis) -> tuple[int, int]:
+        """Number of directions swept, and channels that each stands for."""
+        numel = self.request.leaves[leaf].numel
+        if basis == "channel":
+            channels = self.gates[leaf].channels
+            return numel // channels, channels
+        return (self.gates[leaf].node.numel if basis == "activation" else numel), 1
+
+    def price(self, leaf: int, row: int, basis: Basis) -> float:
+        """Operations per sample of sweeping ``leaf``'s tangents to get its block with ``row``."""
+        width, copies = self.shape(leaf, basis)
+        total = width * self._cost(self.seed(leaf, basis), self._regions(leaf, basis, [row]), basis, copies)
+        if basis == "activation":
+            total += self._contraction(leaf, row)
+        return total
+
+    def _contraction(self, leaf: int, row: int) -> float:
+        """Applying the inputs of the layers to what a sweep in activations found."""
+        gate, sizes = self.gates[leaf], self.request.sizes
+        if not self._linear(row):
+            return 2.0 * gate.rows * sizes[leaf] * sizes[row] + PASS * gate.node.numel * sizes[row]
+        other = self.gates[row]
+        spread = sizes[leaf] * other.node.numel if gate.rows > 1 or other.rows > 1 else 0
+        terms = 2.0 if other.argument == 1 and self.reach.above[other.node.inputs[0].index, gate.node.index] else 1.0
+        return terms * (2.0 * other.rows * sizes[leaf] * sizes[row] + (2.0 * gate.rows + PASS) * spread)
 
     def _linear(self, row: int) -> bool:
         gate = self.gates.get(row)
@@ -325,9 +282,9 @@ class _Sweeps:
             return bool(self.reach.above[gate.node.index, leaf.index])
         return bool(self.bits[gate.node.inputs[0]] >> row & 1)
 
-    def _regions(self, seed: Node, basis: Basis, rows: list[int]) -> tuple[Any, Any, Any, Any]:
+    def _regions(self, leaf: int, basis: Basis, rows: list[int]) -> tuple[Any, Any, Any, Any]:
         """Masks: nodes whose tangents are needed, those kept, the curved nodes that matter, nodes on the way back."""
-        above = self.reach.above
+        above, seed = self.reach.above, self.seed(leaf, basis)
         below = above[:, seed.index]
         targets = [self.target(basis, r) for r in rows]
         reachable: Any = above[:, [t.index for t in targets]].any(1)
@@ -348,21 +305,27 @@ class _Sweeps:
         back = above[entry].any(0) & reachable
         return within, held, meeting, back
 
-    def _flops(self, seed: Node, within: Any, meeting: Any, back: Any, basis: Basis, copies: int) -> float:
-        flops = self.reach.flops
+    def _cost(self, seed: Node, regions: tuple[Any, Any, Any, Any], basis: Basis, copies: int) -> float:
+        """Operations per sample and direction."""
+        within, _, meeting, back = regions
+        cost = self.reach.cost
+        forward = cost * np.where(self.reach.thin(seed), 1, copies) if basis == "channel" else cost
+        own = forward[seed.index] if within[seed.index] else 0.0
+        curve = copies * cost
         if basis == "channel":
-            spread = np.where(self.reach.thin(seed), 1, copies)
-            forward = (flops * spread)[within].sum()
-        else:
-            forward = flops[within].sum()
-        own = flops[seed.index] if within[seed.index] else 0
-        return float(forward - own + 2 * copies * flops[back].sum())
+            thin = self.reach.thin(seed)
+            for u in np.flatnonzero(meeting):
+                if all(thin[p.index] for p in self.program.nodes[u].inputs if self.reach.above[p.index, seed.index]):
+                    curve = curve.copy()
+                    curve[u] = cost[u]
+        return float(forward[within].sum() - own + curve[meeting].sum() + copies * cost[back].sum())
 
-    def column(self, pairs: list[Pair]) -> Column:
+    def column(self, pairs: list[Pair], basis: Basis) -> Column:
         """The sweep for several (leaf, row) pairs with the same seed and basis."""
         leaves, rows = sorted({leaf for leaf, _ in pairs}), sorted({row for _, row in pairs})
-        basis, gate, seed, width, copies = self.basis(*pairs[0])
-        within, held, meeting, back = self._regions(seed, basis, rows)
+        seed, (width, copies) = self.seed(leaves[0], basis), self.shape(leaves[0], basis)
+        regions = self._regions(leaves[0], basis, rows)
+        within, held, meeting, back = regions
         spread = np.full(len(self.program.nodes), copies)
         if basis == "channel":
             spread[self.reach.thin(seed)] = 1
@@ -372,10 +335,19 @@ class _Sweeps:
         )
         unit = int(size[held].sum()) + 2 * largest
         targets = {r: self.target(basis, r) for r in rows}
-        if basis == "activation":
+        gate = None if basis == "parameter" else self.gates[leaves[0]]
+        order = 1
+        cost = width * self._cost(seed, regions, basis, copies)
+        if basis == "activation" and gate is not None:
+            order = gate.rows
             unit += sum({t: t.numel for t in targets.values()}.values())
+            cost += sum(self._contraction(leaf, row) for leaf, row in pairs)
+            # The inputs of a layer with several rows per sample multiply what was found, before the rows are summed.
+            fan = max(self.gates[leaf].node.inputs[0].shape[-1] for leaf in leaves) / order
+            into = [t.inputs[0].numel for r, t in targets.items() if t is not self.request.leaves[r]]
+            largest = max(largest, int(fan * max([*into, *(t.numel for t in targets.values())])))
         nodes = self.reach.nodes
         return Column(
-            leaves, basis, gate, pairs, targets, width, seed, nodes(within), nodes(held), nodes(meeting),
-            int(self._flops(seed, within, meeting, back, basis, copies)), unit, largest,
+            leaves=leaves, basis=basis, gate=gate, pairs=pairs, targets=targets, width=width, order=order, seed=seed,
+            within=nodes(within), held=nodes(held), curved=nodes(meeting), cost=cost, unit=unit, largest=largest,
         )  # fmt: skip

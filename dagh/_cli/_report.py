@@ -17,7 +17,7 @@ from dagh._export import NodeRow, kink_json, shape_text, to_dict
 from dagh._export_text import node_table
 from dagh._graph import Graph
 from dagh._kinks import KinkTable
-from dagh._planner import Plan
+from dagh._plan import Plan
 from dagh._state import State
 
 

@@ -199,7 +199,7 @@ def _run(
             chosen.origin,
             table,
             state.kinks(),
-            make_plan(state.program, request) if show_plan else None,
+            make_plan(state.program, request, samples=state.samples) if show_plan else None,
             depth,
             collapse,
             hide,

@@ -1,0 +1,300 @@
+"""The plan as an object: what will be swept, in which basis, and what it costs.
+
+Two kinds of work make up a Hessian. The outer part H_O is formed from the factor S of the loss curvature, pulled back
+once (K columns). The functional part H_F is formed column by column: the tangents of one leaf are pushed forward to the
+curved nodes that matter, and the rows pulled back to the other leaf of the pair.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from dagh._costs import PASS, product_rate
+from dagh._ir import Node, Program
+from dagh._memory import human
+from dagh._request import Pair, itemsize
+
+Basis = Literal["parameter", "activation", "channel"]
+
+#: Largest bundle formed at once: beyond it fresh memory costs more than the arithmetic on it.
+CACHE = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The layer through which alone a leaf acts: a linear one, or a convolution."""
+
+    node: Node
+    argument: int
+    channels: int = 0
+    """Output channels of a convolution; 0 for a linear layer."""
+    rows: int = 1
+    """Rows per sample to which a linear layer is applied."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs of a linear layer per row; one input for its bias."""
+        return self.node.shape[-1], self.node.inputs[0].shape[-1] if self.argument == 1 else 1
+
+
+@dataclass
+class Column:
+    """One sweep: tangents of ``leaves`` (in ``basis``), rows of the leaves that they are paired with.
+
+    In the activation basis the leaves are the weight and bias of one layer, and the rows of another linear layer are
+    taken at its output as well: ``targets`` says where.
+    """
+
+    leaves: list[int]
+    basis: Basis
+    gate: Gate | None
+    pairs: list[Pair]
+    """(leaf, row) in that order."""
+    targets: dict[int, Node]
+    width: int
+    order: int
+    """Directions come in groups of this many: the rows of a layer's output, which are summed together."""
+    seed: Node
+    within: frozenset[Node]
+    held: frozenset[Node]
+    curved: frozenset[Node]
+    cost: float
+    """Operations per sample, passes over memory included."""
+    unit: int
+    """Elements held per sample and direction."""
+    largest: int
+    """Elements of the largest bundle per sample and direction."""
+
+    @property
+    def rows(self) -> list[int]:
+        return list(self.targets)
+
+    def step(self, samples: int, working: int, size: int) -> int:
+        """Directions swept at once."""
+        fits = working // max(1, 3 * self.unit * samples * size)
+        cached = CACHE // max(1, self.largest * samples * size)
+        step = max(1, min(self.width, fits, cached))
+        return min(self.width, max(self.order, step // self.order * self.order))
+
+
+@dataclass
+class Plan:
+    """How the requested blocks will be formed, and at what price; ``print(plan)`` explains it.
+
+    Attributes:
+        routes: For every pair with an H_F part, the sweep that forms it, e.g. ``"channel columns of conv1.weight"``.
+        alternatives: For the same pairs, the price of every route in operations per sample.
+        kinds: Which parts each pair has: ``"zero"``, ``"H_O"``, ``"H_F"``, ``"H_O+H_F"``.
+        fallbacks: Operations without a rule, differentiated by ``torch.func`` on their own.
+        samples: The batch size that totals refer to (1 where samples are coupled).
+    """
+
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    pairs: tuple[Pair, ...]
+    kinds: dict[Pair, str]
+    columns: list[Column] = field(repr=False)
+    layers: dict[int, Gate] = field(repr=False)
+    fallbacks: list[str]
+    outer_rows: int
+    samples: int
+    routes: dict[Pair, str]
+    alternatives: dict[Pair, dict[str, float]] = field(repr=False)
+    forward_cost: float
+    forward_elements: int
+    widest: int
+    dtype: torch.dtype
+    program: Program = field(repr=False)
+    functional: bool
+    device: str = "cpu"
+    keep: bool = False
+    parts: tuple[str, ...] = ("outer", "functional")
+    budget: int | None = None
+
+    def __post_init__(self) -> None:
+        self._swept = {pair for c in self.columns for pair in c.pairs}
+        self.gates = {i: g for i, g in self.layers.items() if g.rows == 1}
+
+    # -- what the assembly asks --------------------------------------------------------------------
+
+    def oriented(self, i: int, j: int) -> Pair:
+        """The pair in the order in which its sweep forms it."""
+        return (j, i) if (j, i) in self._swept and (i, j) not in self._swept else (i, j)
+
+    def structured(self, i: int, j: int, samples: int) -> bool:
+        """Whether the block of two linear layers takes less memory kept per sample."""
+        i, j = self.oriented(i, j)
+        first, second = self.gates.get(i), self.gates.get(j)
+        if first is None or second is None or self.kinds[min(i, j), max(i, j)] == "zero":
+            return False
+        return self._per_sample(i, j, samples) < self.sizes[i] * self.sizes[j]
+
+    def _per_sample(self, i: int, j: int, samples: int) -> int:
+        (o_a, i_a), (o_b, i_b) = self.gates[i].shape, self.gates[j].shape
+        crossed = (i, j) in self._swept and self.gates[i].node is not self.gates[j].node
+        return samples * (o_a * o_b + i_a + i_b + (o_a * i_b + o_b if crossed else 0))
+
+    def held_elements(self, i: int, j: int) -> int:
+        """Numbers that the block of a pair holds, in the structure it is kept in."""
+        dense = self.sizes[i] * self.sizes[j]
+        if self.keep:
+            return self.samples * dense
+        if self.structured(i, j, self.samples):
+            return self._per_sample(*self.oriented(i, j), self.samples)
+        return 0 if self.kinds[i, j] == "zero" else dense
+
+    @property
+    def result_elements(self) -> int:
+        """Numbers that all blocks of one part hold."""
+        return sum(self.held_elements(i, j) for i, j in self.pairs)
+
+    # -- totals ------------------------------------------------------------------------------------
+
+    @property
+    def outer_cost(self) -> float:
+        """Operations per batch for H_O: rows pulled back, and their products (half of them, by symmetry)."""
+        pairs = [p for p in self.pairs if "H_O" in self.kinds[p]]
+        if not pairs or "outer" not in self.parts:
+            return 0.0
+        total = self.outer_rows * self.forward_cost
+        for i, j in pairs:
+            if i in self.gates and j in self.gates:
+                total += 2.0 * self.outer_rows * self.gates[i].shape[0] * self.gates[j].shape[0]
+                if not self.structured(i, j, self.samples):
+                    total += 2.0 * self.sizes[i] * self.sizes[j]
+            elif i in self.gates or j in self.gates:
+                layer, other = (i, j) if i in self.gates else (j, i)
+                total += 2.0 * self.sizes[other] * (self.outer_rows * self.gates[layer].shape[0] + self.sizes[layer])
+            else:
+                total += (1.0 if i == j else 2.0) * self.outer_rows * self.sizes[i] * self.sizes[j]
+        return total * self.samples
+
+    @property
+    def functional_cost(self) -> float:
+        """Operations per batch for H_F."""
+        return sum(c.cost for c in self.columns) * self.samples
+
+    @property
+    def flops(self) -> float:
+        """Operations per batch for all blocks, passes over memory counted as the operations they displace."""
+        return (
+            2 * self.forward_cost * self.samples + self.outer_cost + self.functional_cost + PASS * self.result_elements
+        )
+
+    @property
+    def seconds(self) -> float:
+        """Predicted time, from the rate of a matrix product measured on this machine."""
+        return self.flops / (0.75 * product_rate(self.dtype, self.device, torch.get_num_threads()))
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the result as it is held."""
+        return self.result_elements * itemsize(self.dtype)
+
+    @property
+    def peak_memory(self) -> int:
+        """Predicted bytes beyond the model and the data: result, values and adjoints, rows of H_O, the widest sweep."""
+        size, n = itemsize(self.dtype), self.samples
+        copies = len(set(self.parts)) if self.keep else 1
+        total = self.result_elements * copies + 3 * n * self.forward_elements
+        work = [0]
+        if self.outer_cost:
+            leaves = {i for p in self.pairs if "H_O" in self.kinds[p] for i in p}
+            dense = sum(self.sizes[i] for i in leaves if i not in self.gates)
+            work.append(n * self.outer_rows * 2 * dense * size + 4 * CACHE)
+        for c in self.columns:
+            step = c.step(n, self.budget or 1 << 62, size)
+            work.append(step * n * c.unit * size + 2 * CACHE)
+        return total * size + max(work)
+
+    # -- presentation ------------------------------------------------------------------------------
+
+    def __rich__(self) -> RenderableType:
+        sweeps = Table(title="Sweeps for H_F", title_justify="left")
+        for name in ("columns of", "basis"):
+            sweeps.add_column(name)
+        for name in ("directions", "at once", "rows of", "nodes", "MFLOP / sample", "largest"):
+            sweeps.add_column(name, justify="right")
+        for c in self.columns:
+            sweeps.add_row(*self._sweep_row(c))
+        blocks = Table(title="Blocks", title_justify="left")
+        for name in ("block", "parts", "route of H_F", "kept as"):
+            blocks.add_column(name, overflow="fold")
+        blocks.add_column("numbers", justify="right")
+        shown = [p for p in self.pairs if self.kinds[p] != "zero"]
+        for pair in shown[:_SHOWN]:
+            blocks.add_row(*self._block_row(pair))
+        lines: list[RenderableType] = [Text(self._summary())]
+        if self.columns:
+            lines.append(sweeps)
+        lines.append(blocks)
+        if len(shown) > _SHOWN:
+            lines.append(Text(f"… and {len(shown) - _SHOWN} more blocks (plan.routes has them all)"))
+        if self.fallbacks:
+            lines.append(Text("generic derivatives (no rule): " + ", ".join(self.fallbacks)))
+        return Group(*lines)
+
+    def _sweep_row(self, c: Column) -> tuple[str, ...]:
+        size = itemsize(self.dtype)
+        step = c.step(self.samples, self.budget or 1 << 62, size)
+        largest = human(step * c.largest * self.samples * size)
+        names = " + ".join(self.names[i] for i in c.leaves)
+        return (
+            names,
+            c.basis,
+            str(c.width),
+            str(step),
+            str(len(c.rows)),
+            str(len(c.within)),
+            f"{c.cost / 1e6:.3g}",
+            largest,
+        )
+
+    def _block_row(self, pair: Pair) -> tuple[str, ...]:
+        i, j = pair
+        kept = "per-sample factors" if not self.keep and self.structured(i, j, self.samples) else "dense"
+        name = self.names[i] if i == j else f"{self.names[i]} × {self.names[j]}"
+        return name, self.kinds[pair], self.routes.get(pair, "—"), kept, f"{self.held_elements(i, j):,}"
+
+    def _summary(self) -> str:
+        zero = sum(kind == "zero" for kind in self.kinds.values())
+        return (
+            f"{len(self.pairs)} blocks ({zero} zero) at N = {self.samples}: H_F by {len(self.columns)} sweeps, "
+            f"H_O by {self.outer_rows} rows per sample of the loss factor\n"
+            f"{self.flops / 1e9:.3g} GFLOP, about {_seconds(self.seconds)}; "
+            f"result {human(self.bytes)}, peak about {human(self.peak_memory)}"
+        )
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=118, force_terminal=False, color_system=None)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip()
+
+
+_SHOWN = 40
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2g} s" if value >= 1 else f"{1e3 * value:.2g} ms"
+
+
+def as_mapping(plan: Plan) -> dict[str, Any]:
+    """Totals and routes as plain values, for JSON."""
+    return {
+        "samples": plan.samples,
+        "flops": plan.flops,
+        "seconds": plan.seconds,
+        "result_bytes": plan.bytes,
+        "peak_memory": plan.peak_memory,
+        "routes": {f"{plan.names[i]} x {plan.names[j]}": r for (i, j), r in plan.routes.items()},
+        "fallbacks": plan.fallbacks,
+    }

@@ -1,0 +1,104 @@
+"""From the arguments of a public call to a traced graph, its state at a point, the request, and a plan for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+from torch import nn
+
+from dagh import _memory
+from dagh._graph import Graph, Mode, trace
+from dagh._objectives import Reduction
+from dagh._plan import Plan
+from dagh._planner import make_plan
+from dagh._request import Request, choose_names, choose_pairs
+from dagh._state import State
+from dagh.errors import ReductionError
+
+Names: TypeAlias = str | Iterable[str] | None
+Blocks: TypeAlias = Literal["all", "diagonal"] | Sequence[tuple[str, str]]
+
+
+@dataclass
+class Prepared:
+    """What is needed to form blocks; nothing has been formed yet."""
+
+    graph: Graph
+    state: State
+    request: Request
+    plan: Plan
+    budget: int
+    memory_budget: int | None
+
+
+def prepare(
+    wanted: tuple[str, ...],
+    model: nn.Module | Graph,
+    loss: Any,
+    inputs: Any,
+    targets: Any,
+    *,
+    params: Names,
+    wrt: Names,
+    blocks: Blocks,
+    reduction: Reduction,
+    kinks: Any,
+    memory_budget: int | str | None,
+    plan: Plan | None,
+    output: str | int | None,
+    mode: Mode,
+    routes: Mapping[tuple[str, str], str] | None = None,
+) -> Prepared:
+    """Trace (unless given a graph), evaluate, resolve names, and plan (or check the plan given)."""
+    if isinstance(memory_budget, str):
+        memory_budget = _memory.parse_size(memory_budget)
+    graph = model if isinstance(model, Graph) else trace(model, inputs, mode=mode, output=output)
+    names, _ = choose_names(graph.program, graph.trainable, params, wrt)
+    choose_pairs(names, blocks)
+    state = graph.evaluate(loss, inputs, targets, reduction=reduction, kinks=kinks, wrt=names)
+    names, leaves = choose_names(state.program, graph.trainable, params, wrt)
+    request = Request(names, leaves, choose_pairs(names, blocks))
+    parts = tuple(p for p in ("outer", "functional") if wanted != ("outer",) or p == "outer")
+    parts = parts if wanted != ("functional",) else ("functional",)
+    budget = _memory.budget_bytes(memory_budget, state.weights.device)
+    if plan is None:
+        plan = _planned(state, request, parts, reduction == "none", routes)
+    else:
+        _check(plan, state, request, parts)
+    chosen = replace(
+        plan,
+        parts=parts,
+        keep=reduction == "none",
+        samples=state.samples,
+        dtype=state.weights.dtype,
+        device=state.weights.device.type,
+        budget=budget,
+    )
+    return Prepared(graph, state, request, chosen, budget, memory_budget)
+
+
+def _planned(
+    state: State, request: Request, parts: tuple[str, ...], keep: bool, routes: Mapping[tuple[str, str], str] | None
+) -> Plan:
+    """The plan for a request, made once per program and shapes."""
+    chosen = tuple(sorted((routes or {}).items()))
+    key = (request.names, request.leaves, request.pairs, "functional" in parts, chosen)
+    known = state.program.plans.get(key)
+    if known is None:
+        known = make_plan(
+            state.program, request, samples=state.samples, functional="functional" in parts, routes=routes
+        )
+        state.program.plans[key] = known
+    assert isinstance(known, Plan)
+    return known
+
+
+def _check(plan: Plan, state: State, request: Request, parts: tuple[str, ...]) -> None:
+    if not isinstance(plan, Plan):
+        raise ReductionError(f"plan must be a Plan such as H.plan, not {type(plan).__name__}")
+    if plan.program is not state.program or (plan.names, plan.pairs) != (request.names, request.pairs):
+        raise ReductionError("the plan was made for another graph or request; leave plan=None to make a new one")
+    if "functional" in parts and not plan.functional:
+        raise ReductionError("the plan was made for gauss_newton and has no sweeps for H_F; leave plan=None")
