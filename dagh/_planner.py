@@ -149,16 +149,16 @@ def make_plan(
     chosen_routes: dict[Pair, str] = {}
     if needed:
         sweeps = _Sweeps(program, request, bits, gates)
-        chosen: dict[tuple[int, Basis, int], list[Pair]] = {}
-        for i, j in needed:
-            options = sweeps.alternatives(i, j)
-            alternatives[i, j] = {sweeps.label(leaf, basis): price for (leaf, _, basis), price in options.items()}
-            leaf, row, basis = _choose(options, sweeps, request.names, (i, j), routes or {})
-            chosen_routes[i, j] = sweeps.label(leaf, basis)
-            seed = sweeps.seed(leaf, basis)
-            own = -1 if basis == "activation" else leaf  # weight and bias share the outputs of their layer
-            chosen.setdefault((seed.index, basis, own), []).append((leaf, row))
-        columns = [sweeps.column(pairs, basis) for (_, basis, _), pairs in sorted(chosen.items())]
+        options = {pair: sweeps.alternatives(*pair) for pair in needed}
+        alternatives = {
+            pair: {sweeps.label(leaf, basis): price for (leaf, _, basis), price in found.items()}
+            for pair, found in options.items()
+        }
+        picked = {p: _choose(found, sweeps, request.names, p, routes or {}) for p, found in options.items()}
+        if not routes:
+            _share(sweeps, options, picked)
+        chosen_routes = {p: sweeps.label(leaf, basis) for p, (leaf, _, basis) in picked.items()}
+        columns = [sweeps.column(pairs, key[1]) for key, pairs in sorted(_gathered(sweeps, picked).items())]
     fallbacks = sorted({n.operation for n in program if n.op is not None and bits[n] and not rule_for(n).closed_form})
     labels = {pair: _LABELS[outer, inner] for pair, (outer, inner) in kinds.items()}
     return Plan(
@@ -204,6 +204,50 @@ def _choose(
     raise ReductionError(f"no route {wanted!r} for the block {names[i]!r} x {names[j]!r}; its routes: {known}")
 
 
+def _gathered(sweeps: _Sweeps, picked: Mapping[Pair, _Option]) -> dict[_Key, list[Pair]]:
+    """(leaf, row) pairs by the sweep that forms them."""
+    gathered: dict[_Key, list[Pair]] = {}
+    for leaf, row, basis in picked.values():
+        gathered.setdefault(sweeps.key(leaf, basis), []).append((leaf, row))
+    return gathered
+
+
+def _share(sweeps: _Sweeps, options: Mapping[Pair, dict[_Option, float]], picked: dict[Pair, _Option]) -> None:
+    """Move pairs to sweeps that are made anyway, as long as the total falls."""
+    if len(picked) > _SHARED:
+        return
+    gathered = {key: set(pairs) for key, pairs in _gathered(sweeps, picked).items()}
+    costs = {key: sweeps.total(pairs, key[1]) for key, pairs in gathered.items()}
+    for _ in range(2):
+        moved = False
+        for pair, (leaf, row, basis) in list(picked.items()):
+            here = sweeps.key(leaf, basis)
+            left = gathered[here] - {(leaf, row)}
+            saved = costs[here] - sweeps.total(left, basis)
+            best, extra = None, saved * (1 - 1e-9)
+            for option in options[pair]:
+                there = sweeps.key(option[0], option[2])
+                if there == here:
+                    continue
+                added = sweeps.total(gathered.get(there, set()) | {option[:2]}, option[2]) - costs.get(there, 0.0)
+                if added < extra:
+                    best, extra = option, added
+            if best is None:
+                continue
+            there = sweeps.key(best[0], best[2])
+            gathered[here], costs[here] = left, costs[here] - saved
+            gathered[there] = gathered.get(there, set()) | {best[:2]}
+            costs[there] = costs.get(there, 0.0) + extra
+            picked[pair], moved = best, True
+        if not moved:
+            return
+
+
+#: Requests with more pairs than this are not searched for shared sweeps.
+_SHARED = 400
+_Key = tuple[int, Basis, int]
+
+
 class _Sweeps:
     """The sweeps that can form a pair of leaves, priced."""
 
@@ -212,14 +256,34 @@ class _Sweeps:
         self.program, self.request, self.bits, self.gates = program, request, bits, gates
         self.reach = _Reach(program)
         useful = self.reach.above[program.loss.index]
-        self.curved = np.array(
-            [v.op is not None and v.part == "model" and useful[v.index] and rule_for(v).curved(v) for v in program],
-            dtype=bool,
-        )
+        met = [
+            (v.index, v.inputs[i].index, v.inputs[j].index)
+            for v in program
+            if v.op is not None and v.part == "model" and useful[v.index]
+            for i, j in curved_pairs(v)
+        ]
+        # Curved nodes, with the argument that rows leave by and the one that tangents enter by.
+        self.met = np.array(met, dtype=int).reshape(-1, 3).T
 
     def label(self, leaf: int, basis: Basis) -> str:
         """Name of a route: the basis and whose columns."""
         return f"{basis} columns of {self.request.names[leaf]}"
+
+    def key(self, leaf: int, basis: Basis) -> _Key:
+        """What pairs must agree on to share a sweep: weight and bias share the outputs of their layer."""
+        return self.seed(leaf, basis).index, basis, -1 if basis == "activation" else leaf
+
+    def total(self, pairs: Collection[Pair], basis: Basis) -> float:
+        """Operations per sample of one sweep for several (leaf, row) pairs."""
+        if not pairs:
+            return 0.0
+        leaf = next(iter(pairs))[0]
+        width, copies = self.shape(leaf, basis)
+        rows = sorted({row for _, row in pairs})
+        total = width * self._cost(self.seed(leaf, basis), self._regions(leaf, basis, rows), basis, copies)
+        if basis == "activation":
+            total += sum(self._contraction(leaf, row) for leaf, row in pairs)
+        return total
 
     def alternatives(self, i: int, j: int) -> dict[_Option, float]:
         """Every way to form the pair, with its price per sample."""
@@ -252,11 +316,7 @@ class _Sweeps:
 
     def price(self, leaf: int, row: int, basis: Basis) -> float:
         """Operations per sample of sweeping ``leaf``'s tangents to get its block with ``row``."""
-        width, copies = self.shape(leaf, basis)
-        total = width * self._cost(self.seed(leaf, basis), self._regions(leaf, basis, [row]), basis, copies)
-        if basis == "activation":
-            total += self._contraction(leaf, row)
-        return total
+        return self.total([(leaf, row)], basis)
 
     def _contraction(self, leaf: int, row: int) -> float:
         """Applying the inputs of the layers to what a sweep in activations found."""
@@ -289,14 +349,9 @@ class _Sweeps:
         targets = [self.target(basis, r) for r in rows]
         reachable: Any = above[:, [t.index for t in targets]].any(1)
         meeting, held, entry = (np.zeros(len(below), dtype=bool) for _ in range(3))
-        for u in np.flatnonzero(self.curved & below & reachable):
-            node = self.program.nodes[u]
-            if node is seed:
-                continue
-            for i, j in curved_pairs(node):
-                row_side, column_side = node.inputs[i].index, node.inputs[j].index
-                if reachable[row_side] and below[column_side]:
-                    meeting[u] = held[column_side] = entry[row_side] = True
+        node, row_side, column_side = self.met
+        active = reachable[row_side] & below[column_side] & (node != seed.index)
+        meeting[node[active]] = held[column_side[active]] = entry[row_side[active]] = True
         for r, target in zip(rows, targets, strict=True):
             if target is not self.request.leaves[r] and self.gates[r].argument == 1:
                 into = target.inputs[0].index  # the path to a later layer's input meets that layer's adjoint
@@ -337,11 +392,10 @@ class _Sweeps:
         targets = {r: self.target(basis, r) for r in rows}
         gate = None if basis == "parameter" else self.gates[leaves[0]]
         order = 1
-        cost = width * self._cost(seed, regions, basis, copies)
+        cost = self.total(pairs, basis)
         if basis == "activation" and gate is not None:
             order = gate.rows
             unit += sum({t: t.numel for t in targets.values()}.values())
-            cost += sum(self._contraction(leaf, row) for leaf, row in pairs)
             # The inputs of a layer with several rows per sample multiply what was found, before the rows are summed.
             fan = max(self.gates[leaf].node.inputs[0].shape[-1] for leaf in leaves) / order
             into = [t.inputs[0].numel for r, t in targets.items() if t is not self.request.leaves[r]]
