@@ -128,9 +128,10 @@ def _sweep_column(
         seed = Convolution().seed_channels(state.call(column.gate.node), column.gate.argument)[:, part]
     else:
         eye = torch.zeros(width, column.seed.numel, dtype=like.dtype, device=like.device)
-        # Directions of one output of a layer, for all rows, lie together.
-        order = torch.arange(column.seed.numel).reshape(column.order, -1).T.flatten()
-        eye[torch.arange(width), order[part]] = 1
+        # A range of a layer's outputs, for all of its rows: what is summed over the rows must be together.
+        outputs = slice(part.start // column.order, part.stop // column.order)
+        chosen = torch.arange(column.seed.numel).reshape(column.order, -1)[:, outputs].flatten()
+        eye[torch.arange(width), chosen] = 1
         seed = eye.reshape(1, width, *column.seed.shape)
     tangents = _sweep.push_forward(state, {column.seed: seed}, column.within, column.held, channelwise=channelwise)
     targets = list(column.targets.values())
@@ -151,9 +152,9 @@ def _add_activation(
     n, order = state.samples, column.order
 
     def whole(t: Tensor) -> Tensor:
-        """``[n, outputs, rows, d]``."""
+        """``[n, rows, outputs, d]``."""
         t = _sweep.matrices(t.expand(n, *t.shape[1:]))
-        return t.unflatten(1, (-1, order))  # type: ignore[no-untyped-call, no-any-return]
+        return t.reshape(n, order, -1, t.shape[2])
 
     outputs = slice(part.start // order, part.stop // order)
     for leaf, row in column.pairs:

@@ -11,19 +11,15 @@ from torch import Tensor
 from dagh._accumulate import Accumulator
 from dagh._request import Pair
 
-#: Entries of the intermediate that is formed at once.
-_CHUNK = 1 << 22
-
 
 def add_rows(result: Accumulator, pair: Pair, x: Tensor, h: Tensor, outputs: slice, window: slice) -> None:
-    """Rows ``h`` ``[n, O, T, p]`` of any other parameter, against a linear layer with inputs ``x`` ``[n, T, i]``."""
-    (n, o, t, p), i = h.shape, x.shape[2]
+    """Rows ``h`` ``[n, T, O, p]`` of any other parameter, against a linear layer with inputs ``x`` ``[n, T, i]``."""
+    (n, t, o, p), i = h.shape, x.shape[2]
     rows = slice(outputs.start * i, outputs.stop * i)
     if result.keep:
-        piece = torch.einsum("notp,nti->noip", h, x).reshape(n, o * i, p)
+        piece = torch.einsum("ntop,nti->noip", h, x).reshape(n, o * i, p)
     else:
-        flat = h.transpose(1, 2).reshape(n * t, o * p)
-        piece = (x.reshape(n * t, i).T @ flat).reshape(i, o, p).transpose(0, 1).reshape(o * i, p)
+        piece = (x.reshape(n * t, i).T @ h.reshape(n * t, o * p)).reshape(i, o, p).transpose(0, 1).reshape(o * i, p)
     result.add(*pair, piece, rows, window)
 
 
@@ -40,13 +36,13 @@ def add_layers(
 ) -> None:
     """Two linear layers with inputs ``x`` ``[n, T, i]`` and ``y`` ``[n, T', i']``.
 
-    ``core`` ``[n, O, T, T'·o']`` is the second derivative between their outputs, ``path`` ``[n, O, T, T'·i']`` the
+    ``core`` ``[n, T, O, T'·o']`` is the second derivative between their outputs, ``path`` ``[n, T, O, T'·i']`` the
     derivative of the second layer's inputs, which meets the adjoint ``[n, T', o']`` of its outputs.
     """
     rows_a, rows_b = x.shape[1], y.shape[1]
     if rows_a == rows_b == 1:
         flat = None if adjoint is None or path is None else adjoint[:, 0]
-        core, path = (None if t is None else t[:, :, 0] for t in (core, path))
+        core, path = (None if t is None else t[:, 0] for t in (core, path))
         result.add_layers(pair, x[:, 0], y[:, 0], core, path, flat, outputs, window)
         return
     i = x.shape[2]
@@ -58,18 +54,18 @@ def add_layers(
 
 
 def _contract(x: Tensor, middle: Tensor, y: Tensor, keep: bool, *, swap: bool) -> Tensor:
-    """``Σ x[n,t,i] middle[n,o,t,(t',a)] y[n,t',b]`` as ``[(n,) o·i, a·b]``; ``swap``: columns ``b·a``."""
-    n, o, t = middle.shape[:3]
+    """``Σ x[n,t,i] middle[n,t,o,(t',a)] y[n,t',b]`` as ``[(n,) o·i, a·b]``; ``swap``: columns ``b·a``."""
+    n, t, o = middle.shape[:3]
     i, rows, b = x.shape[2], y.shape[1], y.shape[2]
     a = middle.shape[3] // rows
-    if i == 1 and t > 1 and bool((x == 1).all()):
-        inner = middle.sum(2, keepdim=True)  # a bias: its inputs are ones
+    if i == 1:
+        inner = (middle * x.unsqueeze(3)).sum(1) if t > 1 else middle * x.unsqueeze(3)
     else:
-        inner = x.transpose(1, 2).unsqueeze(1) @ middle  # [n, o, i, (t', a)]
-    inner = inner.reshape(n, o * i, rows, a)
+        inner = x.transpose(1, 2) @ middle.reshape(n, t, -1)
+    inner = inner.reshape(n, i, o, rows, a)
     if keep:
-        out = torch.einsum("nrta,ntb->nrab", inner, y)
-        return (out.transpose(2, 3) if swap else out).reshape(n, o * i, a * b)
-    flat = inner.permute(1, 3, 0, 2).reshape(o * i * a, n * rows)
-    out = (flat @ y.reshape(n * rows, b)).reshape(o * i, a, b)
-    return (out.transpose(1, 2) if swap else out).reshape(o * i, a * b)
+        out = torch.einsum("niota,ntb->noiba" if swap else "niota,ntb->noiab", inner, y)
+        return out.reshape(n, o * i, a * b)
+    flat = inner.permute(0, 3, 1, 2, 4).reshape(n * rows, i * o * a)
+    out = (flat.T @ y.reshape(n * rows, b)).reshape(i, o, a, b).transpose(0, 1)
+    return (out.transpose(2, 3) if swap else out).reshape(o * i, a * b)
