@@ -4,6 +4,7 @@ from dagh import errors
 from dagh._blockmatrix import BlockMatrix
 from dagh._graph import Graph, trace
 from dagh._hessian import Decomposition, decompose, functional_hessian, gauss_newton, hessian
+from dagh._operator import HessianOperator, operator
 from dagh._rules import Call, Rule, register_rule
 from dagh._state import State
 from dagh._version import __version__
@@ -15,6 +16,7 @@ __all__ = [
     "DaghError",
     "Decomposition",
     "Graph",
+    "HessianOperator",
     "Rule",
     "State",
     "__version__",
@@ -23,6 +25,7 @@ __all__ = [
     "functional_hessian",
     "gauss_newton",
     "hessian",
+    "operator",
     "register_rule",
     "trace",
 ]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from dagh import _local_conv  # noqa: F401  (registers its classes)
+from dagh import _local_conv, _local_smooth  # noqa: F401  (these register their classes)
 from dagh._ir import Node
 from dagh._local import Local, Site, make_local
 from dagh._local_products import NarrowLocal
@@ -53,6 +53,7 @@ class Linearization:
         needed = program.ancestors([p for n, args in self._bending.items() for p in _parents(n, args)])
         with torch.no_grad(), quiet_batching():
             steps = self._make(moving & needed, route)
+        self._steps = steps
         self._forward = [s for s in steps if s.moving and program.nodes[s.node] in needed]
         self._backward = [s for s in reversed(steps) if s.wanted]
         self._lock = threading.Lock()
@@ -119,6 +120,9 @@ class Linearization:
         for index, seed in seeds.items():
             tangents[index] = seed
         with self._lock, torch.no_grad(), quiet_batching():
+            several = any(t.shape[0] > 1 for t in directions.values())
+            for step in self._steps:
+                step.local.transient = several
             for step in self._forward:
                 t = _gather(step.moving, tangents)
                 if t:
@@ -156,7 +160,7 @@ class Linearization:
     def bytes(self) -> int:
         """Memory held by the values, adjoints and local derivatives."""
         held = [*self.state.values.values(), *self.state.adjoints.values()]
-        for step in {id(s): s for s in [*self._forward, *self._backward]}.values():
+        for step in self._steps:
             held += step.local.tensors()
         return storage_bytes(held)
 
