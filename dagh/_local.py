@@ -210,7 +210,7 @@ class AddLocal(Local):
         out: Rows = {}
         for i in self.wanted:
             parent = self.site.node.inputs[i]
-            out[i] = row.sum(self.over[i]).view(1, -1, *parent.shape) if self.over[i] else row
+            out[i] = row.sum(self.over[i]).reshape(-1, row.shape[1], *parent.shape) if self.over[i] else row
         return out
 
 

@@ -102,8 +102,9 @@ def eigsh(
     """The ``k`` largest (``"LA"``), smallest (``"SA"``) or largest in magnitude (``"LM"``) eigenpairs.
 
     ARPACK's implicitly restarted Lanczos method, or LOBPCG (``"LA"`` and ``"SA"`` alone; k products at a time), as in
-    scipy. ``tol`` bounds every residual ``‖H v - λ v‖`` relative to ``‖H‖`` (estimated in twelve Lanczos steps; default: 1e-8 in
-    float64, 1e-4 in float32), which is checked with products of its own.
+    scipy. ``tol`` bounds every residual ``‖H v - λ v‖`` relative to ``‖H‖``, which is estimated in twelve Lanczos steps
+    (default: 1e-8 in float64, 1e-4 in float32); residuals are computed with products of their own. As with every Krylov
+    method, copies of a multiple eigenvalue can be missed.
 
     Raises :class:`~dagh.errors.ConvergenceError` where it is not met, :class:`~dagh.errors.ReductionError` for a bad
     ``k``, ``which`` or ``method``.
