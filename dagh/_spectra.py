@@ -17,6 +17,9 @@ from torch import Tensor
 
 from dagh.errors import ConvergenceError, ReductionError
 
+#: Restarts of ARPACK, and iterations of LOBPCG, unless told otherwise.
+_RESTARTS, _ITERATIONS = 200, 500
+
 
 class Symmetric(Protocol):
     """What is needed of an operator."""
@@ -104,7 +107,7 @@ def eigsh(
     ARPACK's implicitly restarted Lanczos method, or LOBPCG (``"LA"`` and ``"SA"`` alone; k products at a time), as in
     scipy. ``tol`` bounds every residual ``‖H v - λ v‖`` relative to ``‖H‖``, which is estimated in twelve Lanczos steps
     (default: 1e-8 in float64, 1e-4 in float32); residuals are computed with products of their own. As with every Krylov
-    method, copies of a multiple eigenvalue can be missed.
+    method, copies of a multiple eigenvalue can be missed (H_O has as many zeros as it lacks rank).
 
     Raises :class:`~dagh.errors.ConvergenceError` where it is not met, :class:`~dagh.errors.ReductionError` for a bad
     ``k``, ``which`` or ``method``.
@@ -162,22 +165,21 @@ def _arpack(
 
     base = op.to_scipy()
     start = np.random.default_rng(seed).standard_normal(op.shape[0])
-    shift, sign = 0.0, 1.0
-    matrix = base
-    if which != "LM":
-        shift, sign = norm, 1.0 if which == "LA" else -1.0
+    shift, sign = (0.0, 1.0) if which == "LM" else (norm, 1.0 if which == "LA" else -1.0)
 
-        def moved(v: NDArray[Any]) -> NDArray[Any]:
-            return np.asarray(shift * v.reshape(-1) + sign * base.matvec(v).reshape(-1), dtype=base.dtype)
+    def moved(v: NDArray[Any]) -> NDArray[Any]:
+        """In float64 whatever the products are in: the recurrences lose less."""
+        product = base.matvec(v.reshape(-1).astype(base.dtype)).reshape(-1)
+        return np.asarray(shift * v.reshape(-1) + sign * product, dtype=np.float64)
 
-        matrix = LinearOperator(base.shape, matvec=moved, dtype=base.dtype)
+    matrix = LinearOperator(base.shape, matvec=moved, dtype=np.dtype(np.float64))
     try:
         values, vectors = solve(
             matrix,
             k,
             which="LM" if which == "LM" else "LA",
             tol=tol / 10,
-            maxiter=iterations,
+            maxiter=iterations or _RESTARTS,
             v0=start,
             ncv=min(op.shape[0], 2 * k + 20),
         )
@@ -200,7 +202,9 @@ def _lobpcg(
     start = start.astype(np.float64 if op.dtype == torch.float64 else np.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the residuals are checked by the caller
-        values, vectors = lobpcg(op.to_scipy(), start, largest=which == "LA", tol=tol / 10, maxiter=iterations or 500)
+        values, vectors = lobpcg(
+            op.to_scipy(), start, largest=which == "LA", tol=tol / 10, maxiter=iterations or _ITERATIONS
+        )
     return np.asarray(values), np.asarray(vectors)
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from small_net import build
 from torch import Tensor, nn
 
 import dagh
 from dagh import _spectra
+from dagh._cli import cli
 
 
 class Quadratic(nn.Module):
@@ -233,3 +237,38 @@ def test_bad_requests(op: dagh.HessianOperator, call: Any) -> None:
 
 def test_printed() -> None:
     assert str(_spectra.Estimate(1.5, 0.25, "xtrace", 60)) == "1.5 ± 0.25 (xtrace, 60 products)"
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+MODEL = """
+import torch
+from torch import nn
+
+INPUT_SHAPE = (4,)
+
+
+def build():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+"""
+
+
+def test_the_command(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(MODEL)
+    run = CliRunner().invoke
+    arguments = ["spectrum", f"{tmp_path}/model.py:build", "--k", "2", "--batch", "16", "--density"]
+    result = run(cli, [*arguments, "--format", "json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.output)
+    assert (found["P"], found["samples"], found["dtype"]) == (67, 16, "float64")
+    full = found["parts"]["full"]
+    assert full["largest"][0] >= full["largest"][1] and full["smallest"][0] <= full["smallest"][1]
+    assert found["parts"]["outer"]["smallest"] == []
+    assert sum(full["histogram"]) == pytest.approx(1, abs=1e-6)
+    result = run(cli, arguments)
+    assert result.exit_code == 0 and max(map(len, result.output.splitlines())) <= 80
+    for text in ("H_F", "largest", "≥ 0", "±", "logarithmic"):
+        assert text in result.output
+    result = run(cli, ["spectrum", f"{tmp_path}/nothing.py"])
+    assert result.exit_code == 2 and "nothing.py" in result.output
