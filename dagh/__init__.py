@@ -4,6 +4,7 @@ from dagh import errors
 from dagh._blockmatrix import BlockMatrix
 from dagh._graph import Graph, trace
 from dagh._hessian import Decomposition, decompose, functional_hessian, gauss_newton, hessian, plan
+from dagh._operator import HessianOperator, operator
 from dagh._plan import Plan
 from dagh._rules import Call, Rule, register_rule
 from dagh._state import State
@@ -16,6 +17,7 @@ __all__ = [
     "DaghError",
     "Decomposition",
     "Graph",
+    "HessianOperator",
     "Plan",
     "Rule",
     "State",
@@ -25,6 +27,7 @@ __all__ = [
     "functional_hessian",
     "gauss_newton",
     "hessian",
+    "operator",
     "plan",
     "register_rule",
     "trace",

@@ -56,5 +56,5 @@ def refuse(what: str, p: int, needed: int, budget: int, device: torch.device) ->
     return MemoryBudgetError(
         f"{what} (P = {p:,}) needs {human(needed)}; the budget is {human(budget)} ({human(free_bytes(device))} free). "
         "Cheaper: named blocks (blocks=[('a', 'b')]), blocks='diagonal', fewer parameters (params='conv*'), "
-        "products H @ v (graph.evaluate(...).hessian_product(v)); or raise memory_budget"
+        "products alone (dagh.operator); or raise memory_budget"
     )

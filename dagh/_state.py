@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dagh import _sweep
 from dagh._ir import Node, Program
+from dagh._linearize import Linearization, Part
 from dagh._rules import Call, Rule, rule_for
 from dagh._rules._generic import quiet_batching
 from dagh.errors import CoupledSamplesError, NonFiniteError, ReductionError, ShapeError, UnknownNameError
@@ -44,6 +45,7 @@ class State:
 
     def __post_init__(self) -> None:
         self._calls: dict[Node, Call] = {}
+        self._linear: tuple[Any, Linearization] | None = None
         self._reached = self.program.descendants([n for n in self.program if n in self.sources])
 
     # -- what the sweeps need ----------------------------------------------------------------------
@@ -183,9 +185,7 @@ class State:
             block = block.sum(0, keepdim=True)
         return block.expand(n, *block.shape[1:])
 
-    def hessian_product(
-        self, v: Mapping[str, Tensor], part: Literal["full", "outer", "functional"] = "full"
-    ) -> dict[str, Tensor]:
+    def hessian_product(self, v: Mapping[str, Tensor], part: Part = "full") -> dict[str, Tensor]:
         """``H @ v`` without forming any block: one tangent sweep forward, one sweep back.
 
         ``v`` maps names of parameters (or nodes) to tensors of their shape, or to bundles ``[B, *shape]`` of several
@@ -207,21 +207,25 @@ class State:
                     f"the direction of {name!r} has shape {tuple(direction.shape)}, not {tuple(node.shape)}"
                 )
             bundled = direction.unsqueeze(0) if single else direction
-            seeds[node] = bundled.detach().to(self.values[node]).unsqueeze(0)
+            seeds[node] = bundled.detach().to(self.values[node])
             widths.add((bundled.shape[0], single))
         if len(widths) != 1:
             raise ShapeError("give one direction for every name, or bundles of the same number of directions")
-        nodes = set(self.program.nodes)
-        curved = {n for n in nodes if part == "full" or (n.part == "loss") == (part == "outer")}
-        tangents = _sweep.push_forward(self, seeds, self.program.ancestors([self.program.loss]))
         leaves = {name: leaf for name, leaf in self.program.parameters.items() if leaf in self.sources}
-        found = _sweep.pull_back(self, {}, list(leaves.values()), tangents=tangents, curved=curved)
+        found = self._linearization(tuple(seeds), tuple(leaves.values()), part).product(seeds)
         ((width, single),) = widths
         product = {}
         for name, leaf in leaves.items():
-            row = found[leaf][0] if leaf in found else self.values[leaf].new_zeros(width, *leaf.shape)
+            row = found[leaf].clone() if leaf in found else self.values[leaf].new_zeros(width, *leaf.shape)
             product[name] = row[0] if single else row
         return product
+
+    def _linearization(self, seeds: tuple[Node, ...], leaves: tuple[Node, ...], part: Part) -> Linearization:
+        """The linearization for these directions: the one of the last call where it fits."""
+        key = (seeds, part)
+        if self._linear is None or self._linear[0] != key:
+            self._linear = key, Linearization(self, seeds, leaves, part)
+        return self._linear[1]
 
     def kinks(self, tol: float = 0.0) -> KinkTable:
         """Per node with kinks: how many elements sit on one, within ``tol`` of one, and the smallest margin."""

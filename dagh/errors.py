@@ -8,8 +8,10 @@ from difflib import get_close_matches
 __all__ = [
     "BlockNotComputedError",
     "CaptureError",
+    "ConvergenceError",
     "CoupledSamplesError",
     "DaghError",
+    "DataError",
     "DtypeError",
     "FileFormatError",
     "LossError",
@@ -52,6 +54,14 @@ class NonFiniteError(DaghError):
 
 class CoupledSamplesError(DaghError):
     """Per-sample quantities were asked of a model or loss whose samples interact."""
+
+
+class ConvergenceError(DaghError):
+    """An iterative method did not reach its tolerance."""
+
+
+class DataError(DaghError):
+    """Batches that cannot be iterated over again, or that change from one pass to the next."""
 
 
 class LossError(DaghError):

@@ -6,6 +6,7 @@ import click
 
 from dagh._cli._group import DaghGroup
 from dagh._cli._ops import ops
+from dagh._cli._spectrum import spectrum
 from dagh._cli._trace import trace
 from dagh._version import __version__
 
@@ -24,6 +25,7 @@ def cli() -> None:
 
 cli.add_command(trace)
 cli.add_command(ops)
+cli.add_command(spectrum)
 
 
 def main() -> None:

@@ -1,0 +1,192 @@
+"""``dagh spectrum``: eigenvalues of the Hessian and of its parts, by products alone."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from dagh import _objectives
+from dagh._cli import _output
+from dagh._cli._data import InputSpec, inputs_for, targets_for
+from dagh._cli._group import Failure
+from dagh._cli._load import load, load_weights, on_path
+from dagh._cli._trace import _dtype_of, _forward, _short_warnings, _size, _traced
+from dagh._cli._untraceable import naming_the_line
+from dagh._operator import HessianOperator, operator
+from dagh._spectra import Estimate, SpectralDensity
+from dagh.errors import DaghError, ReductionError
+
+_LABELS = {"full": "H", "outer": "H_O", "functional": "H_F"}
+_BARS = " ▁▂▃▄▅▆▇█"
+_BINS = 48
+_PROBES, _STEPS = 8, 60
+
+
+@click.command()
+@click.argument("target", metavar="FILE[:ATTR]")
+@click.option("--input", "specs", type=InputSpec.parse, metavar="SHAPE", multiple=True, help="As for dagh trace.")
+@click.option("--batch", type=click.IntRange(min=1), default=256, show_default=True, help="Number of samples.")
+@click.option("--loss", default="cross_entropy", show_default=True, help="A name, as for dagh trace.")
+@click.option("--data", metavar="digits|PATH.npz", help="As for dagh trace. Default: random numbers.")
+@click.option("--weights", type=click.Path(path_type=Path), help="State dict to load: torch.save or safetensors.")
+@click.option("--part", "parts", type=click.Choice(list(_LABELS)), multiple=True, help="Default: all three.")
+@click.option("--k", type=click.IntRange(min=1), default=5, show_default=True, help="Eigenvalues at either end.")
+@click.option("--density", is_flag=True, help="Estimate the spectral density.")
+@click.option("--mode", type=click.Choice(["eval", "train"]), default="eval", show_default=True)
+@click.option("--dropout-seed", type=int, help="Fix the dropout masks of train mode.")
+@click.option("--output", metavar="NAME", help="Which output to use, of a model that returns several.")
+@click.option("--dtype", type=click.Choice(["float32", "float64"]), help="Default: the model's own.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of weights, data and random directions.")
+@click.option("--memory-budget", type=_size, metavar="SIZE", help="As 2GiB. Default: half of the free memory.")
+@click.option("--format", "form", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="Write to this file instead of the standard output.")
+@click.option("--traceback", "show_traceback", is_flag=True, help="Show where an error comes from.")
+def spectrum(target: str, show_traceback: bool, form: str, out: Path | None, **options: Any) -> None:
+    """Largest and smallest eigenvalues of the Hessian of the model in FILE, trace, norm and density.
+
+    Nothing of the size of the matrix is formed. Traces, norms and densities are estimates from random directions,
+    printed with their standard errors.
+    """
+    try:
+        found = _run(target, **options)
+    except (DaghError, Failure) as error:
+        if show_traceback:
+            traceback.print_exception(error)
+        raise
+    if form == "json":
+        text = json.dumps(found, indent=2) + "\n"
+        _output.emit(text) if out is None else _output.write(out, text)
+    elif out is None:
+        _output.console().print(_renderable(found))
+    else:
+        _output.write(out, _output.plain(_renderable(found)))
+
+
+def _run(
+    target: str,
+    *,
+    specs: Sequence[InputSpec],
+    batch: int,
+    loss: str,
+    data: str | None,
+    weights: Path | None,
+    parts: tuple[str, ...],
+    k: int,
+    density: bool,
+    mode: Any,
+    dropout_seed: int | None,
+    output: str | None,
+    dtype: str | None,
+    seed: int,
+    memory_budget: int | None,
+) -> dict[str, Any]:
+    _objectives.resolve(loss)
+    torch.manual_seed(seed)
+    with _output.steps() as steps, _short_warnings():
+        steps.start("loading")
+        loaded = load(target)
+        model = loaded.model
+        if dtype is not None:
+            model.to(getattr(torch, dtype))
+        if weights is not None:
+            load_weights(model, weights)
+        model.train(mode == "train")
+        chosen = inputs_for(loaded, specs, data, batch, seed, _dtype_of(model))
+        steps.start("tracing")
+        with on_path(loaded.path), naming_the_line(loaded, chosen.inputs, mode):
+            graph = _traced(loaded, chosen, mode, dropout_seed, output)
+            targets = targets_for(loss, graph._pick(_forward(loaded, chosen, mode)), chosen.labels, seed)
+            found: dict[str, Any] = {"model": loaded.label, "loss": loss, "data": chosen.origin, "parts": {}}
+            for part in parts or _LABELS:
+                steps.start(f"linearizing {_LABELS[part]}")
+                op = operator(
+                    graph, loss, chosen.inputs, targets, part=part, memory_budget=memory_budget  # type: ignore[arg-type]
+                )  # fmt: skip
+                found |= {"P": op.shape[0], "samples": op.samples, "value": op.loss, "dtype": str(op.dtype)[6:]}
+                steps.start(f"spectrum of {_LABELS[part]}")
+                found["parts"][part] = _spectrum(op, min(k, op.shape[0]), density, seed)
+    return found
+
+
+def _spectrum(op: HessianOperator, k: int, density: bool, seed: int) -> dict[str, Any]:
+    # H_O of these losses is positive semidefinite: its smallest eigenvalues say nothing.
+    ends = {"LA": op.eigsh(k, "LA", seed=seed)}
+    if op.part != "outer":
+        ends["SA"] = op.eigsh(k, "SA", seed=seed)
+    found: dict[str, Any] = {
+        "largest": ends["LA"].values.flip(0).tolist(),
+        "smallest": ends["SA"].values.tolist() if "SA" in ends else [],
+        "residual": max(float(e.residuals.max()) for e in ends.values()),
+        "trace": _plain(op.trace(seed=seed)),
+        "frobenius": _plain(op.frobenius_norm(seed=seed)),
+    }
+    if density:
+        if op.shape[0] < 3:
+            raise ReductionError("a spectral density needs at least 3 parameters")
+        made = op.spectral_density(probes=_PROBES, steps=_STEPS, seed=seed)
+        found["negative"] = _plain(made.fraction_below(-1e-3 * max(map(abs, found["largest"] + found["smallest"]))))
+        found["density"] = {key: getattr(made, key).tolist() for key in ("grid", "density", "error")}
+        found["histogram"] = _histogram(made)
+    return found
+
+
+def _histogram(density: SpectralDensity) -> list[float]:
+    """Shares of the eigenvalues in bins of equal width over the whole grid."""
+    low, high = float(density.grid[0]), float(density.grid[-1])
+    place = ((density.nodes - low) / (high - low) * _BINS).long().clamp(0, _BINS - 1).flatten()
+    weights = torch.zeros(_BINS, dtype=torch.float64).index_add_(0, place, density.weights.flatten().double())
+    shares: list[float] = (weights / density.probes).tolist()
+    return shares
+
+
+def _plain(estimate: Estimate) -> dict[str, Any]:
+    return {"value": estimate.value, "error": estimate.error, "method": estimate.method, "products": estimate.products}
+
+
+def _renderable(found: dict[str, Any]) -> RenderableType:
+    about = f"{found['loss']} {found['value']:.4g} on {found['samples']} samples ({found['data']})"
+    head = Text.assemble((found["model"], "bold"), f", P = {found['P']:,}, {found['dtype']}\n", (about, "dim"))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("")
+    for part in found["parts"]:
+        table.add_column(_LABELS[part], justify="right")
+    parts = list(found["parts"].values())
+    for end in ("largest", "smallest"):
+        for i in range(max(len(p[end]) for p in parts)):
+            row = (f"{p[end][i]:.5g}" if i < len(p[end]) else "≥ 0" if i == 0 else "" for p in parts)
+            table.add_row(end if i == 0 else "", *row)
+    table.add_row("residual at most", *(f"{p['residual']:.0e}" for p in parts), style="dim")
+    for key, label in (("trace", "trace"), ("frobenius", "Frobenius norm"), ("negative", "negative share")):
+        if key in parts[0]:
+            table.add_row(label, *(_with_error(p[key]) for p in parts))
+    lines: list[RenderableType] = [head, Text(), table]
+    if "histogram" in parts[0]:
+        lines += [Text("\nShare of the eigenvalues, on a logarithmic scale", style="bold")]
+    for part, p in found["parts"].items():
+        if "histogram" in p:
+            lines += [_bars(_LABELS[part], p["histogram"], p["density"]["grid"])]
+    return Group(*lines)
+
+
+def _with_error(estimate: dict[str, Any]) -> str:
+    if not estimate["error"]:
+        return f"{estimate['value']:.5g}"
+    return f"{estimate['value']:.4g} ± {estimate['error']:.1g}"
+
+
+def _bars(label: str, shares: list[float], grid: list[float]) -> Text:
+    """Shares of eigenvalues as bars, on a logarithmic scale from one in ten thousand to all."""
+    levels = [0.0 if s <= 1e-4 else 1 + float(torch.tensor(s / 1e-4).log10()) / 4 * (len(_BARS) - 2) for s in shares]
+    bars = "".join(_BARS[min(len(_BARS) - 1, round(level))] for level in levels)
+    low, high = f"{grid[0]:.3g}", f"{grid[-1]:.3g}"
+    gap = max(1, len(bars) - len(low) - len(high))
+    return Text(f"{label:<4} {bars}\n     {low}{' ' * gap}{high}")

@@ -1,0 +1,392 @@
+"""The Hessian as an operator: products with vectors, no block formed, over one batch or a whole loader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dagh import _memory, _objectives, _spectra
+from dagh._batches import Batches, as_batches
+from dagh._capture import batch_size
+from dagh._graph import Graph, Mode, trace
+from dagh._inputs import normalize_inputs
+from dagh._linearize import Linearization, Part
+from dagh._objectives import Reduction
+from dagh._request import choose_names, itemsize
+from dagh._state import State
+from dagh.errors import CoupledSamplesError, DataError, NonFiniteError, ReductionError, ShapeError
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
+
+Cache = Literal["auto"] | bool
+
+#: Numbers held per number of a sample's values: values, adjoints, what nodes keep, results held between products.
+_HELD = 8
+#: Numbers that one more direction needs per number of a sample's values.
+_MOVING = 4
+
+
+def operator(
+    model: nn.Module | Graph,
+    loss: Any,
+    inputs: Any,
+    targets: Any = None,
+    *,
+    part: Part = "full",
+    params: Any = None,
+    reduction: Literal["mean", "sum"] = "mean",
+    kinks: Any = "torch",
+    output: str | int | None = None,
+    mode: Mode = "eval",
+    memory_budget: int | str | None = None,
+    cache: Cache = "auto",
+    progress: bool = False,
+) -> HessianOperator:
+    """The exact Hessian of the loss as a linear operator, linearized once.
+
+    Values, adjoints and local curvatures are kept, so that a product costs one sweep forward and one back.
+
+    Args:
+        model: a module, or a :class:`~dagh.Graph` already traced.
+        loss: as in :func:`dagh.hessian`.
+        inputs: a batch as in :func:`dagh.hessian` with its ``targets``, or an iterable of ``(inputs, targets)`` batches
+            that can be iterated over again and gives the same samples each time, in any order (a list, a
+            ``DataLoader``); the loss is then that of all its samples together. Tensors of a loader are moved to the
+            device of the model.
+        targets: as in :func:`dagh.hessian`; absent for a loader.
+        part: ``"full"``, ``"outer"`` (H_O, Gauss–Newton) or ``"functional"`` (H_F = H - H_O).
+        params: names or globs of parameters; default: all that require a gradient.
+        reduction: ``"mean"`` or ``"sum"`` over all samples, as in :func:`dagh.hessian`.
+        kinks: as in :func:`dagh.hessian`.
+        output: which output to differentiate, when the model returns several.
+        mode: ``"eval"`` (default) or ``"train"``.
+        memory_budget: bytes for what is kept and for the work, or ``"2GiB"`` (default: half of the free memory). Large
+            batches are cut into pieces of samples, many directions into bundles.
+        cache: keep linearizations from one product to the next: ``"auto"`` where they fit the budget, ``True``,
+            ``False``. Without it every product evaluates the model again, and one matrix product is one pass.
+        progress: show passes over the data on the terminal.
+
+    Returns:
+        A :class:`HessianOperator`. It stays at the parameters at which it was made: see its ``update`` and ``at``.
+
+    Raises:
+        DataError: a loader that cannot be iterated over again, is empty, or changes between passes.
+        CoupledSamplesError: several batches of a model or loss in which samples interact.
+        DaghError: as :func:`dagh.hessian`.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ReductionError(f"reduction={reduction!r}: an operator sums over samples; expected 'mean' or 'sum'")
+    if part not in ("full", "outer", "functional"):
+        raise ReductionError(f"part={part!r}: expected 'full', 'outer' or 'functional'")
+    if cache not in ("auto", True, False):
+        raise ReductionError(f"cache={cache!r}: expected 'auto', True or False")
+    module = model.model if isinstance(model, Graph) else model
+    device = (
+        next((p.device for p in module.parameters()), torch.device("cpu")) if isinstance(module, nn.Module) else None
+    )
+    batches = as_batches(inputs, targets, device or torch.device("cpu"))
+    graph = model if isinstance(model, Graph) else trace(module, batches.first()[0], mode=mode, output=output)
+    options = {"reduction": reduction, "kinks": kinks, "cache": cache, "progress": progress}
+    return HessianOperator(graph, loss, batches, part, params, memory_budget, options)
+
+
+class HessianOperator:
+    """``v ↦ H v``; made by :func:`dagh.operator`.
+
+    ``op @ v`` takes a vector ``[P]``, a matrix ``[P, k]`` (both tensors or arrays) or a dict of tensors by name
+    (``[*shape]``, or ``[k, *shape]`` for several directions), and gives the product in the same form. Parameters are
+    in the order of ``names``, flattened row by row.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        loss: Any,
+        batches: Batches,
+        part: Part,
+        params: Any,
+        memory_budget: int | str | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        self.graph, self.part = graph, part
+        self._loss, self._batches, self._params, self._budget, self._options = (
+            loss,
+            batches,
+            params,
+            memory_budget,
+            options,
+        )
+        self.names, leaves = choose_names(graph.program, graph.trainable, params, None)
+        #: shapes and sizes of the parameters, by name
+        self.shapes = {name: leaf.shape for name, leaf in zip(self.names, leaves, strict=True)}
+        self.sizes = {name: shape.numel() for name, shape in self.shapes.items()}
+        p = sum(self.sizes.values())
+        self.shape = (p, p)
+        self._pieces: list[Linearization] | None = None
+        self.update()
+
+    # -- making it ---------------------------------------------------------------------------------
+
+    def update(self) -> HessianOperator:
+        """Linearize again, at the present parameters of the model and on the same data, without tracing."""
+        first = next(iter(self.graph.parameters.values()), None)
+        device = torch.device("cpu") if first is None else first.device
+        self._bytes = _memory.budget_bytes(self._budget, device)
+        self._width = 1
+        self._point = {n: p.detach().clone() for n, p in self.graph.parameters.items()}
+        batches = self._batches
+        self._per_sample = _sample_bytes(self.graph, self.dtype)
+        if not self.graph.coupled:
+            batches.limit = max(1, self._bytes // (2 * _HELD * self._per_sample))
+        self._pieces, self._factor, self.loss = None, 1.0, 0.0
+        self._gradient: Tensor | None = None
+        pieces: list[Linearization] = []
+        share, kinds, kept, samples, largest, count = 0.0, set[str](), True, 0, 0, 0
+        for count, (inputs, targets) in enumerate(self._shown("linearizing"), 1):  # noqa: B007
+            state = self._evaluate(inputs, targets)
+            if not batches.whole:
+                size, kind = self._share(state, targets, _length(inputs))
+                share += size
+                kinds.add(kind)
+            samples += _length(inputs)
+            largest = max(largest, _length(inputs))
+            needed = samples * self._per_sample * _HELD
+            kept = kept and (
+                self._options["cache"] is True or (self._options["cache"] == "auto" and needed <= self._bytes)
+            )
+            piece = self._linearize(state)
+            self._collect(piece)
+            pieces = [*pieces, piece] if kept else []
+        self.samples, self.batches = samples, count
+        if kinds:
+            self._factor = self._normalizer(share, kinds)
+        self._pieces = pieces if kept else None
+        self._width = max(1, self._bytes // (2 * _MOVING * self._per_sample * max(1, largest)))
+        self._gradient = self._factor * self._gradient if self._gradient is not None else None
+        self.loss *= self._factor
+        return self
+
+    def at(self, inputs: Any, targets: Any = None) -> HessianOperator:
+        """The same operator on other data (a batch or a loader), at the present parameters, without tracing."""
+        batches = as_batches(inputs, targets, next(iter(self._point.values())).device)
+        return HessianOperator(self.graph, self._loss, batches, self.part, self._params, self._budget, self._options)
+
+    def _evaluate(self, inputs: Any, targets: Any) -> State:
+        lone = self._batches.whole
+        reduction: Reduction = self._options["reduction"] if lone else "sum"
+        try:
+            state = self.graph.evaluate(
+                self._loss, inputs, targets, reduction=reduction, kinks=self._options["kinks"], wrt=self.names
+            )
+        except CoupledSamplesError as error:
+            if lone:
+                raise
+            raise self._coupled(str(error)) from None
+        if state.coupled and not lone:
+            raise self._coupled(self.graph.coupling or "the loss couples the samples of a batch")
+        _detach_from_model(state)
+        return state
+
+    def _coupled(self, reason: str) -> CoupledSamplesError:
+        why = reason.removeprefix("per-sample blocks do not exist: ").partition("; use reduction")[0]
+        return CoupledSamplesError(
+            f"samples of a batch interact ({why}), so that the loss of several batches is not a sum over samples; "
+            "give one batch"
+        )
+
+    def _share(self, state: State, targets: Any, n: int) -> tuple[float, str]:
+        """The batch's share of the normalizer, and how the loss averages."""
+        objective = _objectives.resolve(self._loss)
+        output = state.values[state.program.output].flatten(0, 1)
+        objective = _objectives.separable(objective, output, targets, n)
+        if objective.weigh is not None:
+            if not objective.averages:
+                return 0.0, "sum"
+            return float(_objectives._share(objective, output, targets).sum()), "weighted"
+        scale = _objectives.scale_of(objective, output, targets, n)
+        return float(n), "unknown" if n == 1 else "sum" if scale == 1.0 else "mean"
+
+    def _normalizer(self, share: float, kinds: set[str]) -> float:
+        known = kinds - {"unknown"}
+        if self._options["reduction"] == "sum" or known == {"sum"}:
+            return 1.0
+        if len(known) > 1 or share == 0:
+            raise DataError("the loss averages over some batches and sums over others; batches must be alike")
+        return 1.0 / share
+
+    def _linearize(self, state: State) -> Linearization:
+        leaves = [state.program.parameters[name] for name in self.names]
+        return Linearization(state, leaves, leaves, self.part)
+
+    def _collect(self, piece: Linearization) -> None:
+        """Add a piece's loss and gradient."""
+        state = piece.state
+        self.loss += state.loss
+        found = [state.adjoint(leaf)[0].reshape(-1) for leaf in piece.targets]
+        gradient = torch.cat(found)
+        self._gradient = gradient.clone() if self._gradient is None else self._gradient + gradient
+
+    def _shown(self, what: str) -> Iterator[Any]:
+        if not self._options["progress"]:
+            return iter(self._batches)
+        from rich.progress import track
+
+        return iter(track(self._batches, f"{what} batches", total=getattr(self, "batches", None), transient=True))
+
+    # -- products ----------------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of the parameters."""
+        return next(iter(self._point.values())).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return next(iter(self._point.values())).device
+
+    @property
+    def gradient(self) -> Tensor:
+        """Gradient of the loss at the same point: ``[P]``."""
+        assert self._gradient is not None
+        return self._gradient
+
+    @property
+    def cached(self) -> bool:
+        """Whether linearizations are kept from one product to the next."""
+        return self._pieces is not None
+
+    @overload
+    def __matmul__(self, v: Tensor) -> Tensor: ...
+    @overload
+    def __matmul__(self, v: NDArray[Any]) -> NDArray[Any]: ...
+    @overload
+    def __matmul__(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+    def __matmul__(self, v: Any) -> Any:
+        """``H v``. Raises :class:`~dagh.errors.ShapeError`, or :class:`~dagh.errors.NonFiniteError` for NaN in v."""
+        if isinstance(v, Mapping):
+            return self._product_of_dict(v)
+        if isinstance(v, np.ndarray):
+            found = self @ torch.from_numpy(np.ascontiguousarray(v)).to(device=self.device, dtype=self.dtype)
+            return found.cpu().numpy()
+        if not isinstance(v, Tensor):
+            raise ShapeError(f"a direction must be a tensor, an array or a dict of tensors, not {type(v).__name__}")
+        if v.dim() not in (1, 2) or v.shape[0] != self.shape[0]:
+            raise ShapeError(
+                f"the direction has shape {tuple(v.shape)}; expected ({self.shape[0]},) or ({self.shape[0]}, k)"
+            )
+        if v.dtype.is_complex or not v.dtype.is_floating_point:
+            raise ShapeError(f"the direction is {str(v.dtype)[6:]}; expected {str(self.dtype)[6:]}")
+        rows = v.detach().to(device=self.device, dtype=self.dtype)
+        product = self._product(rows.T if v.dim() == 2 else rows.unsqueeze(0))
+        return product.T if v.dim() == 2 else product[0]
+
+    def matvec(self, v: Any) -> Any:
+        """``H v``: the same as ``op @ v``."""
+        return self @ v
+
+    def __call__(self, v: Any) -> Any:
+        """``H v``: the same as ``op @ v``."""
+        return self @ v
+
+    def _product_of_dict(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if set(v) != set(self.names):
+            odd = sorted(set(v) ^ set(self.names))[0]
+            raise ShapeError(f"the direction must name every parameter of the operator and no other; look at {odd!r}")
+        single = {v[name].shape == shape for name, shape in self.shapes.items()}
+        if len(single) != 1 or (single == {False} and len({v[name].shape[:1] for name in v}) != 1):
+            raise ShapeError("give one direction for every name, or the same number of directions for every name")
+        for name, shape in self.shapes.items():
+            if v[name].shape[-len(shape) or len(v[name].shape) :] != shape or v[name].dim() > len(shape) + 1:
+                raise ShapeError(f"the direction of {name!r} has shape {tuple(v[name].shape)}, not {tuple(shape)}")
+        lead = () if single == {True} else next(iter(v.values())).shape[:1]
+        flat = torch.cat([v[name].reshape(*(lead or (1,)), -1) for name in self.names], 1)
+        product = (self @ flat.T).T
+        parts = torch.split(product, list(self.sizes.values()), 1)
+        return {name: t.reshape(*lead, *self.shapes[name]) for name, t in zip(self.names, parts, strict=True)}
+
+    def _product(self, rows: Tensor) -> Tensor:
+        """Products ``[k, P]`` with every row."""
+        if not bool(torch.isfinite(rows).all()):
+            raise NonFiniteError("the direction contains NaN or Inf")
+        if rows.shape[0] == 0:
+            return torch.zeros_like(rows)
+        if self._pieces is not None and len(self._pieces) == 1 and self._factor == 1.0:
+            return self._apply(self._pieces[0], rows)
+        total = torch.zeros_like(rows, memory_format=torch.contiguous_format)
+        for piece in self._pieces if self._pieces is not None else self._fresh():
+            total += self._apply(piece, rows)
+        return total.mul_(self._factor)
+
+    def _apply(self, piece: Linearization, rows: Tensor) -> Tensor:
+        """One piece's products, a bundle of directions at a time."""
+        sizes = list(self.sizes.values())
+        parts = []
+        for some in torch.split(rows, self._width):
+            b = some.shape[0]
+            split = zip(piece.sources, torch.split(some, sizes, 1), strict=True)
+            found = piece.product({leaf: t.reshape(b, *leaf.shape) for leaf, t in split})
+            flat = [found[n].reshape(b, -1) if n in found else rows.new_zeros(b, n.numel) for n in piece.targets]
+            parts.append(torch.cat(flat, 1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _fresh(self) -> Iterator[Linearization]:
+        """The pieces made again, one at a time. Refused where the parameters have changed since."""
+        for name, p in self.graph.parameters.items():
+            if not torch.equal(p.detach(), self._point[name]):
+                raise DataError(
+                    f"parameter {name!r} has changed since the operator was made, and its linearizations do not fit "
+                    "memory; call op.update(), or raise memory_budget"
+                )
+        for inputs, targets in self._shown("a product over"):
+            yield self._linearize(self._evaluate(inputs, targets))
+
+    def to_scipy(self) -> LinearOperator:
+        """A ``scipy.sparse.linalg.LinearOperator`` (symmetric; matrix products in one pass)."""
+        from scipy.sparse.linalg import LinearOperator
+
+        kind = np.float64 if self.dtype == torch.float64 else np.float32
+
+        def product(v: NDArray[Any]) -> NDArray[Any]:
+            return self @ np.asarray(v, dtype=kind).reshape(self.shape[0], -1)
+
+        return LinearOperator(self.shape, matvec=product, rmatvec=product, matmat=product, rmatmat=product, dtype=kind)
+
+    def __repr__(self) -> str:
+        what = {"full": "Hessian", "outer": "H_O", "functional": "H_F"}[self.part]
+        held = "linearized once" if self.cached else "linearized in every product"
+        return (
+            f"HessianOperator({what}, {len(self.names)} parameters, P={self.shape[0]}, {self.samples} samples in "
+            f"{self.batches} {'piece' if self.batches == 1 else 'pieces'}, {held}, {str(self.dtype)[6:]})"
+        )
+
+    eigsh = _spectra.eigsh
+    trace = _spectra.trace
+    frobenius_norm = _spectra.frobenius_norm
+    spectral_density = _spectra.spectral_density
+
+
+def _sample_bytes(graph: Graph, dtype: torch.dtype) -> int:
+    """Bytes of all values of one sample."""
+    numbers = sum(n.numel for n in graph.program if n.dtype.is_floating_point and (n.batched or n.op is not None))
+    samples = batch_size(*graph._example) if graph.coupled else 1
+    return max(1, numbers * itemsize(dtype) // samples)
+
+
+def _length(inputs: Any) -> int:
+    return batch_size(*normalize_inputs(inputs))
+
+
+def _detach_from_model(state: State) -> None:
+    """Copy values that share memory with the model or the data: a state of an operator does not move with them."""
+    live = {v.untyped_storage().data_ptr() for n, v in state.values.items() if n.op is None}
+    for node, value in state.values.items():
+        if value.untyped_storage().data_ptr() in live:
+            state.values[node] = value.clone()
+    state._calls.clear()
