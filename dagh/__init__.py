@@ -1,7 +1,9 @@
 """Exact second derivatives of neural networks, block by block."""
 
 from dagh import errors
+from dagh._atlas import Atlas, atlas
 from dagh._blockmatrix import BlockMatrix
+from dagh._gram import Gram, gram
 from dagh._graph import Graph, trace
 from dagh._hessian import Decomposition, decompose, functional_hessian, gauss_newton, hessian
 from dagh._rules import Call, Rule, register_rule
@@ -10,18 +12,22 @@ from dagh._version import __version__
 from dagh.errors import DaghError
 
 __all__ = [
+    "Atlas",
     "BlockMatrix",
     "Call",
     "DaghError",
     "Decomposition",
+    "Gram",
     "Graph",
     "Rule",
     "State",
     "__version__",
+    "atlas",
     "decompose",
     "errors",
     "functional_hessian",
     "gauss_newton",
+    "gram",
     "hessian",
     "register_rule",
     "trace",

@@ -35,15 +35,27 @@ class Inputs:
     width: int
     of: Callable[[int], Tensor] | None = None
     index: Tensor | None = None
+    held: list[Tensor] | None = None
 
     def gram(self, n: int, window: slice) -> Tensor:
         """``⟨x_{nt}, x_{mu}⟩`` for the samples m of the window: ``[M, T, T]``, Boolean for an embedding."""
         if self.index is not None:
             mine = self.index[n]
             return (mine[None, :, None] == self.index[window][:, None, :]) & (mine >= 0)[None, :, None]
+        mine, others = self.rows(n), [self.rows(m) for m in range(window.start, window.stop)]
+        return (mine @ torch.cat(others).T).reshape(len(mine), len(others), -1).transpose(0, 1)
+
+    def rows(self, n: int) -> Tensor:
+        """``x_n``: ``[T, i]``, formed once where all samples' rows are held."""
+        if self.held is not None:
+            return self.held[n]
         assert self.of is not None
-        mine = self.of(n)
-        return torch.stack([mine @ self.of(m).T for m in range(window.start, window.stop)])
+        return self.of(n)
+
+    def hold(self, limit: int) -> None:
+        """Keep the rows of all samples if these are at most ``limit`` numbers."""
+        if self.of is not None and self.samples * self.count * self.width <= limit:
+            self.held = [self.of(n) for n in range(self.samples)]
 
 
 def choose_way(samples: int, columns: int, positions: int, outputs: int, width: int, indexed: bool = False) -> Way:
@@ -63,11 +75,10 @@ def crossed_gram(cotangent: Tensor, inputs: Inputs, rows: Tensor, index: Tensor)
     ``cotangent [N, r, T, V]`` and ``inputs`` belong to the layer, ``rows [N, r, U, d]`` and ``index [N, U]`` (``-1``
     where no derivative flows) to the embedding: ``Σ_{t,u} s_{nrt}[index_{mu}] ⟨x_{nt}, e_{mqu}⟩``.
     """
-    assert inputs.of is not None
     n, r = cotangent.shape[:2]
     out = torch.zeros(n, r, n, r, dtype=torch.float64, device=cotangent.device)
     for k in range(n):
-        x = inputs.of(k)
+        x = inputs.rows(k)
         for m in range(n):
             used = index[m] >= 0
             met = cotangent[k][..., index[m][used]].flatten(1)  # [r, T·U]
@@ -81,6 +92,7 @@ def weight_gram(cotangent: Tensor, inputs: Inputs, way: Way, limit: int) -> Tens
 
     ``limit`` bounds the numbers held at once beside the arguments.
     """
+    inputs.hold(limit)
     if way == "one position":
         return _one_position(cotangent, inputs)
     if way == "positions":
@@ -100,8 +112,7 @@ def _one_position(s: Tensor, inputs: Inputs) -> Tensor:
     if inputs.index is not None:
         same = torch.cat([inputs.gram(m, slice(0, n)) for m in range(n)])
     else:
-        assert inputs.of is not None
-        x = torch.cat([inputs.of(m) for m in range(n)])
+        x = torch.cat([inputs.rows(m) for m in range(n)])
         same = x @ x.T
     core = (flat @ flat.T).double().reshape(n, r, n, r)
     return (core * same.reshape(n, 1, n, 1)).reshape(n * r, n * r)
@@ -136,9 +147,8 @@ def _by_rows(s: Tensor, inputs: Inputs, limit: int) -> Tensor:
 
 
 def _dense(inputs: Inputs, n: int, like: Tensor) -> Tensor:
-    if inputs.of is not None:
-        return inputs.of(n)
-    assert inputs.index is not None
+    if inputs.index is None:
+        return inputs.rows(n)
     index = inputs.index[n]
     out = like.new_zeros(index.shape[0], inputs.width)
     used = index >= 0

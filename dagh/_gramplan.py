@@ -163,7 +163,9 @@ def plan_groups(state: State, leaves: Sequence[Node], columns: int, budget: int)
     widest = max(useful, default=1)
     groups: list[Group] = []
     held = 0
-    by_depth = sorted((x for x in layers if x.route != "none"), key=lambda x: -min((v.index for v in x.nodes), default=0))
+    by_depth = sorted(
+        (x for x in layers if x.route != "none"), key=lambda x: -min((v.index for v in x.nodes), default=0)
+    )
     for layer in by_depth:
         cost = layer.stored() * side * size
         if cost > working:
@@ -175,9 +177,7 @@ def plan_groups(state: State, leaves: Sequence[Node], columns: int, budget: int)
         held += cost
     for group in groups:
         wanted = {node for layer in group.layers for node in layer.nodes}
-        group.kept = sorted(
-            {v for x in group.layers if x.route != "rows" for v in x.nodes}, key=lambda v: v.index
-        )
+        group.kept = sorted({v for x in group.layers if x.route != "rows" for v in x.nodes}, key=lambda v: v.index)
         column = n * size * (sum(v.numel for v in wanted) + _LIVE * widest)
         group.step = max(1, min(columns, working // 4 // column))
     return layers, groups
