@@ -114,7 +114,8 @@ class Atlas:
         """Eigenvalues of the diagonal block of ``name``, ascending; only the non-zero ones for H_O."""
         find_name(self.index, name, "parameter")
         if self.matrix is not None:
-            return torch.linalg.eigvalsh(self.matrix[name, name])
+            values: Tensor = torch.linalg.eigvalsh(self.matrix[name, name])
+            return values
         return self.gram.eigvalsh(name)
 
     def trace(self, name: str | None = None) -> float:
@@ -239,17 +240,17 @@ def atlas(
     """Frobenius and spectral norms of every pair of blocks of H_O, exactly, however large the layers are.
 
     With the rows ``B_l`` of :func:`dagh.gram` and ``G_l = B_l B_lᵀ``: ``‖H_O[l,m]‖_F² = ⟨G_l, G_m⟩``,
-    ``‖H_O[l,m]‖₂² = λ_max(G_l G_m)``, ``tr H_O[l,l] = tr G_l``, and the non-zero eigenvalues of ``H_O[l,l]`` are those of
-    ``G_l`` (with the signs of the loss curvature where it is indefinite). Cost and memory are those of :func:`dagh.gram`.
+    ``‖H_O[l,m]‖₂² = λ_max(G_l G_m)``, ``tr H_O[l,l] = tr G_l``, and the non-zero eigenvalues of ``H_O[l,l]`` are those
+    of ``G_l`` (with the signs of the loss curvature where it is indefinite). Cost and memory are those of
+    :func:`dagh.gram`.
 
-    Args:
-        part: ``"outer"``; or ``"functional"`` and ``"full"``, H_F and H: exact up to P = 2000; beyond, pairs that
-            vanish by structure are exact and the others estimated, with standard errors, from products with random
-            directions.
-        probes: directions per parameter of that estimate (2 or more); when given, it is used at any P. Default: 16.
-        seed: of the directions.
-        model, loss, inputs, targets, params, reduction, kinks, memory_budget, output, mode: as in
-            :func:`dagh.hessian`, with ``reduction`` ``"mean"`` or ``"sum"``.
+    Arguments are those of :func:`dagh.hessian`, with ``reduction`` ``"mean"`` or ``"sum"``, and
+
+    - ``part``: ``"outer"``; or ``"functional"`` and ``"full"``, H_F and H: exact up to P = 2000; beyond, pairs that
+      vanish by structure are exact and the others estimated, with standard errors, from products with random
+      directions.
+    - ``probes``: directions per parameter of that estimate (2 or more); when given, it is used at any P. Default: 16.
+    - ``seed``: of the directions.
 
     Raises:
         MemoryBudgetError: the Gram matrices do not fit.

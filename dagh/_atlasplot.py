@@ -39,7 +39,7 @@ def draw(atlas: Atlas, path: Path, kind: str) -> None:
     matrix = shown.norms(kind).to_numpy()
     count = len(shown.names)
     side = min(max(0.17 * count, 2.2), 7.5)
-    figure = Figure(figsize=(2 * side + 4.4, side + 1.5), layout="constrained")
+    figure = Figure(figsize=(2 * side + 4.4, side + 1.5), layout="compressed")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2)
     size = max(min(8.0, 0.78 * 72 * side / count), 3.0)
@@ -55,7 +55,7 @@ def draw(atlas: Atlas, path: Path, kind: str) -> None:
     if shown.is_estimate:
         extra.append(f"estimated from {atlas.info.get('probes')} random directions per parameter")
     figure.suptitle(f"{title[0].upper()}{title[1:]}" + "".join(f"; {line}" for line in extra), fontsize=10)
-    figure.savefig(path, dpi=200)
+    figure.savefig(path, dpi=200, bbox_inches="tight")
 
 
 def _logarithmic(figure: Any, axes: Any, matrix: np.ndarray[Any, Any], title: str) -> None:
@@ -86,7 +86,7 @@ def _labels(axes: Any, atlas: Atlas, size: float, *, names: bool) -> None:
     labels = [shorten(name) for name in atlas.names]
     axes.set_xticks(places, labels if count <= 40 else [""] * count, rotation=90, fontsize=size)
     axes.set_yticks(places, labels if names else [""] * count, fontsize=size)
-    axes.tick_params(length=0 if count > 40 else 2, width=0.5, pad=2)
+    axes.tick_params(length=0, pad=2)
     for edge in axes.spines.values():
         edge.set_linewidth(0.5)
     # Thin lines between modules of the first level that has more than one.

@@ -87,7 +87,7 @@ def _table(*heads: str) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for head in heads:
         left = head in ("", "row", "column")
-        table.add_column(head, justify="left" if left else "right", no_wrap=not left, overflow="fold" if left else None)
+        table.add_column(head, justify="left" if left else "right", no_wrap=not left, overflow="fold")
     return table
 
 

@@ -134,7 +134,7 @@ class Gram:
         g = self.of(name)
         if self.signs is None:
             return float(g.norm())
-        return max(float((self.signs[:, None] * g * self.signs * g).sum()), 0.0) ** 0.5
+        return float((self.signs[:, None] * g * self.signs * g).sum().clamp(min=0).sqrt())
 
     def __repr__(self) -> str:
         what = "neural tangent kernel" if self.kind == "ntk" else "dual of H_O"
@@ -177,12 +177,9 @@ def gram(
     gradients are streamed. With r columns of the loss factor per sample (the outputs, as a rule) it costs N·r backward
     passes, and (parameters + 3)·(N·r)²·8 bytes.
 
-    Args:
-        model, inputs, targets, params, kinks, memory_budget, output, mode: as in :func:`dagh.hessian`.
-        loss: as in :func:`dagh.hessian`; not used by ``kind="ntk"`` (give ``None``).
-        reduction: ``"mean"`` or ``"sum"``.
-        kind: ``"outer"``, or ``"ntk"``: ``J Jᵀ`` over all outputs, the empirical neural tangent kernel (Jacot, Gabriel &
-            Hongler 2018).
+    Arguments are those of :func:`dagh.hessian`, with ``reduction`` ``"mean"`` or ``"sum"``, and ``kind``: ``"outer"``,
+    or ``"ntk"``, ``J Jᵀ`` over all outputs: the empirical neural tangent kernel (Jacot, Gabriel & Hongler 2018), which
+    needs no loss (give ``None``).
 
     Raises:
         MemoryBudgetError: the Gram matrices do not fit.

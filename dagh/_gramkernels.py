@@ -135,7 +135,7 @@ def _by_positions(s: Tensor, inputs: Inputs, limit: int) -> Tensor:
 
 
 def _by_rows(s: Tensor, inputs: Inputs, limit: int) -> Tensor:
-    n, r, t, o = s.shape
+    n, r, _, o = s.shape
     out = torch.zeros(n * r, n * r, dtype=torch.float64, device=s.device)
     step = max(1, min(o, limit // (n * r * inputs.width)))
     for start in range(0, o, step):

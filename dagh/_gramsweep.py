@@ -49,7 +49,7 @@ def gram_matrices(
 
 
 def _sweep_group(state: State, columns: Tensor, group: Group) -> tuple[dict[Node, Tensor], dict[Node, Tensor]]:
-    """Cotangents ``[N, r, *shape]`` at the nodes to keep, and rows ``[N, r, p]`` of the leaves on the explicit route."""
+    """Cotangents ``[N, r, *shape]`` at the nodes to keep, and rows ``[N, r, p]`` of leaves on the explicit route."""
     n, r = columns.shape[:2]
     explicit = [layer for layer in group.layers if layer.route == "rows"]
     wanted = list(dict.fromkeys(node for layer in group.layers for node in layer.nodes))
@@ -113,7 +113,8 @@ def _layer_gram(
         return _product(state, uses, cotangents, limit)
     heads = [use for use in uses if family(use) == "linear"]
     tables = [use for use in uses if family(use) == "embedding"]
-    total, names = empty, []
+    total = empty
+    names: list[str] = []
     for some in (heads, tables):
         if some:
             piece, way = _product(state, some, cotangents, limit)
@@ -169,11 +170,12 @@ def _input_rows(state: State, use: Use, n: int) -> Tensor:
         return x.reshape(-1, x.shape[-1])
     arg = use.node.arg
     kernel = list(use.source.shape[2:])
-    settings = [kernel, list(arg("dilation")), list(arg("padding")), list(arg("stride"))]
+    settings = [kernel, arg("dilation"), arg("padding"), arg("stride")]
     if len(kernel) == 1:
         x = x.unsqueeze(2)
         settings = [[fill, v[0]] for fill, v in zip((1, 1, 0, 1), settings, strict=True)]
-    cols = torch.nn.functional.unfold(x, *settings)  # [m, C·k, L]
+    one, two, three, four = (tuple(int(k) for k in v) for v in settings)
+    cols = torch.nn.functional.unfold(x, one, two, three, four)  # [m, C·k, L]
     return cols.transpose(1, 2).reshape(-1, cols.shape[1])
 
 
