@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from scipy.linalg import eigvalsh
 from torch import Tensor, nn
 
 from dagh import _memory
@@ -202,8 +203,9 @@ def spectral(gram: Gram) -> dict[Pair, float]:
         for j in range(i, len(factors)):
             core = turned @ factors[j]
             square = core @ core.T if core.shape[0] <= core.shape[1] else core.T @ core
-            top = torch.linalg.eigvalsh(square)[-1:].clamp(min=0).sqrt()
-            values[i, j] = float(top.sum())
+            # Thousands of small matrices: LAPACK by itself is several times quicker on them than torch.
+            top = float(eigvalsh(square.cpu().numpy())[-1]) if square.numel() else 0.0
+            values[i, j] = max(top, 0.0) ** 0.5
     return values
 
 
