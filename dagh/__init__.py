@@ -1,7 +1,9 @@
 """Exact second derivatives of neural networks, block by block."""
 
 from dagh import errors
+from dagh._atlas import Atlas, atlas
 from dagh._blockmatrix import BlockMatrix
+from dagh._gram import Gram, gram
 from dagh._graph import Graph, trace
 from dagh._hessian import Decomposition, decompose, functional_hessian, gauss_newton, hessian, plan
 from dagh._operator import HessianOperator, operator
@@ -12,20 +14,24 @@ from dagh._version import __version__
 from dagh.errors import DaghError
 
 __all__ = [
+    "Atlas",
     "BlockMatrix",
     "Call",
     "DaghError",
     "Decomposition",
+    "Gram",
     "Graph",
     "HessianOperator",
     "Plan",
     "Rule",
     "State",
     "__version__",
+    "atlas",
     "decompose",
     "errors",
     "functional_hessian",
     "gauss_newton",
+    "gram",
     "hessian",
     "operator",
     "plan",

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from dagh._local import Local, Moves, Rows, Site, local_for, settle
-from dagh._rules._conv_kernels import Convolution, pad_space, windows
+from dagh._rules._conv import Convolution
+from dagh._rules._conv_kernels import pad_space, windows
 from dagh._rules._linear_maps import PerChannel
 from dagh._rules._normalize import StandardizeFixed
 

@@ -22,7 +22,7 @@ from click.testing import CliRunner, Result
 from torch import nn
 
 import dagh
-from dagh._cli import _data, _group, _load, _output, cli
+from dagh._cli import _blocks, _data, _group, _load, _output, cli
 from dagh._cli._blocks import BlockTable, Norms, _steps
 from dagh._rules._base import registered
 
@@ -131,6 +131,29 @@ def test_norms_are_those_of_the_api(run: Run, tmp_path: Path) -> None:
             wanted = float(getattr(parts, name)[pair].norm())
             assert entry["fro"][name] == pytest.approx(wanted, rel=1e-10, abs=1e-14)
         assert entry["kind"] == parts.full.kind(*pair)
+
+
+def test_norms_of_blocks_too_large_to_form(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """H_O stays exact; H_F and H are estimates, called so in every format."""
+    options = (MLP, "--norms", "--dtype", "float64", "--batch", "5")
+    exact = {(e["row"], e["column"]): e for e in json.loads(run(*options, "--format", "json").stdout)["blocks"]}
+    monkeypatch.setattr(_blocks, "_MAX_ENTRIES", 0)
+    monkeypatch.setattr(_blocks, "_PROBES", 64)
+    result = run(*options, "--format", "json")
+    assert result.exit_code == 0, result.output
+    for entry in json.loads(result.stdout)["blocks"]:
+        wanted = exact[entry["row"], entry["column"]]
+        assert entry["kind"] == wanted["kind"]
+        assert entry["fro"]["outer"] == pytest.approx(wanted["fro"]["outer"], rel=1e-10)
+        assert ("standard_error" in entry) == ("H_F" in entry["kind"])
+        for name in ("full", "functional"):
+            spread = 6 * entry.get("standard_error", {}).get(name, 0.0) + 1e-9
+            assert entry["fro"][name] == pytest.approx(wanted["fro"][name], abs=spread)
+    for form in ("table", "html"):
+        out = run(*options, "--format", form).stdout
+        assert "≈" in out and "estimates from 64 random directions" in out
+    some = run(*options, "--blocks", "a.*:b.bias", "--format", "json")
+    assert len(json.loads(some.stdout)["blocks"]) == 2
 
 
 def test_blocks_and_plan(run: Run) -> None:

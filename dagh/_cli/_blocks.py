@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
-from typing import Any
+from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, Group, RenderResult
@@ -15,27 +15,39 @@ from rich.table import Table
 from rich.text import Text
 
 from dagh import _memory
+from dagh._atlas import frobenius
 from dagh._blocktables import join_kinds
 from dagh._blockview import MEANINGS, STYLES, SYMBOLS, shorten
+from dagh._gram import gram_of
 from dagh._graph import Graph
 from dagh._hessian import decompose
 from dagh._planner import reach, structure
+from dagh._probes import Probes, probe
 from dagh._request import Pair, Request, itemsize
 from dagh._state import State
 
 _COPIES = 4  # full, outer, functional and one at work
 _STEP_BYTES = 256 << 20  # small steps keep the progress honest
+_FLOOR = 64 << 20  # up to this, a block that does not fit the budget is refused, not estimated
+_MAX_ENTRIES = 10**9  # beyond, forming all blocks takes longer than an atlas
+_PROBES = 4
 _MAX_ROWS = 24
 _MAX_LISTED = 24
 
 
 @dataclass(frozen=True)
 class Norms:
-    """Frobenius norms of one block."""
+    """Frobenius norms of one block; ``errors`` are the standard errors of ``full`` and ``functional`` as estimates."""
 
     full: float
     outer: float
     functional: float
+    errors: tuple[float, float] | None = None
+
+    @property
+    def about(self) -> str:
+        """A sign before estimates."""
+        return "" if self.errors is None else "≈ "
 
 
 @dataclass(frozen=True)
@@ -82,6 +94,8 @@ class BlockTable:
             if self.norms is not None:
                 n = self.norms[i, j]
                 entry["fro"] = {"full": n.full, "outer": n.outer, "functional": n.functional}
+                if n.errors is not None:
+                    entry["standard_error"] = {"full": n.errors[0], "functional": n.errors[1]}
             out.append(entry)
         return out
 
@@ -100,6 +114,7 @@ class BlockTable:
         at = [names.index(label) for label in labels]
         kinds: dict[Pair, str] = {}
         squares: dict[Pair, tuple[float, float, float]] = {}
+        spreads: dict[Pair, tuple[float, float]] = {}
         for (i, j), kind in self.kinds.items():
             pair = min(at[i], at[j]), max(at[i], at[j])
             kinds[pair] = join_kinds(kinds.get(pair, "zero"), kind)
@@ -113,11 +128,16 @@ class BlockTable:
                     old[1] + twice * new[1] ** 2,
                     old[2] + twice * new[2] ** 2,
                 )
-        norms = None if self.norms is None else {p: Norms(*map(sqrt, s)) for p, s in squares.items()}
+                if n.errors is not None:
+                    # Estimates that share directions move together: errors of the squares add up at most.
+                    so_far = spreads.get(pair, (0.0, 0.0))
+                    more = twice * 2 * n.full * n.errors[0], twice * 2 * n.functional * n.errors[1]
+                    spreads[pair] = so_far[0] + more[0], so_far[1] + more[1]
+        norms = None if self.norms is None else {p: _rooted(s, spreads.get(p)) for p, s in squares.items()}
         sizes = tuple(sum(s for s, k in zip(self.sizes, at, strict=True) if k == g) for g in range(len(names)))
         members = tuple(tuple(n for n, k in zip(self.names, at, strict=True) if k == g) for g in range(len(names)))
         note = f"{len(self.names)} parameters, merged by module"
-        return BlockTable(tuple(names), sizes, kinds, norms, members, (note,), self.whole)
+        return BlockTable(tuple(names), sizes, kinds, norms, members, (*self.notes, note), self.whole)
 
     # -- console -------------------------------------------------------------------------------------
 
@@ -174,7 +194,7 @@ class BlockTable:
             if "H_O" in kind:
                 text.append(f"\nO {norms.outer:.1e}", style="not bold")
             if "H_F" in kind:
-                text.append(f"\nF {norms.functional:.1e}", style="not bold")
+                text.append(f"\nF {norms.about}{norms.functional:.1e}", style="not bold")
         return text
 
     def _signs(self) -> Table:
@@ -214,9 +234,10 @@ class BlockTable:
             table.add_column(head, justify="right", no_wrap=True)
         for (i, j), n in ranked[:_MAX_LISTED]:
             parts = [
-                f"{v:.2e}" if part in self.kinds[i, j] else "·" for part, v in (("H_O", n.outer), ("H_F", n.functional))
+                f"{v}" if part in self.kinds[i, j] else "·"
+                for part, v in (("H_O", f"{n.outer:.2e}"), ("H_F", f"{n.about}{n.functional:.2e}"))
             ]
-            table.add_row(self.names[i], self.names[j], *parts, f"{n.full:.2e}")
+            table.add_row(self.names[i], self.names[j], *parts, f"{n.about}{n.full:.2e}")
         rest = len(ranked) - _MAX_LISTED
         more = f"; {rest} smaller ones in --format json or html" if rest > 0 else ""
         return Group(table, Text(f"Frobenius norms{more}", style="dim"))
@@ -250,14 +271,18 @@ def with_norms(
 ) -> BlockTable:
     """Frobenius norms of every block of the table, a few blocks at a time.
 
-    ``announce`` gets the number of blocks, ``advance`` how many are done. Raises ``MemoryBudgetError`` when
-    one block alone does not fit; the largest come first so that this shows at once.
+    Where the blocks are too large to be formed, those of H_O come from an atlas, exactly, and those of H_F and H are
+    estimated. ``announce`` gets the number of steps, ``advance`` how many are done. Raises ``MemoryBudgetError`` when
+    neither fits.
     """
     device, width = state.weights.device, itemsize(state.weights.dtype)
     limit = min(_STEP_BYTES, _memory.budget_bytes(budget, device))
     zero = Norms(0.0, 0.0, 0.0)
     norms = {pair: zero for pair, kind in table.kinds.items() if kind == "zero"}
     wanted = [pair for pair in table.kinds if pair not in norms]
+    entries = [table.sizes[i] * table.sizes[j] for i, j in wanted]
+    if sum(entries) > _MAX_ENTRIES or _COPIES * width * max(entries, default=0) > max(limit, _FLOOR):
+        return _from_atlas(table, state, budget, announce, advance)
     announce(len(wanted))
     for pairs in _steps(wanted, table.sizes, limit // (_COPIES * width)):
         names = [(table.names[i], table.names[j]) for i, j in pairs]
@@ -276,6 +301,47 @@ def with_norms(
             norms[pair] = Norms(*values)
         advance(len(pairs))
     return replace(table, norms=norms)
+
+
+def _rooted(squares: tuple[float, float, float], spread: tuple[float, float] | None) -> Norms:
+    full, outer, functional = map(sqrt, squares)
+    if spread is None:
+        return Norms(full, outer, functional)
+    errors = tuple(s / (2 * v) if v > 0 else 0.0 for s, v in zip(spread, (full, functional), strict=True))
+    return Norms(full, outer, functional, (errors[0], errors[1]))
+
+
+def _from_atlas(
+    table: BlockTable,
+    state: State,
+    budget: int | None,
+    announce: Callable[[int], None],
+    advance: Callable[[int], None],
+) -> BlockTable:
+    """Norms of H_O exactly, of H_F and H by random directions, without a block."""
+    kinds, names = table.kinds, table.names
+    parts: list[Literal["full", "functional"]] = ["full", "functional"]
+    mixed = [part for part in parts if any("H_F" in kind for kind in kinds.values())]
+    announce(len(names) * (1 + len(mixed)))
+    outer = frobenius(gram_of(state, names, "outer", budget, advance))
+    work = _memory.budget_bytes(budget, state.weights.device)
+    found: dict[str, Probes] = {}
+    for part in mixed:
+        pairs = ((i, j) for i in range(len(names)) for j in range(i, len(names)))
+        # Blocks that were not asked for, or that hold nothing unknown, are not probed.
+        known = {p: outer[p] if part == "full" else 0.0 for p in pairs if "H_F" not in kinds.get(p, "zero")}
+        found[part] = probe(state, names, part, known, count=_PROBES, seed=0, budget=work, advance=advance)
+    norms = {}
+    for pair, kind in kinds.items():
+        o = outer[pair] if "H_O" in kind else 0.0
+        if "H_F" not in kind:
+            norms[pair] = Norms(o, o, 0.0)
+            continue
+        f, f_error, _ = found["functional"].norm([pair[0]], [pair[1]])
+        h, h_error, _ = found["full"].norm([pair[0]], [pair[1]]) if "H_O" in kind else (f, f_error, False)
+        norms[pair] = Norms(h, o, f, (h_error, f_error))
+    note = f"≈ H_F and H: estimates from {_PROBES} random directions per parameter; H_O: exact"
+    return replace(table, norms=norms, notes=(*table.notes, *([note] if mixed else [])))
 
 
 def _steps(pairs: Sequence[Pair], sizes: Sequence[int], limit: int) -> Iterator[list[Pair]]:

@@ -144,11 +144,12 @@ def _cell(table: BlockTable, r: int, c: int, wide: bool, low: float, high: float
     strength, text = 0.5, SYMBOLS[kind]
     if table.norms is not None:
         norms = table.norms[pair]
-        tip += f"; ‖H_O‖ = {norms.outer:.4e}, ‖H_F‖ = {norms.functional:.4e}, ‖H‖ = {norms.full:.4e}"
+        about = norms.about
+        tip += f"; ‖H_O‖ = {norms.outer:.4e}, ‖H_F‖ = {about}{norms.functional:.4e}, ‖H‖ = {about}{norms.full:.4e}"
         t = (log10(norms.full) - low) / (high - low) if norms.full > 0 and high > low else float(norms.full > 0)
         strength = 0.14 + 0.72 * t
         if wide:
-            text = _LABELS[kind] + f"<br>{norms.full:.1e}"
+            text = _LABELS[kind] + f"<br>{norms.about}{norms.full:.1e}"
     return f'<td title="{escape(tip)}" style="background:rgba(var({_COLOURS[kind]}),{strength:.2f})">{text}</td>'
 
 

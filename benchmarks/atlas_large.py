@@ -1,0 +1,223 @@
+"""Atlas of H_O on networks of ten million parameters: exact norms of all pairs of blocks, with time and peak memory.
+
+    OMP_NUM_THREADS=2 python benchmarks/atlas_large.py resnet18
+    OMP_NUM_THREADS=2 python benchmarks/atlas_large.py gpt --plot gpt.png
+
+A few blocks are compared with per-sample gradients from ``torch.autograd``, which know nothing of the graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import dagh
+
+F = nn.functional
+
+
+class Block(nn.Module):
+    """Two 3 × 3 convolutions with a shortcut (He, Zhang, Ren & Sun 2016)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """ResNet-18 for 32 × 32 images: a 3 × 3 stem and four stages of two blocks. Width 64 has 11.2 M parameters."""
+
+    def __init__(self, width: int = 64, classes: int = 10, blocks: Sequence[int] = (2, 2, 2, 2)) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        stages, inputs = [], width
+        for i, count in enumerate(blocks):
+            outputs = width << i
+            first = Block(inputs, outputs, 1 if i == 0 else 2)
+            stages.append(nn.Sequential(first, *(Block(outputs, outputs, 1) for _ in range(count - 1))))
+            inputs = outputs
+        self.stages = nn.Sequential(*stages)
+        self.fc = nn.Linear(inputs, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stages(torch.relu(self.bn1(self.conv1(x))))
+        return self.fc(x.mean((2, 3)))
+
+
+class Attention(nn.Module):
+    """Causal self-attention with fused projections, as in GPT-2."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.c_attn = nn.Linear(width, 3 * width)
+        self.c_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.c_attn(x).chunk(3, -1))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.c_proj(y.transpose(1, 2).flatten(2))
+
+
+class Layer(nn.Module):
+    """Pre-norm transformer layer."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.ln_1, self.attn = nn.LayerNorm(width), Attention(width, heads)
+        self.ln_2 = nn.LayerNorm(width)
+        self.c_fc, self.c_proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.c_proj(F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh"))
+
+
+class GPT(nn.Module):
+    """GPT-2 with the head tied to the embedding, predicting the character after the sequence.
+
+    The defaults are the usual size for Shakespeare by character: 6 layers of width 384, 65 characters, 10.7 M
+    parameters. Only the last position is read out, so that a sample has 65 outputs and not 65 per position.
+    """
+
+    def __init__(
+        self, vocabulary: int = 65, width: int = 384, heads: int = 6, layers: int = 6, context: int = 64
+    ) -> None:
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
+        self.h = nn.Sequential(*(Layer(width, heads) for _ in range(layers)))
+        self.ln_f = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        for p in self.parameters():
+            if p.ndim > 1:
+                nn.init.normal_(p, std=0.02)
+        self.head.weight = self.wte.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1], device=tokens.device))
+        return self.head(self.ln_f(self.h(x))[:, -1])
+
+
+def resnet18(samples: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """ResNet-18 with running statistics away from their defaults, on random images."""
+    torch.manual_seed(0)
+    model = ResNet()
+    with torch.no_grad():
+        model.train()
+        for _ in range(3):
+            model(torch.randn(16, 3, 32, 32))
+        for p in model.parameters():
+            p.grad = None
+    return model.eval(), torch.randn(samples, 3, 32, 32), torch.randint(10, (samples,))
+
+
+def gpt(samples: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """The transformer on random characters."""
+    torch.manual_seed(0)
+    return GPT().eval(), torch.randint(65, (samples, 64)), torch.randint(65, (samples,))
+
+
+CASES = {"resnet18": (resnet18, 16), "gpt": (gpt, 4)}
+
+
+def check(model: nn.Module, x: Tensor, y: Tensor, atlas: dagh.Atlas, pairs: Sequence[tuple[str, str]]) -> float:
+    """Largest relative error of the Frobenius norms of ``pairs``, against per-sample gradients by autograd.
+
+    ``H_O[a, b] = Σ_n J_{n,a}ᵀ (diag p_n − p_n p_nᵀ) J_{n,b} / N``; its norm follows from the rows ``S_nᵀ J_n / √N``.
+    """
+    names = list(dict.fromkeys(name for pair in pairs for name in pair))
+    named = dict(model.named_parameters())
+    rows: dict[str, list[Tensor]] = {name: [] for name in names}
+    for n in range(len(x)):
+        out = model(x[n : n + 1])[0]
+        p = out.detach().double().softmax(0)
+        s = torch.diag(p.sqrt()) - torch.outer(p, p.sqrt())
+        for r in range(len(p)):
+            column = (s[:, r] / len(x) ** 0.5).to(out)
+            grads = torch.autograd.grad(out, [named[name] for name in names], column, retain_graph=True)
+            for name, g in zip(names, grads, strict=True):
+                rows[name].append(g.flatten())
+    worst, norms = 0.0, atlas.norms()
+    for a, b in pairs:
+        left, right = torch.stack(rows[a]).double(), torch.stack(rows[b]).double()
+        expected = float(((left @ left.T) * (right @ right.T)).sum()) ** 0.5
+        worst = max(worst, abs(norms[a, b] - expected) / expected)
+    return worst
+
+
+PAIRS = {
+    "resnet18": [("conv1.weight", "conv1.weight"), ("conv1.weight", "stages.2.0.conv2.weight")],
+    "gpt": [("wte.weight", "wte.weight"), ("wte.weight", "h.3.c_fc.weight")],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("case", choices=sorted(CASES))
+    parser.add_argument("--samples", type=int)
+    parser.add_argument("--memory-budget", default="2.5GiB")
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--no-check", action="store_true", help="leave out the comparison with autograd")
+    options = parser.parse_args()
+    build, samples = CASES[options.case]
+    model, x, y = build(options.samples or samples)
+    size = sum(p.numel() for p in model.parameters())
+    print(f"{options.case}: P = {size:,}, {len(x)} samples, {torch.get_num_threads()} threads")
+    started = time.perf_counter()
+    atlas = dagh.atlas(model, "cross_entropy", x, y, memory_budget=options.memory_budget)
+    formed = time.perf_counter()
+    norms = atlas.norms()
+    done = time.perf_counter()
+    spectral = atlas.norms("spectral")
+    everything = time.perf_counter()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    result = {
+        "case": options.case,
+        "parameters": size,
+        "samples": len(x),
+        "side": atlas.gram.side,
+        "pairs": len(norms),
+        "seconds_gram": round(formed - started, 2),
+        "seconds_frobenius": round(done - started, 2),
+        "seconds_with_spectral": round(everything - started, 2),
+        "peak_rss_gib": round(peak / 2**30, 2),
+        "lambda_max": atlas.gram.lambda_max(),
+        "trace": atlas.gram.trace(),
+        "largest_spectral": max(v for _, v in spectral.items()),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    if not options.no_check:
+        result["relative_error"] = check(model, x, y, atlas, PAIRS[options.case])
+    for key, value in result.items():
+        print(f"  {key:24} {value}")
+    if options.plot is not None:
+        atlas.plot(options.plot)
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    if result.get("relative_error", 0.0) > 1e-3:
+        sys.exit("the norms differ from autograd's")
+
+
+if __name__ == "__main__":
+    main()
