@@ -13,6 +13,9 @@ from dagh import _memory
 from dagh._assemble import Accumulator, assemble
 from dagh._blockmatrix import BlockMatrix
 from dagh._blocks import DenseBlock, ZeroBlock
+from dagh._clarke._limiting import resolve
+from dagh._clarke._policy import AtKinks
+from dagh._clarke._warn import warn_at_ties
 from dagh._graph import Graph, Mode, trace
 from dagh._objectives import Reduction
 from dagh._planner import Plan, make_plan
@@ -65,7 +68,9 @@ def hessian(
         blocks: ``"all"``, ``"diagonal"``, or pairs of names (globs allowed). Nothing else is formed.
         reduction: ``"mean"``: the loss as PyTorch would average it (a module's own ``reduction``, a callable's own
             value); ``"sum"`` over samples; ``"none"``: one Hessian per sample, blocks ``[N, p_a, p_b]``.
-        kinks: ``"torch"``, or a dict or function choosing σ'(0) ∈ [0, 1] and max-pool's tie rule; see the docs.
+        kinks: what to take where the Hessian does not exist: ``"torch"``, ``"left"``, ``"right"``, a slope, a dict or
+            function of nodes; ``"direction"``, ``"mean"``, ``"min_norm"``, ``"min_norm_block"``, ``"raise"``, or
+            ``"enumerate"`` (the result is then a :class:`~dagh.LimitingSet`); see :class:`~dagh.AtKinks` and the docs.
         memory_budget: bytes for results and work, a number or ``"2GiB"`` (default: half of the free memory).
         plan: a plan made for the same graph and request, e.g. another matrix's ``H.plan``.
         output: which output to differentiate, when the model returns several.
@@ -227,7 +232,10 @@ def _compute(
     first = graph.program
     names, _ = choose_names(first, graph.trainable, params, wrt)
     choose_pairs(names, blocks)
-    state = graph.evaluate(loss, inputs, targets, reduction=reduction, kinks=kinks, wrt=names)
+    at = AtKinks.of(kinks)
+    state = graph.evaluate(loss, inputs, targets, reduction=reduction, kinks=kinks if at is None else None, wrt=names)
+    if kinks == "torch":
+        warn_at_ties(graph, state)
     program = state.program
     names, leaves = choose_names(program, graph.trainable, params, wrt)
     request = Request(names, leaves, choose_pairs(names, blocks))
@@ -250,6 +258,26 @@ def _compute(
         raise ReductionError("the plan was made for another graph or request; leave plan=None to make a new one")
     elif signature[4] and not plan.signature[4]:
         raise ReductionError("the plan was made for gauss_newton and has no sweeps for H_F; leave plan=None")
+
+    def compute(state: State) -> dict[str, BlockMatrix]:
+        return _matrices(wanted, state, request, plan, parts, reduction, keep, budget, memory_budget, graph)
+
+    return compute(state) if at is None else resolve(at, state, leaves, compute)
+
+
+def _matrices(
+    wanted: tuple[str, ...],
+    state: State,
+    request: Request,
+    plan: Plan,
+    parts: tuple[str, ...],
+    reduction: Reduction,
+    keep: bool,
+    budget: int,
+    memory_budget: int | None,
+    graph: Graph,
+) -> dict[str, BlockMatrix]:
+    program = state.program
     with quiet_batching():
         pieces = assemble(state, request, plan, parts=parts, keep=keep, budget=budget)
     if not all(bool(torch.isfinite(block).all()) for piece in pieces.values() for block in piece.blocks.values()):

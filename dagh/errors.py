@@ -12,6 +12,7 @@ __all__ = [
     "DaghError",
     "DtypeError",
     "FileFormatError",
+    "KinkError",
     "LossError",
     "MemoryBudgetError",
     "NoParametersError",
@@ -84,6 +85,10 @@ class MemoryBudgetError(DaghError):
 
 class BlockNotComputedError(DaghError):
     """A block outside the request was asked for."""
+
+
+class KinkError(DaghError):
+    """At a kink the question has no answer, or more answers than can be enumerated."""
 
 
 class FileFormatError(DaghError):

@@ -5,10 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dagh._ir import Node
-from dagh._rules._base import Call, KinkSites, Rule, Tangents, align, bundle, register_rule, unbroadcast
+from dagh._rules._base import (
+    Call,
+    KinkSites,
+    Rule,
+    Tangents,
+    Ties,
+    align,
+    bundle,
+    flat,
+    register_rule,
+    two_sided,
+    unbroadcast,
+)
 
 
 class _Binary(Rule):
@@ -148,6 +161,9 @@ class Extremum(_Binary):
         a, b = (align(x, 1, len(call.node.shape)) for x in call.xs)
         sign = 1 if call.node.operation.startswith("max") else -1
         other = ((b - a) * sign > 0).to(call.out.dtype)
+        if isinstance(call.kink, Tensor):
+            share = call.kink.masked_fill(call.kink.isnan(), 0.5)
+            return torch.where(a == b, share, other)
         lam = 0.5 if call.kink is None else float(call.kink)
         return other.masked_fill(a == b, lam)
 
@@ -157,7 +173,26 @@ class Extremum(_Binary):
 
     def kinks(self, call: Call) -> KinkSites | None:
         a, b = (align(x, 1, len(call.node.shape)) for x in call.xs)
-        return KinkSites((a - b).abs().flatten(1))
+        return KinkSites(flat((a - b).abs()))
+
+    def ties(self, call: Call) -> Ties | None:
+        node = call.node
+        if len(call.xs) < 2 or node.inputs[0] is node.inputs[1]:
+            return None
+        a, b = (align(x, 1, len(node.shape)) for x in call.xs)
+        where = flat((a == b).expand(call.out.shape)).nonzero()
+        if len(where) == 0:
+            return None
+        sample, element = where[:, 0], where[:, 1]
+        places = []
+        for parent in node.inputs:
+            grid = torch.arange(parent.numel, device=element.device).reshape(parent.shape)
+            places.append(align(grid, 0, len(node.shape)).expand(node.shape).flatten()[element])
+        none, place = torch.zeros_like(element), torch.stack(places, 1)
+        return Ties(
+            sample, element, (0, 1), place, torch.ones_like(place, dtype=torch.bool),
+            none.to(call.out.dtype), none.bool(), 1.0 if node.operation.startswith("max") else -1.0,
+        )  # fmt: skip
 
 
 @register_rule("aten.prelu")
@@ -193,7 +228,9 @@ class PReLU(Rule):
         def compute() -> tuple[Tensor, Tensor]:
             x, w = call.xs[0], self._weight(call)
             right = (x > 0).to(x.dtype)
-            if call.kink is not None:
+            if isinstance(call.kink, Tensor):
+                right = torch.where((x == 0) & ~call.kink.isnan(), call.kink, right)
+            elif call.kink is not None:
                 right = right.masked_fill(x == 0, float(call.kink))
             return right + (1 - right) * w, 1 - right
 
@@ -225,4 +262,7 @@ class PReLU(Rule):
         return out
 
     def kinks(self, call: Call) -> KinkSites | None:
-        return KinkSites(call.xs[0].abs().flatten(1))
+        return KinkSites(flat(call.xs[0].abs()))
+
+    def ties(self, call: Call) -> Ties | None:
+        return two_sided(call.xs[0] == 0, 0.0, self._weight(call).expand(call.xs[0].shape) == 1)
