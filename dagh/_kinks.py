@@ -23,8 +23,8 @@ class KinkPolicy:
     ``choices`` is ``None`` (PyTorch's own); ``"left"``, ``"right"`` or a slope for all nodes; a dict from operation
     names, node names, module paths or globs of them to a choice; or a function ``NodeInfo -> choice | None``. A choice
     is a number λ in [0, 1] for element-wise kinks (the derivative is (1-λ)·left + λ·right, so λ = σ'(0) for ReLU); or
-    ``"first"``, ``"last"``, ``"split"`` for maxima over axes or windows, where max-pool also takes a sequence of weights
-    per window position.
+    ``"first"``, ``"last"``, ``"split"`` for maxima over axes or windows, where max-pool also takes a sequence of
+    weights per window position.
     """
 
     def __init__(self, choices: Any = None) -> None:
