@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kink_examples import EXAMPLES, Example, half_square, penalized_relu_squared
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 import dagh
 from dagh._clarke._cone import interior, solid_angle
 from dagh._clarke._hull import min_norm_weights, optimality_gap
+from dagh._cli import cli
 
 F = nn.functional
 pytestmark = pytest.mark.filterwarnings("ignore::dagh.KinkWarning")
@@ -523,3 +527,35 @@ def test_margins() -> None:
         got = (row.margin, row.parameter_margin, row.input_margin)
         assert got == pytest.approx((z, theta, inputs), abs=1e-6)
         assert row.near == (unit == 0)
+
+
+# -- the command line ------------------------------------------------------------------------------
+
+MODEL = """
+import torch
+from torch import nn
+
+INPUT_SHAPE = (3,)
+
+
+def model() -> nn.Module:
+    net = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 2))
+    nn.init.zeros_(net[0].weight.data[:1])
+    nn.init.zeros_(net[0].bias.data[:1])
+    return net
+"""
+
+
+def test_commands(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(MODEL)
+    arguments = [str(tmp_path / "net.py"), "--batch", "2", "--dtype", "float64"]
+    shown = CliRunner().invoke(cli, ["kinks", *arguments])
+    assert shown.exit_code == 0, shown.output
+    for words in ("2 exact ties", "the gradient jumps", "patterns", "exactly 0", "relu[0;0] left"):
+        assert words in shown.output
+    data = json.loads(CliRunner().invoke(cli, ["kinks", *arguments, "--format", "json"]).output)
+    assert (data["ties"], len(data["patterns"]), data["certainty"]) == (2, 4, "exact")
+    traced = CliRunner().invoke(cli, ["trace", *arguments])
+    assert "2 may matter, see dagh kinks" in " ".join(traced.output.split())
+    assert "warning" not in traced.output
+    assert CliRunner().invoke(cli, ["kinks", *arguments, "--params", "nothing"]).exit_code != 0

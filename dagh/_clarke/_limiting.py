@@ -301,12 +301,16 @@ def describe(sites: Sites, branching: Branching) -> tuple[Branch, ...]:
             elif len(set(site.ties.arg)) > 1:
                 side = node.inputs[site.ties.arg[c]].name
             else:
-                place = np.unravel_index(int(site.ties.place[k, c]), node.inputs[0].shape)
-                side = "takes " + ",".join(str(int(p)) for p in place[1:] or place)
-            index = np.unravel_index(int(site.ties.element[k]), node.shape or (1,))
+                side = "takes " + ",".join(map(str, _index(sites.state, node.inputs[0], int(site.ties.place[k, c]))))
             sample = int(site.ties.sample[k]) if node.batched and sites.state.samples > 1 else None
-            out.append(Branch(node.name, sample, tuple(int(i) for i in index), side))
+            out.append(Branch(node.name, sample, _index(sites.state, node, int(site.ties.element[k])), side))
     return tuple(out)
+
+
+def _index(state: State, node: Node, place: int) -> tuple[int, ...]:
+    """Position within one sample, without the axis of length one that stands for the batch."""
+    index = tuple(int(i) for i in np.unravel_index(place, node.shape or (1,)))
+    return index[1:] if node.batched and not state.coupled and len(index) > 1 else index
 
 
 def _size(matrix: BlockMatrix) -> float:

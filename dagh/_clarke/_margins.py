@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dagh._clarke._rows import element_rows
+from dagh._clarke._sites import Site
 from dagh._ir import Node
 from dagh._rules._base import align, flat
 from dagh._rules._binary import Extremum
@@ -39,18 +40,28 @@ class Margins:
     inputs: float
 
 
-def margins(state: State, node: Node, leaves: Sequence[Node], inputs: Sequence[Node]) -> Margins | None:
-    """Distances of one node to its kinks; ``None`` for an operation without kinks."""
+def margins(
+    state: State, node: Node, leaves: Sequence[Node], inputs: Sequence[Node], site: Site | None
+) -> Margins | None:
+    """Distances of one node to its kinks; ``None`` for an operation without kinks.
+
+    Ties of ``site`` that do not matter are left out of the distances in parameters and input.
+    """
     found = state.rule(node).kinks(state.call(node))
     if found is None or found.margin.numel() == 0:
         return None
     margin = found.margin.nan_to_num(nan=float("inf"))
-    nearest = margin.flatten().topk(min(_NEAREST, margin.numel()), largest=False).indices
+    eligible = margin
+    if site is not None:
+        idle = ~site.live
+        eligible = margin.clone()
+        eligible[site.ties.sample[idle], site.ties.element[idle]] = float("inf")
+    nearest = eligible.flatten().topk(min(_NEAREST, margin.numel()), largest=False).indices
     sample, element = nearest // margin.shape[1], nearest % margin.shape[1]
     sides = _sides(state, node, sample, element)
     if sides is None:
         return Margins(margin, float("nan"), float("nan"))
-    z = margin[sample, element]
+    z = eligible[sample, element]
     return Margins(margin, _distance(state, z, sides, sample, leaves), _distance(state, z, sides, sample, inputs))
 
 
@@ -96,7 +107,7 @@ def _distance(state: State, z: Tensor, sides: _Sides, sample: Tensor, leaves: Se
     assert isinstance(total, Tensor)
     slope = total.norm(dim=1)
     # Nothing that varies moves an element whose gradient vanishes.
-    distance = torch.where(slope > 0, z / slope, torch.full_like(z, float("inf")))
+    distance = torch.where((slope > 0) & z.isfinite(), z / slope, torch.full_like(z, float("inf")))
     return float(distance.min())
 
 

@@ -230,10 +230,10 @@ def _nodes(
     rows, all_margins = [], []
     inputs = [n for n in state.program.inputs if n.dtype.is_floating_point]
     for node in state.program:
-        found = None if node.op is None else margins(state, node, leaves, inputs)
+        site = sites.get(node.name)
+        found = None if node.op is None else margins(state, node, leaves, inputs, site)
         if found is None:
             continue
-        site = sites.get(node.name)
         all_margins.append(found.margin)
         rows.append(
             KinkNode(

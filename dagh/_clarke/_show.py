@@ -109,9 +109,9 @@ def _patterns(report: KinkReport) -> Table:
 
 def _nodes(report: KinkReport) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("node", overflow="fold")
-    table.add_column("module", overflow="fold", style="dim")
-    for head in ("elements", "ties", "matter", f"within {report.tol:g}", "margin", "in θ", "in x"):
+    table.add_column("node", overflow="ellipsis", no_wrap=True)
+    table.add_column("module", overflow="ellipsis", no_wrap=True, style="dim")
+    for head in ("elements", "ties", "matter", f"≤ {report.tol:g}", "margin", "in θ", "in x"):
         table.add_column(head, justify="right", no_wrap=True)
     for n in report.nodes:
         style = "bold yellow" if n.live else ""
