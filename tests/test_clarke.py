@@ -457,11 +457,16 @@ def digits_network(dead: bool) -> tuple[nn.Module, Tensor, Tensor]:
     return model, x, y
 
 
-def test_background_and_dead_windows_of_digits_offer_no_choice() -> None:
+@pytest.mark.parametrize("bias", [None, 0.3])
+def test_background_and_dead_windows_of_digits_offer_no_choice(bias: float | None) -> None:
+    """Windows switched off by the ReLU are settled by structure, windows of equal patches by points nearby."""
     model, x, y = digits_network(dead=False)
+    if bias is not None:
+        model[0].bias.data.fill_(bias)
     graph = dagh.trace(model, x)
     report = dagh.kinks(graph, "cross_entropy", x, y)
     assert report["max_pool"].ties > 50 and report.realizable == 1 and report.removable
+    assert (report.live_ties, report.equal) == (0, 0) if bias is None else 20 < report.equal == report.live_ties
     expected = assemble(hessian_double_backward(model, nn.CrossEntropyLoss(), x, y))
     with warnings.catch_warnings():
         warnings.simplefilter("error", dagh.KinkWarning)

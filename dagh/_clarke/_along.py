@@ -13,6 +13,7 @@ from dagh import _sweep
 from dagh._clarke._completion import Branching, split
 from dagh._clarke._nearby import branches_at, steps, values_at
 from dagh._clarke._rows import candidate_tangents
+from dagh._clarke._search import equality
 from dagh._clarke._sites import Site, Sites, forced
 from dagh._ir import Node
 from dagh._state import State
@@ -46,7 +47,7 @@ def along(sites: Sites, d: Array) -> Along:
         rates = candidate_tangents(state, site, seeds).masked_fill(~site.merged, float("-inf"))
         best = rates.max(1, keepdim=True)
         size = rates.masked_fill(rates.isinf(), 0.0).abs().max()
-        equal = (rates >= best.values - 1e-9 * size).sum(1) > 1
+        equal = (rates >= best.values - equality(rates.dtype) * size).sum(1) > 1
         chosen = best.indices.squeeze(1)
         if bool((equal & site.live).any()):
             if nearby is None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 from torch import Tensor
 
+from dagh import _memory
 from dagh._blockmatrix import BlockMatrix
 from dagh._blocks import Block, DenseBlock, add_blocks
 from dagh._clarke._along import along, sample_patterns
@@ -22,7 +23,7 @@ from dagh._clarke._search import Search
 from dagh._clarke._sites import Sites, find_sites, forced
 from dagh._ir import Node
 from dagh._state import State
-from dagh.errors import KinkError
+from dagh.errors import KinkError, MemoryBudgetError
 
 Array = NDArray[np.float64]
 #: How far a set of patterns can be trusted.
@@ -189,7 +190,10 @@ def resolve(at: AtKinks, state: State, leaves: Sequence[Node], compute: Callable
     shares = np.array([b.share for b in found.branchings])
     if at.policy == "mean":
         return _noted(_stream(found, compute, shares), info)
-    each = [(compute(s), s) for s in found.states()]
+    each: list[tuple[Matrices, State]] = []
+    for made in found.states():
+        each.append((compute(made), made))
+        _check_memory(each[0][0], len(found.branchings), state)
     if at.policy == "enumerate":
         return {part: _as_set(found, [(m[part], s) for m, s in each]) for part in each[0][0]}
     matrices = [m for m, _ in each]
@@ -204,6 +208,17 @@ def resolve(at: AtKinks, state: State, leaves: Sequence[Node], compute: Callable
         }
         return _noted({part: _mix([m[part] for m in matrices], weights) for part in matrices[0]}, info)
     return _noted({part: _blockwise([m[part] for m in matrices]) for part in matrices[0]}, info | {"consistent": None})
+
+
+def _check_memory(matrices: Matrices, patterns: int, state: State) -> None:
+    """Refuse to hold all Hessians where they cannot fit."""
+    needed = 2 * patterns * sum(m.nbytes for m in matrices.values())
+    budget = _memory.budget_bytes(next(iter(matrices.values())).memory_budget, state.weights.device)
+    if needed > budget and patterns > 2:
+        raise MemoryBudgetError(
+            f"{patterns} Hessians at a kink need {needed / 2**30:.1f} GiB, {budget / 2**30:.1f} GiB are allowed; "
+            "name blocks or parameters, or take kinks='mean' or 'direction', which hold one at a time"
+        )
 
 
 # -- combinations ----------------------------------------------------------------------------------

@@ -24,8 +24,12 @@ from dagh.errors import KinkError
 
 Array = NDArray[np.float64]
 
-#: Gradients closer than this, relative to the largest of a node, count as equal.
-_EQUAL = 1e-9
+
+def equality(dtype: torch.dtype) -> float:
+    """Derivatives closer than this, relative to the largest of a node, count as equal."""
+    return 1e-9 if dtype == torch.float64 else 1e-5
+
+
 #: Numbers that the random directions may fill.
 _DIRECTIONS = 2**24
 
@@ -59,6 +63,7 @@ class Search:
 
     def __post_init__(self) -> None:
         self.live = self.sites.live
+        self.equal = equality(self.sites.state.weights.dtype)
         self.width = sum(leaf.numel for leaf in self.sites.leaves)
         rng = np.random.default_rng(self.seed)
         half = max(1, min(self.directions, _DIRECTIONS // max(self.width, 1)) // 2)
@@ -133,7 +138,7 @@ class Search:
             self._site(i + 1, {**branch, site.node: chosen}, rows, hits, witness, open_)
             return
         allowed = site.merged[which[k]].nonzero().squeeze(1).tolist()
-        groups = _groups(gradients[k], allowed, float(np.nanmax(np.abs(gradients), initial=0.0)))
+        groups = _groups(gradients[k], allowed, self.equal * float(np.nanmax(np.abs(gradients), initial=0.0)))
         for g, members in enumerate(groups):
             own = gradients[k, members[0]]
             apart = [own - gradients[k, other[0]] for h, other in enumerate(groups) if h != g]
@@ -184,12 +189,12 @@ def sites_ancestors(sites: Sites, node: Node) -> set[Node]:
     return found
 
 
-def _groups(rows: Array, allowed: Sequence[int], scale: float) -> list[list[int]]:
+def _groups(rows: Array, allowed: Sequence[int], tolerance: float) -> list[list[int]]:
     """Candidates with equal gradients together."""
     groups: list[list[int]] = []
     for c in allowed:
         for group in groups:
-            if np.abs(rows[c] - rows[group[0]]).max() <= _EQUAL * scale:
+            if np.abs(rows[c] - rows[group[0]]).max() <= tolerance:
                 group.append(c)
                 break
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from typing import TYPE_CHECKING
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -16,7 +16,8 @@ from dagh._state import State
 if TYPE_CHECKING:
     from dagh._graph import Graph
 
-_WARNED: WeakSet[Graph] = WeakSet()
+#: Calls seen per graph; -1 once it has warned.
+_SEEN: WeakKeyDictionary[Graph, int] = WeakKeyDictionary()
 
 
 class KinkWarning(UserWarning):
@@ -37,15 +38,22 @@ def _parts(sites: Sites) -> bool:
 
 
 def warn_at_ties(graph: Graph, state: State) -> None:
-    """Warn once per graph, and only of ties that something can move and the loss can feel."""
-    if graph in _WARNED:
+    """Warn once per graph, and only of ties that something can move and the loss can feel.
+
+    Looks on calls 1, 2, 4, 8, … of a graph: a look costs a few forward passes.
+    """
+    calls = _SEEN.get(graph, 0)
+    if calls < 0:
+        return
+    _SEEN[graph] = calls + 1
+    if (calls + 1) & calls:  # not a power of two
         return
     sites = find_sites(state, [n for n in state.program if n in state.sources])
     if not sites.live:
         return
     if not _parts(sites):
         return
-    _WARNED.add(graph)
+    _SEEN[graph] = -1
     count, node = sites.live_ties, sites.live[0].node
     many = f"{count} elements are" if count > 1 else "one element is"
     warnings.warn(
