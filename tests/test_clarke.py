@@ -233,6 +233,7 @@ SELECTIONS: dict[str, tuple[Any, list[float]]] = {
     "max_all": (lambda z: z.max() + 0 * z, [1.0, 0.0, 1.0, 0.0]),
     "maximum": (lambda z: torch.maximum(z[:, :2], z[:, 2:]), [1.0, 0.0, 1.0, 0.5]),
     "minimum": (lambda z: torch.minimum(z[:, :2], z[:, 2:]), [1.0, 0.0, 1.0, 0.5]),
+    "fmax": (lambda z: torch.fmax(z[:, :2], z[:, 2:]), [1.0, 0.0, 1.0, 0.5]),
     "sort": (lambda z: z.sort(1).values * tensor([1, 2, 3, 4]), [1.0, 0.0, 1.0, 0.5]),
     "topk": (lambda z: z.topk(2, 1).values, [1.0, 0.0, 1.0, 1.0]),
     "median": (lambda z: z[:, :3].median(1).values, [1.0, 1.0, 2.0, 0.0]),
@@ -258,10 +259,21 @@ def test_selections_equal_autograd_nearby(name: str) -> None:
     x = tensor([[1.0], [0.5]])
     model = example.model()
     y = torch.full_like(model(x), 0.3).detach()
+    reference = assemble(hessian_double_backward(model, half_square, x, y))
+    assert same(dagh.hessian(model, half_square, x, y).dense(), reference, 1e-9)
     found = dagh.hessian(model, half_square, x, y, kinks="enumerate")
     seen = nearby(model, half_square, x, y)
     assert len(found) > 1
     assert agree([item.hessian.dense() for item in found], seen, 1e-3)
+
+
+def test_margin_of_sorting() -> None:
+    example = Example(lambda m, x: m.z[None].sort(1).values * x, {"z": [1.0, 3.0, 1.5, 3.0]}, [0.0], [], 0, 0, 2)
+    x = tensor([[1.0]])
+    state = dagh.trace(example.model(), x).evaluate(lambda o, t: o.square().sum(), x, x)
+    (row,) = state.kinks()
+    assert (row.operation, row.elements, row.exact, row.margin) == ("sort[0]", 4, 2, 0.0)
+    assert state.kinks(0.6)[row.node].near == 4
 
 
 # -- random networks that stand on kinks -----------------------------------------------------------
@@ -465,7 +477,7 @@ def test_background_and_dead_windows_of_digits_offer_no_choice(bias: float | Non
         model[0].bias.data.fill_(bias)
     graph = dagh.trace(model, x)
     report = dagh.kinks(graph, "cross_entropy", x, y)
-    assert report["max_pool"].ties > 50 and report.realizable == 1 and report.removable
+    assert report["max_pool"].ties > 30 and report.realizable == 1 and report.removable
     assert (report.live_ties, report.equal) == (0, 0) if bias is None else 20 < report.equal == report.live_ties
     expected = assemble(hessian_double_backward(model, nn.CrossEntropyLoss(), x, y))
     with warnings.catch_warnings():

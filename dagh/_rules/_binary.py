@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -147,9 +148,18 @@ class Div(_Binary):
         return 0.0, -1 / (b * b), 2 * a / (b * b * b)
 
 
-@register_rule("aten.maximum", "aten.minimum")
+@cache
+def _share(op: Any) -> float:
+    """Weight that PyTorch gives to the second of two equal arguments: asked of it."""
+    with torch.enable_grad():
+        other = torch.ones(1, requires_grad=True)
+        (slope,) = torch.autograd.grad(op(torch.ones(1), other).sum(), other)
+    return float(slope)
+
+
+@register_rule("aten.maximum", "aten.minimum", "aten.fmax", "aten.fmin")
 class Extremum(_Binary):
-    """Larger or smaller of two tensors; PyTorch splits ties evenly, λ gives the weight of ``other``."""
+    """Larger or smaller of two tensors; on ties λ gives the weight of ``other``."""
 
     derivative = "kinked"
     takes_choice = True
@@ -157,14 +167,17 @@ class Extremum(_Binary):
     def curved(self, node: Node) -> bool:
         return False
 
+    def _sign(self, node: Node) -> float:
+        return 1.0 if "max" in node.operation else -1.0
+
     def _weight(self, call: Call) -> Tensor:
         a, b = (align(x, 1, len(call.node.shape)) for x in call.xs)
-        sign = 1 if call.node.operation.startswith("max") else -1
+        sign = self._sign(call.node)
         other = ((b - a) * sign > 0).to(call.out.dtype)
         if isinstance(call.kink, Tensor):
-            share = call.kink.masked_fill(call.kink.isnan(), 0.5)
+            share = call.kink.masked_fill(call.kink.isnan(), _share(call.node.op))
             return torch.where(a == b, share, other)
-        lam = 0.5 if call.kink is None else float(call.kink)
+        lam = _share(call.node.op) if call.kink is None else float(call.kink)
         return other.masked_fill(a == b, lam)
 
     def partials(self, call: Call) -> tuple[Tensor | float, Tensor | float]:
@@ -191,7 +204,7 @@ class Extremum(_Binary):
         none, place = torch.zeros_like(element), torch.stack(places, 1)
         return Ties(
             sample, element, (0, 1), place, torch.ones_like(place, dtype=torch.bool),
-            none.to(call.out.dtype), none.bool(), 1.0 if node.operation.startswith("max") else -1.0,
+            none.to(call.out.dtype), none.bool(), self._sign(node),
         )  # fmt: skip
 
 

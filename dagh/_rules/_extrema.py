@@ -146,6 +146,10 @@ def _convention(op: Any, operation: str) -> str:
     return "last" if slope[2] == 1 else "split"
 
 
+#: Numbers that comparing every element with every other may fill, for the distances alone.
+_LARGEST = 2**24
+
+
 class Ordered(Selection):
     """Elements by rank or running extreme: PyTorch's choice among equals, and branches read off perturbed inputs."""
 
@@ -184,20 +188,31 @@ class Ordered(Selection):
         place = place.movedim(-1, 1 + self._axis(node)) if kept else place.squeeze(-1)
         return place.reshape(len(own), -1)
 
-    def _equal(self, call: Call) -> tuple[Tensor, Tensor]:
-        """For every element of the value, the elements of its line that equal it; and their places."""
+    def _mates(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Elements of the argument on the same line as each element of the value, ``[N, elements, D]``; their gap."""
         node, parent = call.node, call.node.inputs[0]
         grid = torch.arange(parent.numel, device=call.out.device)
         picks, n = self.picks(call), call.out.shape[0]
-        x = call.xs[0].reshape(n, -1)
         line = self._lines(node, grid.reshape(1, *parent.shape))
         number = torch.empty_like(grid)
         number[line.flatten()] = grid.reshape(line.shape) // line.shape[-1]
-        same = (number[picks].unsqueeze(2) == number) & (x.unsqueeze(1) == call.out.reshape(n, -1, 1))
-        return same, grid.expand(call.node.numel, -1)
+        gap = (flat(call.xs[0]).unsqueeze(1) - call.out.reshape(n, -1, 1)).abs()
+        return number[picks].unsqueeze(2) == number, gap
+
+    def kinks(self, call: Call) -> KinkSites | None:
+        if call.node.numel * call.node.inputs[0].numel * call.out.shape[0] > _LARGEST:
+            return None
+        mates, gap = self._mates(call)
+        itself = torch.zeros_like(mates).scatter_(2, self.picks(call).unsqueeze(2), True)
+        return KinkSites(gap.masked_fill(~mates | itself, float("inf")).amin(2))
 
     def ties(self, call: Call) -> Ties | None:
-        found = tied_groups(*self._equal(call))
+        ordered = self._lines(call.node, call.xs[0]).sort(-1).values
+        if not bool((ordered.diff(dim=-1) == 0).any()):
+            return None
+        mates, gap = self._mates(call)
+        places = torch.arange(mates.shape[2], device=gap.device).expand(mates.shape[1:])
+        found = tied_groups(mates & (gap == 0), places)
         if found is None:
             return None
         sample, element, place, valid = found
