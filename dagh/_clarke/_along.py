@@ -53,7 +53,11 @@ def along(sites: Sites, d: Array) -> Along:
             if nearby is None:
                 scale = max(float(np.abs(d).max()), 1e-300)
                 nearby = [
-                    branches_at(sites.state, sites.live, values_at(sites.state, split(sites, s * d / scale)))
+                    branches_at(
+                        sites.state,
+                        sites.live,
+                        values_at(sites.state, split(sites, s * d / scale), sites.live[-1].node),
+                    )
                     for s in steps(state.weights.dtype)
                 ]
             near, nearer = (n[site.node] for n in nearby)

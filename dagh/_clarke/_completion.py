@@ -24,8 +24,8 @@ from dagh._ir import Node
 
 Array = NDArray[np.float64]
 
-#: Directions tried in a cone, first to see whether anything is open at all, then in all.
-_FIRST, _ALL = 8, 256
+#: Directions tried in a cone, first to see whether anything is open at all, then in all; and over all cones.
+_FIRST, _ALL, _TOTAL = 8, 256, 4096
 
 
 @dataclass(eq=False)
@@ -50,21 +50,22 @@ def complete(sites: Sites, pieces: Sequence[Piece], seed: int = 0) -> Completion
     """Split every piece with open ties into the patterns seen nearby."""
     rng = np.random.default_rng(seed)
     out = Completion([], set(), set())
+    most = max(2 * _FIRST, min(_ALL, _TOTAL // max(1, sum(bool(piece.open_ties) for piece in pieces))))
     for piece in pieces:
         if not piece.open_ties:
             out.branchings.append(Branching(piece.branch, piece.share, piece.inside[0]))
             continue
-        _split(sites, piece, rng, out)
+        _split(sites, piece, rng, out, most)
     out.equal -= out.sampled
     return out
 
 
-def _split(sites: Sites, piece: Piece, rng: np.random.Generator, out: Completion) -> None:
+def _split(sites: Sites, piece: Piece, rng: np.random.Generator, out: Completion, most: int) -> None:
     seen: Counter[tuple[int, ...]] = Counter()
     example: dict[tuple[int, ...], Array] = {}
     names = [(site.node.name, k) for site, k, _ in piece.open_ties]
     decided: set[tuple[str, int]] = set()
-    for number, d in enumerate(_inside(piece, rng)):
+    for number, d in enumerate(_inside(piece, rng, most)):
         if number == _FIRST and not decided:
             break
         found = _look(sites, piece, d)
@@ -84,10 +85,10 @@ def _split(sites: Sites, piece: Piece, rng: np.random.Generator, out: Completion
         out.branchings.append(Branching(branch, piece.share * count / seen.total(), example[found]))
 
 
-def _inside(piece: Piece, rng: np.random.Generator) -> list[Array]:
+def _inside(piece: Piece, rng: np.random.Generator, most: int) -> list[Array]:
     """Directions in the cone: random ones that fell into it, then random steps from one of them."""
-    found = [d / np.abs(d).max() for d in piece.inside[:_ALL]]
-    while len(found) < _ALL:
+    found = [d / np.abs(d).max() for d in piece.inside[:most]]
+    while len(found) < most:
         base = found[int(rng.integers(len(found)))]
         r = rng.standard_normal(len(base))
         here, slope = piece.rows @ base, piece.rows @ r
@@ -102,7 +103,8 @@ def _look(sites: Sites, piece: Piece, d: Array) -> tuple[int, ...] | None:
     """Branches of the open ties along ``d`` (-1: still equal), or ``None`` where another pattern rules."""
     answers = []
     for step in steps(sites.state.weights.dtype):
-        read = branches_at(sites.state, sites.live, values_at(sites.state, split(sites, step * d)))
+        values = values_at(sites.state, split(sites, step * d), sites.live[-1].node)
+        read = branches_at(sites.state, sites.live, values)
         open_ = {(site.node, k) for site, k, _ in piece.open_ties}
         if not all(_agrees(site, read[site.node], piece.branch[site.node], open_) for site in sites.live):
             return None

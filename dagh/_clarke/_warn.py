@@ -31,7 +31,8 @@ def _parts(sites: Sites) -> bool:
     step = steps(sites.state.weights.dtype)[0]
     for d in rng.standard_normal((2, size)):
         for sign in (step, -step):
-            read = branches_at(sites.state, sites.live, values_at(sites.state, split(sites, sign * d)))
+            values = values_at(sites.state, split(sites, sign * d), sites.live[-1].node)
+            read = branches_at(sites.state, sites.live, values)
             if any(bool(((read[s.node] >= 0) & s.live).any()) for s in sites.live):
                 return True
     return False
