@@ -3,6 +3,10 @@
 from dagh import errors
 from dagh._atlas import Atlas, atlas
 from dagh._blockmatrix import BlockMatrix
+from dagh._clarke._limiting import Limiting, LimitingSet
+from dagh._clarke._policy import AtKinks
+from dagh._clarke._report import KinkReport, kinks
+from dagh._clarke._warn import KinkWarning
 from dagh._gram import Gram, gram
 from dagh._graph import Graph, trace
 from dagh._hessian import Decomposition, decompose, functional_hessian, gauss_newton, hessian, plan
@@ -14,6 +18,7 @@ from dagh._version import __version__
 from dagh.errors import DaghError
 
 __all__ = [
+    "AtKinks",
     "Atlas",
     "BlockMatrix",
     "Call",
@@ -22,6 +27,10 @@ __all__ = [
     "Gram",
     "Graph",
     "HessianOperator",
+    "KinkReport",
+    "KinkWarning",
+    "Limiting",
+    "LimitingSet",
     "Plan",
     "Rule",
     "State",
@@ -33,6 +42,7 @@ __all__ = [
     "gauss_newton",
     "gram",
     "hessian",
+    "kinks",
     "operator",
     "plan",
     "register_rule",

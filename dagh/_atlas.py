@@ -18,10 +18,10 @@ from dagh._gram import Gram, gram_of
 from dagh._graph import Graph, Mode, trace
 from dagh._hessian import functional_hessian, hessian
 from dagh._objectives import Reduction
-from dagh._planner import reach, structure
 from dagh._probes import EstimatedNorms, Probes, probe
 from dagh._request import Request, choose_names, choose_pairs
 from dagh._state import State
+from dagh._structure import reach, structure
 from dagh.errors import ReductionError
 
 Part = Literal["outer", "functional", "full"]

@@ -324,7 +324,7 @@ class Graph:
         if not self._gradient_checked and policy.choices is None and not fixed_masks:
             check_gradient(self.model, state, args, kwargs, self.mode, self._pick)
             self._gradient_checked = True
-        return state
+        return policy.settle(state)
 
     def _verify(self, args: tuple[Any, ...], kwargs: dict[str, Any], n: int) -> tuple[Tensor, dict[Node, Tensor]]:
         """The model's own output on these inputs, after checking that the program reproduces it; and its values."""

@@ -14,10 +14,13 @@ from dagh._accumulate import Accumulator
 from dagh._assemble import assemble
 from dagh._blockmatrix import BlockMatrix
 from dagh._blocks import Block, TransposedBlock, add_blocks
+from dagh._clarke._limiting import resolve
+from dagh._clarke._policy import AtKinks
+from dagh._clarke._warn import warn_at_ties
 from dagh._graph import Graph, Mode
 from dagh._objectives import Reduction
 from dagh._plan import Plan
-from dagh._prepare import Blocks, Names, prepare
+from dagh._prepare import Blocks, Names, Prepared, prepare
 from dagh._request import Pair, Request
 from dagh._rules._generic import quiet_batching
 from dagh._state import State, non_finite
@@ -63,7 +66,9 @@ def hessian(
         blocks: ``"all"``, ``"diagonal"``, or pairs of names (globs allowed). Nothing else is formed.
         reduction: ``"mean"``: the loss as PyTorch would average it (a module's own ``reduction``, a callable's own
             value); ``"sum"`` over samples; ``"none"``: one Hessian per sample, blocks ``[N, p_a, p_b]``.
-        kinks: ``"torch"``, or a dict or function choosing σ'(0) ∈ [0, 1] and max-pool's tie rule; see the docs.
+        kinks: what to take where the Hessian does not exist: ``"torch"``, ``"left"``, ``"right"``, a slope, a dict or
+            function of nodes; ``"direction"``, ``"mean"``, ``"min_norm"``, ``"min_norm_block"``, ``"raise"``, or
+            ``"enumerate"`` (the result is then a :class:`~dagh.LimitingSet`); see :class:`~dagh.AtKinks` and the docs.
         memory_budget: bytes for results and work, a number or ``"2GiB"`` (default: half of the free memory).
         plan: a plan made for the same graph and request, e.g. another matrix's ``H.plan``.
         output: which output to differentiate, when the model returns several.
@@ -250,16 +255,28 @@ def _compute(
     output: str | int | None,
     mode: Mode,
 ) -> dict[str, BlockMatrix]:
+    at = AtKinks.of(kinks)
     ready = prepare(
-        wanted, model, loss, inputs, targets, params=params, wrt=wrt, blocks=blocks, reduction=reduction, kinks=kinks,
-        memory_budget=memory_budget, plan=plan, output=output, mode=mode,
+        wanted, model, loss, inputs, targets, params=params, wrt=wrt, blocks=blocks, reduction=reduction,
+        kinks=kinks if at is None else None, memory_budget=memory_budget, plan=plan, output=output, mode=mode,
     )  # fmt: skip
-    graph, state, request, plan = ready.graph, ready.state, ready.request, ready.plan
-    program, keep, budget = state.program, plan.keep, ready.budget
-    needed = plan.bytes * len(wanted)
+    if kinks == "torch":
+        warn_at_ties(ready.graph, ready.state)
+    request, budget = ready.request, ready.budget
+    needed = ready.plan.bytes * len(wanted)
     if needed > budget:
         what = f"{len(request.pairs)} blocks" if len(request.pairs) > 1 else "one block"
-        raise _memory.refuse(what, request.total, needed, budget, state.weights.device)
+        raise _memory.refuse(what, request.total, needed, budget, ready.state.weights.device)
+
+    def compute(state: State) -> dict[str, BlockMatrix]:
+        return _matrices(wanted, state, ready, reduction)
+
+    return compute(ready.state) if at is None else resolve(at, ready.state, request.leaves, compute)
+
+
+def _matrices(wanted: tuple[str, ...], state: State, ready: Prepared, reduction: Reduction) -> dict[str, BlockMatrix]:
+    request, plan, graph = ready.request, ready.plan, ready.graph
+    program, keep, budget = state.program, plan.keep, ready.budget
     parts = plan.parts
     sums = {part: Accumulator(request, state, plan, keep) for part in parts}
     if wanted == ("full",):

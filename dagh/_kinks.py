@@ -20,15 +20,20 @@ if TYPE_CHECKING:
 class KinkPolicy:
     """Which derivative to take at a kink.
 
-    ``choices`` is ``None`` (PyTorch's own), a dict from operation names, node names, module paths or globs of them to a
-    choice, or a function ``NodeInfo -> choice | None``. A choice is a number λ in [0, 1] for
-    element-wise kinks (the derivative is (1-λ)·left + λ·right, so λ = σ'(0) for ReLU), or ``"first"``,
-    ``"last"``, ``"split"`` or a sequence of weights per window position for max-pool.
+    ``choices`` is ``None`` (PyTorch's own); ``"left"``, ``"right"`` or a slope for all nodes; a dict from operation
+    names, node names, module paths or globs of them to a choice; or a function ``NodeInfo -> choice | None``. A choice
+    is a number λ in [0, 1] for element-wise kinks (the derivative is (1-λ)·left + λ·right, so λ = σ'(0) for ReLU); or
+    ``"first"``, ``"last"``, ``"split"`` for maxima over axes or windows, where max-pool also takes a sequence of
+    weights per window position.
     """
 
     def __init__(self, choices: Any = None) -> None:
         self.choices = choices
         self._found: dict[Node, Any] = {}
+
+    def settle(self, state: State) -> State:
+        """The state to hand out once values are known."""
+        return state
 
     def check(self, nodes: Iterable[Node]) -> None:
         """Refuse keys of a dict that match no node with a kink of its own to choose."""
@@ -49,12 +54,21 @@ class KinkPolicy:
         return self._found[node]
 
     def _look_up(self, node: Node) -> Any:
+        if isinstance(self.choices, (str, float)):
+            return _everywhere(node, self.choices)
         if callable(self.choices):
             return self.choices(NodeInfo(node.name, node.operation, node.module))
         for key, value in self.choices.items():
             if any(fnmatchcase(label, key) for label in (node.name, node.operation, node.module) if label):
                 return value
         return None
+
+
+def _everywhere(node: Node, choice: str | float) -> Any:
+    """``"left"``, ``"right"`` or one slope for all nodes; among equal elements 0 is the first, 1 the last, ½ split."""
+    if isinstance(choice, str) or not _copies(node):
+        return choice
+    return {0.0: "first", 1.0: "last"}.get(choice, "split")
 
 
 @dataclass(frozen=True)
@@ -66,19 +80,30 @@ class NodeInfo:
     module: str
 
 
+#: Operations that copy one of several elements: a choice is a rule among equals.
+_COPYING = ("max_pool", "amax", "amin", "max", "min")
+
+
+def _copies(node: Node) -> bool:
+    return node.operation.partition("[")[0] in _COPYING
+
+
 def _validated(node: Node, choice: Any) -> Any:
     if choice is None or choice == "torch":
         return None
-    pool = node.operation == "max_pool"
-    if pool:
+    if choice in ("left", "right"):
+        return {"left": "first", "right": "last"}[choice] if _copies(node) else float(choice == "right")
+    number = isinstance(choice, (int, float)) and 0 <= choice <= 1
+    if _copies(node):
         if choice in ("first", "last", "split"):
             return choice
-        if not isinstance(choice, (int, float, str)):
+        if node.operation == "max_pool" and not isinstance(choice, (int, float, str)):
             return tuple(float(c) for c in choice)
         raise ReductionError(
-            f"kinks[{node.name!r}] = {choice!r}: max-pool takes 'first', 'last', 'split' or weights per window position"
+            f"kinks[{node.name!r}] = {choice!r}: {node.operation} takes 'first', 'last', 'split'"
+            + (" or weights per window position" if node.operation == "max_pool" else "")
         )
-    if isinstance(choice, (int, float)) and 0 <= choice <= 1:
+    if number:
         return float(choice)
     raise ReductionError(f"kinks[{node.name!r}] = {choice!r}: {node.operation} takes a number between 0 and 1")
 

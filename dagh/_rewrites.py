@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dagh._ir import Node
 from dagh._lowering import Builder
+from dagh._rules._robust import huber, smooth_l1
 
 aten = torch.ops.aten
 Rewrite = Callable[[Builder, dict[str, Any]], Any]
@@ -134,6 +135,25 @@ def _mse_loss(b: Builder, a: dict[str, Any]) -> Any:
     x, y = a["self"], a["target"]
     square = b.emit(aten.pow.Tensor_Scalar, b.emit(aten.sub.Tensor, x, y), 2)
     return _reduce(b, square, int(a["reduction"]))
+
+
+@rewrite("aten.huber_loss", "aten.smooth_l1_loss")
+def _robust_loss(b: Builder, a: dict[str, Any]) -> Any:
+    residual = b.emit(aten.sub.Tensor, a["self"], a["target"])
+    if "delta" in a:
+        each = b.emit(huber, residual, float(a["delta"]))
+    elif float(a["beta"]) == 0:
+        each = b.emit(aten.abs.default, residual)
+    else:
+        each = b.emit(smooth_l1, residual, float(a["beta"]))
+    return _reduce(b, each, int(a["reduction"]))
+
+
+@rewrite("aten.broadcast_tensors")
+def _broadcast(b: Builder, a: dict[str, Any]) -> Any:
+    tensors = a["tensors"]
+    shape: torch.Size = torch.broadcast_shapes(*(t.shape for t in tensors))  # type: ignore[no-untyped-call]
+    return [t if t.shape == shape else b.emit(aten.expand.default, t, list(shape)) for t in tensors]
 
 
 def _reduce(b: Builder, x: Any, reduction: int) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,8 @@ class State:
     coupled: bool = False
     per_sample: bool = False
     """``reduction="none"``: adjoints of what all samples share are kept apart, ``[N, …]``."""
+    branches: Mapping[Node, Node] = field(default_factory=dict)
+    """Nodes with forced branches at their ties, each with the stand-in under which ``values`` holds them."""
 
     def __post_init__(self) -> None:
         self._calls: dict[Node, Call] = {}
@@ -57,7 +59,9 @@ class State:
         """The node at its arguments, for its rule."""
         call = self._calls.get(node)
         if call is None:
-            call = Call(node, [self.values[p] for p in node.inputs], self.values[node], self.policy.choice(node))
+            forced = self.branches.get(node)
+            kink = self.policy.choice(node) if forced is None else self.values[forced]
+            call = Call(node, [self.values[p] for p in node.inputs], self.values[node], kink)
             self._calls[node] = call
         return call
 
@@ -351,12 +355,21 @@ def _what(value: Tensor) -> str:
 
 def as_policy(kinks: Any) -> KinkPolicy:
     """Validate the ``kinks=`` argument."""
+    from dagh._clarke._policy import AtKinks, Deferred
     from dagh._kinks import KinkPolicy
 
     if isinstance(kinks, KinkPolicy):
         return kinks
-    if kinks == "torch" or kinks is None or isinstance(kinks, dict) or callable(kinks):
-        return KinkPolicy(None if kinks in ("torch", None) else kinks)
+    at = AtKinks.of(kinks)
+    if at is not None:
+        return Deferred(at)
+    if kinks is None or (isinstance(kinks, str) and kinks == "torch"):
+        return KinkPolicy(None)
+    if isinstance(kinks, (int, float)) and not isinstance(kinks, bool) and 0 <= kinks <= 1:
+        return KinkPolicy(float(kinks))
+    if isinstance(kinks, dict) or callable(kinks) or (isinstance(kinks, str) and kinks in ("left", "right")):
+        return KinkPolicy(kinks)
     raise ReductionError(
-        f"kinks={kinks!r}: expected 'torch', a dict like {{'relu': 0.5, 'max_pool': 'split'}}, or a function"
+        f"kinks={kinks!r}: expected 'torch', 'left', 'right', a slope in [0, 1], a dict like {{'relu': 0.5}}, "
+        f"a function, one of {', '.join(map(repr, AtKinks.policies()))}, or dagh.AtKinks(…)"
     )

@@ -14,6 +14,7 @@ __all__ = [
     "DataError",
     "DtypeError",
     "FileFormatError",
+    "KinkError",
     "LossError",
     "MemoryBudgetError",
     "NoParametersError",
@@ -94,6 +95,10 @@ class MemoryBudgetError(DaghError):
 
 class BlockNotComputedError(DaghError):
     """A block outside the request was asked for."""
+
+
+class KinkError(DaghError):
+    """At a kink the question has no answer, or more answers than can be enumerated."""
 
 
 class FileFormatError(DaghError):

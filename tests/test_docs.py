@@ -184,7 +184,7 @@ def console_lines() -> list[str]:
         for block in fenced(page)
         if block.language == "console"
         for line in block.text.splitlines()
-        if line.startswith(("$ dagh trace", "$ dagh spectrum", "$ dagh ops", "$ dagh --"))
+        if line.startswith(("$ dagh trace", "$ dagh spectrum", "$ dagh ops", "$ dagh kinks", "$ dagh --"))
     ]
     return list(dict.fromkeys(lines))
 

@@ -209,7 +209,9 @@ def test_choice_by_module_and_node() -> None:
     assert slopes(lambda node: 1.0 if node.module == "3" else None) == (0.0, 1.0)
 
 
-@pytest.mark.parametrize("bad", [{"relu": 1.5}, {"relu": -0.1}, {"relu": "half"}, {"relu": "split"}, "clarke", 0.5])
+@pytest.mark.parametrize(
+    "bad", [{"relu": 1.5}, {"relu": -0.1}, {"relu": "half"}, {"relu": "split"}, "clarke", 1.5, True]
+)
 def test_impossible_choice(bad: Any) -> None:
     model, x, y = relu_net()
     with pytest.raises(dagh.errors.ReductionError) as caught:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from dagh._cli._group import DaghGroup
+from dagh._cli._kinks import kinks_command
 from dagh._cli._ops import ops
 from dagh._cli._spectrum import spectrum
 from dagh._cli._trace import trace
@@ -24,6 +25,7 @@ def cli() -> None:
 
 
 cli.add_command(trace)
+cli.add_command(kinks_command)
 cli.add_command(ops)
 cli.add_command(spectrum)
 

@@ -21,10 +21,10 @@ from dagh._blockview import MEANINGS, STYLES, SYMBOLS, shorten
 from dagh._gram import gram_of
 from dagh._graph import Graph
 from dagh._hessian import decompose
-from dagh._planner import reach, structure
 from dagh._probes import Probes, probe
 from dagh._request import Pair, Request, itemsize
 from dagh._state import State
+from dagh._structure import reach, structure
 
 _COPIES = 4  # full, outer, functional and one at work
 _STEP_BYTES = 256 << 20  # small steps keep the progress honest
@@ -297,8 +297,8 @@ def with_norms(
             memory_budget=budget,
         )
         for pair, (a, b) in zip(pairs, names, strict=True):
-            values = (float(m.block(a, b).fro()) for m in (parts.full, parts.outer, parts.functional))
-            norms[pair] = Norms(*values)
+            full, outer, inner = (float(m.block(a, b).fro()) for m in (parts.full, parts.outer, parts.functional))
+            norms[pair] = Norms(full, outer, inner)
         advance(len(pairs))
     return replace(table, norms=norms)
 

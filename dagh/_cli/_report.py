@@ -12,6 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from dagh._clarke._sites import find_sites
 from dagh._cli._blocks import BlockTable
 from dagh._export import NodeRow, kink_json, shape_text, to_dict
 from dagh._export_text import node_table
@@ -38,6 +39,11 @@ class Report:
     depth: int | None
     collapse: bool
     hide: tuple[str, ...]
+
+    @property
+    def live_ties(self) -> int:
+        """Elements exactly on a kink that something can move and the loss can feel."""
+        return find_sites(self.state, [n for n in self.state.program if n in self.state.sources]).live_ties
 
     @property
     def title(self) -> str:
@@ -95,12 +101,17 @@ class Report:
         if tied:
             places = ", ".join(f"{_place(row.module, row.operation)} {row.exact:,}" for row in tied[:4])
             more = f" and {len(tied) - 4} more nodes" if len(tied) > 4 else ""
-            out.append(
-                f"kinks: {self.kinks.ties:,} elements sit exactly on one ({places}{more}); "
-                "PyTorch's choice of derivative is taken"
+            matter = self.live_ties
+            what = (
+                "none of them matters"
+                if not matter
+                else f"{matter:,} may matter, see dagh kinks; PyTorch's choice is taken"
             )
+            out.append(f"kinks: {self.kinks.ties:,} elements sit exactly on one ({places}{more}); {what}")
         elif len(self.kinks) and isfinite(self.kinks.margin):
-            out.append(f"kinks: none hit, the nearest at a distance of {self.kinks.margin:.1e}")
+            near = sum(row.near for row in self.kinks)
+            close = f", {near:,} within {self.kinks.tol:.0e}" if near else ""
+            out.append(f"kinks: none hit, the nearest at a distance of {self.kinks.margin:.1e}{close}")
         return out
 
     # -- forms -------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dagh import _capture, _objectives
+from dagh._clarke._warn import KinkWarning
 from dagh._cli import _output
 from dagh._cli._blocks import block_table, with_norms
 from dagh._cli._data import Batch, InputSpec, inputs_for, targets_for, tensors
@@ -30,6 +31,9 @@ from dagh._memory import parse_size
 from dagh._planner import make_plan
 from dagh._request import Request, choose_names, choose_pairs
 from dagh.errors import DaghError, MemoryBudgetError, OutputError, ReductionError
+
+#: Distance to a kink that is worth a word.
+_NEAR = 1e-6
 
 
 def _size(text: str) -> int:
@@ -198,7 +202,7 @@ def _run(
             chosen.samples,
             chosen.origin,
             table,
-            state.kinks(),
+            state.kinks(_NEAR),
             make_plan(state.program, request, samples=state.samples) if show_plan else None,
             depth,
             collapse,
@@ -242,7 +246,8 @@ def _short_warnings() -> Iterator[None]:
 
     def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
         text = str(message)
-        if text not in seen and issubclass(category, UserWarning):
+        # Ties have a line of the report.
+        if text not in seen and issubclass(category, UserWarning) and not issubclass(category, KinkWarning):
             seen.add(text)
             complain("warning", text)
 

@@ -1,7 +1,18 @@
 """One rule per operation; importing this package registers the built-in ones."""
 
-from dagh._rules import _bilinear, _binary, _conv, _elementwise, _linear_maps, _losses, _normalize, _select
-from dagh._rules._base import Call, KinkSites, Rule, has_rule, register_rule, registered, rule_for
+from dagh._rules import (
+    _bilinear,
+    _binary,
+    _conv,
+    _elementwise,
+    _extrema,
+    _linear_maps,
+    _losses,
+    _normalize,
+    _robust,
+    _select,
+)
+from dagh._rules._base import Call, KinkSites, Rule, Ties, has_rule, register_rule, registered, rule_for
 
-__all__ = ["Call", "KinkSites", "Rule", "has_rule", "register_rule", "registered", "rule_for"]
-del _bilinear, _binary, _conv, _elementwise, _linear_maps, _losses, _normalize, _select
+__all__ = ["Call", "KinkSites", "Rule", "Ties", "has_rule", "register_rule", "registered", "rule_for"]
+del _bilinear, _binary, _conv, _elementwise, _extrema, _linear_maps, _losses, _normalize, _robust, _select

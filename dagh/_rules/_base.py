@@ -32,11 +32,44 @@ class KinkSites:
 
 
 @dataclass
+class Ties:
+    """Elements of a node that stand exactly on a kink, and the candidates among which its neighborhood chooses.
+
+    Element ``k`` is ``(sample[k], element[k])`` of the node's value, ``element`` counting within one sample. Near the
+    point the node follows its largest candidate: candidate ``c`` is ``sign · x[arg][sample, place[k, c]]``, places
+    counting within one sample of argument ``arg[c]``; ``arg[c] == -1`` is the constant ``level[k]``. Between two
+    candidates, branch 0 is the left one of an element-wise kink, branch 1 the right one.
+    """
+
+    sample: Tensor
+    """``[K]``"""
+    element: Tensor
+    """``[K]``"""
+    arg: tuple[int, ...]
+    """one per candidate"""
+    place: Tensor
+    """``[K, C]``"""
+    valid: Tensor
+    """``[K, C]``, false beyond an element's own candidates"""
+    level: Tensor
+    """``[K]``, the value of the constant candidate"""
+    smooth: Tensor
+    """``[K]``, whether the gradient is continuous across this kink (C^{1,1}: only the curvature jumps)"""
+    sign: float = 1.0
+    opaque: bool = False
+    """The largest candidate does not decide (sorting): branches are read off perturbed inputs."""
+
+    def __len__(self) -> int:
+        return len(self.element)
+
+
+@dataclass
 class Call:
     """One node evaluated at given arguments: everything a rule may look at.
 
     ``xs`` holds one ``[N or 1, *shape]`` tensor per tensor argument, ``out`` the node's value, ``memo`` whatever a rule
-    wants to keep between its methods, ``kink`` the user's choice at kinks (``None``: PyTorch's own).
+    wants to keep between its methods, ``kink`` the choice at kinks: ``None`` for PyTorch's own, the user's, or a tensor
+    ``[N, *shape]`` made by :meth:`Rule.force`, a branch for every tied element.
     """
 
     node: Node
@@ -152,6 +185,27 @@ class Rule:
         """Distance of every element to its kinks, or ``None`` where the operation has none."""
         return None
 
+    def ties(self, call: Call) -> Ties | None:
+        """Elements exactly on a kink, with their branches; ``None`` where there are none."""
+        return None
+
+    def force(self, call: Call, ties: Ties, branch: Tensor) -> Tensor:
+        """``Call.kink`` that takes ``branch`` (``[K]``, a candidate of each tie) and PyTorch's choice elsewhere.
+
+        Here for kinks with two sides: the weight of the second one, NaN where nothing is forced.
+        """
+        weight = call.out.new_full((call.out.shape[0], call.node.numel), float("nan"))
+        weight[ties.sample, ties.element] = branch.to(weight.dtype)
+        return weight.reshape(call.out.shape)
+
+    def picks(self, call: Call) -> Tensor | None:
+        """For opaque ties: the place in argument 0 that each element copies, ``[N, elements]``."""
+        return None
+
+    def settled(self, call: Call) -> Tensor | None:
+        """``[N, *shape]``: elements constant in a neighborhood of the arguments; ``None`` where there are none."""
+        return None
+
     def flops(self, node: Node) -> int:
         """Floating-point operations of one evaluation on one sample."""
         return node.numel
@@ -243,3 +297,28 @@ def unbroadcast(t: Tensor, lead: int, shape: torch.Size) -> Tensor:
 def bundle(x: Tensor) -> Tensor:
     """A value ``[N, *shape]`` as something that broadcasts against bundles ``[N, B, *shape]``."""
     return x.unsqueeze(1)
+
+
+def flat(t: Tensor) -> Tensor:
+    """``[N, *shape]`` as ``[N, elements]``, numbers included."""
+    return t.reshape(t.shape[0], t.shape[1:].numel())
+
+
+def two_sided(at: Tensor, level: Tensor | float, smooth: Tensor | bool) -> Ties | None:
+    """Ties of an element-wise kink of argument 0, at the elements of ``at`` (``[N, *shape]``)."""
+    where = flat(at).nonzero()
+    if len(where) == 0:
+        return None
+    sample, element = where[:, 0], where[:, 1]
+
+    def each(value: Tensor | float | bool, dtype: torch.dtype) -> Tensor:
+        if isinstance(value, Tensor):
+            return flat(value)[sample, element].to(dtype)
+        return torch.full((len(element),), value, dtype=dtype, device=at.device)
+
+    place = element.unsqueeze(1).expand(-1, 2)
+    floating = level.dtype if isinstance(level, Tensor) else torch.float64
+    return Ties(
+        sample, element, (-1, 0), place, torch.ones_like(place, dtype=torch.bool), each(level, floating),
+        each(smooth, torch.bool),
+    )  # fmt: skip

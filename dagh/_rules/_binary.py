@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dagh._ir import Node
-from dagh._rules._base import Call, KinkSites, Rule, Tangents, align, bundle, register_rule, unbroadcast
+from dagh._rules._base import (
+    Call,
+    KinkSites,
+    Rule,
+    Tangents,
+    Ties,
+    align,
+    bundle,
+    flat,
+    register_rule,
+    two_sided,
+    unbroadcast,
+)
 
 
 def _times(t: Tensor, factor: Tensor | float) -> Tensor:
@@ -144,9 +158,18 @@ class Div(_Binary):
         return 0.0, -1 / (b * b), 2 * a / (b * b * b)
 
 
-@register_rule("aten.maximum", "aten.minimum")
+@cache
+def _share(op: Any) -> float:
+    """Weight that PyTorch gives to the second of two equal arguments: asked of it."""
+    with torch.enable_grad():
+        other = torch.ones(1, requires_grad=True)
+        (slope,) = torch.autograd.grad(op(torch.ones(1), other).sum(), other)
+    return float(slope)
+
+
+@register_rule("aten.maximum", "aten.minimum", "aten.fmax", "aten.fmin")
 class Extremum(_Binary):
-    """Larger or smaller of two tensors; PyTorch splits ties evenly, λ gives the weight of ``other``."""
+    """Larger or smaller of two tensors; on ties λ gives the weight of ``other``."""
 
     derivative = "kinked"
     takes_choice = True
@@ -154,11 +177,17 @@ class Extremum(_Binary):
     def curved(self, node: Node) -> bool:
         return False
 
+    def _sign(self, node: Node) -> float:
+        return 1.0 if "max" in node.operation else -1.0
+
     def _weight(self, call: Call) -> Tensor:
         a, b = (align(x, 1, len(call.node.shape)) for x in call.xs)
-        sign = 1 if call.node.operation.startswith("max") else -1
+        sign = self._sign(call.node)
         other = ((b - a) * sign > 0).to(call.out.dtype)
-        lam = 0.5 if call.kink is None else float(call.kink)
+        if isinstance(call.kink, Tensor):
+            share = call.kink.masked_fill(call.kink.isnan(), _share(call.node.op))
+            return torch.where(a == b, share, other)
+        lam = _share(call.node.op) if call.kink is None else float(call.kink)
         return other.masked_fill(a == b, lam)
 
     def partials(self, call: Call) -> tuple[Tensor | float, Tensor | float]:
@@ -167,7 +196,26 @@ class Extremum(_Binary):
 
     def kinks(self, call: Call) -> KinkSites | None:
         a, b = (align(x, 1, len(call.node.shape)) for x in call.xs)
-        return KinkSites((a - b).abs().flatten(1))
+        return KinkSites(flat((a - b).abs()))
+
+    def ties(self, call: Call) -> Ties | None:
+        node = call.node
+        if len(call.xs) < 2 or node.inputs[0] is node.inputs[1]:
+            return None
+        a, b = (align(x, 1, len(node.shape)) for x in call.xs)
+        where = flat((a == b).expand(call.out.shape)).nonzero()
+        if len(where) == 0:
+            return None
+        sample, element = where[:, 0], where[:, 1]
+        places = []
+        for parent in node.inputs:
+            grid = torch.arange(parent.numel, device=element.device).reshape(parent.shape)
+            places.append(align(grid, 0, len(node.shape)).expand(node.shape).flatten()[element])
+        none, place = torch.zeros_like(element), torch.stack(places, 1)
+        return Ties(
+            sample, element, (0, 1), place, torch.ones_like(place, dtype=torch.bool),
+            none.to(call.out.dtype), none.bool(), self._sign(node),
+        )  # fmt: skip
 
 
 @register_rule("aten.prelu")
@@ -203,7 +251,9 @@ class PReLU(Rule):
         def compute() -> tuple[Tensor, Tensor]:
             x, w = call.xs[0], self._weight(call)
             right = (x > 0).to(x.dtype)
-            if call.kink is not None:
+            if isinstance(call.kink, Tensor):
+                right = torch.where((x == 0) & ~call.kink.isnan(), call.kink, right)
+            elif call.kink is not None:
                 right = right.masked_fill(x == 0, float(call.kink))
             return right + (1 - right) * w, 1 - right
 
@@ -235,4 +285,7 @@ class PReLU(Rule):
         return out
 
     def kinks(self, call: Call) -> KinkSites | None:
-        return KinkSites(call.xs[0].abs().flatten(1))
+        return KinkSites(flat(call.xs[0].abs()))
+
+    def ties(self, call: Call) -> Ties | None:
+        return two_sided(call.xs[0] == 0, 0.0, self._weight(call).expand(call.xs[0].shape) == 1)

@@ -18,8 +18,11 @@ from dagh._rules._base import (
     KinkSites,
     Rule,
     Tangents,
+    Ties,
     bundle,
+    flat,
     register_rule,
+    two_sided,
 )
 
 Derivative = Callable[[Call, Tensor], Tensor]
@@ -77,26 +80,38 @@ class Unary(Rule):
             for point in self.points(call.node) if self.points else ():
                 at = x == point
                 if bool(at.any()):
-                    d1, d2 = self._at_kink(call, point)
-                    first, second = first.masked_fill(at, d1), second.masked_fill(at, d2)
+                    first, second = (
+                        torch.where(at, torch.as_tensor(d, dtype=x.dtype, device=x.device), rest)
+                        for d, rest in zip(self._at_kink(call, point), (first, second), strict=True)
+                    )
             return first, second
 
         pair: tuple[Tensor, Tensor] = call.once("derivatives", compute)
         return pair
 
-    def _at_kink(self, call: Call, point: float) -> tuple[float, float]:
+    def _at_kink(self, call: Call, point: float) -> tuple[float | Tensor, float | Tensor]:
         node = call.node
+        constants = tuple(call.arg(name) for name in list(node.bound)[1:])
         if call.kink is None:
-            constants = tuple(call.arg(name) for name in list(node.bound)[1:])
             return _probe(node.op, constants, point, node.dtype)
-        scale = 1e-3 * max(1.0, abs(point))
-        sides = call.xs[0].new_tensor([point - scale, point + scale])
-        # The branches are analytic on either side; extrapolate their derivatives to the kink itself.
-        local = Call(node, [sides], sides)
-        first, second = self.first(local, sides), self.second(local, sides)
-        at = first - second * (sides - point)
-        lam = float(call.kink)
-        return float((1 - lam) * at[0] + lam * at[1]), float((1 - lam) * second[0] + lam * second[1])
+        first, second = self.sides(call, point)
+        if not isinstance(call.kink, Tensor):
+            lam = float(call.kink)
+            return (1 - lam) * first[0] + lam * first[1], (1 - lam) * second[0] + lam * second[1]
+        own = _probe(node.op, constants, point, node.dtype)
+        left, right = call.kink == 0, call.kink == 1
+        return tuple(  # type: ignore[return-value]
+            torch.full_like(call.kink, default).masked_fill(left, d[0]).masked_fill(right, d[1])
+            for default, d in zip(own, (first, second), strict=True)
+        )
+
+    def sides(self, call: Call, point: float) -> tuple[tuple[float, float], tuple[float, float]]:
+        """First and second derivatives ``(left, right)`` of the two branches that meet at ``point``."""
+        step = max(4 * torch.finfo(call.xs[0].dtype).eps * abs(point), 1e-30)
+        sides = call.xs[0].new_tensor([point - step, point + step])
+        local = Call(call.node, [sides], sides)
+        first, second = self.first(local, sides).tolist(), self.second(local, sides).tolist()
+        return (first[0], first[1]), (second[0], second[1])
 
     def scaling(self, call: Call, arg: int) -> Tensor | None:
         return bundle(self._derivatives(call)[0])
@@ -118,9 +133,31 @@ class Unary(Rule):
         points = self.points(call.node) if self.points else ()
         if not points:
             return None
-        x = call.xs[0].flatten(1)
+        x = flat(call.xs[0])
         distance = torch.stack([(x - p).abs() for p in points]).amin(0)
         return KinkSites(distance)
+
+    def ties(self, call: Call) -> Ties | None:
+        x = call.xs[0]
+        at = torch.zeros_like(x, dtype=torch.bool)
+        level, smooth = torch.zeros_like(x), torch.zeros_like(at)
+        for point in self.points(call.node) if self.points else ():
+            here = x == point
+            if bool(here.any()):
+                (left, right), _ = self.sides(call, point)
+                at |= here
+                level.masked_fill_(here, point)
+                smooth.masked_fill_(here, abs(right - left) <= 1e-6 * max(abs(left), abs(right)))
+        return two_sided(at, level, smooth)
+
+    def settled(self, call: Call) -> Tensor | None:
+        if not self.points or not self.points(call.node):
+            return None
+        x = call.xs[0]
+        still = (self.first(call, x) == 0) & (self.second(call, x) == 0)
+        for point in self.points(call.node):
+            still &= x != point
+        return still
 
 
 def _const(name: str) -> Callable[[Call], Any]:
@@ -220,6 +257,11 @@ def _at(*points: float) -> Points:
     return lambda node: points
 
 
+def _continuous_threshold(node: Node) -> Sequence[float]:
+    threshold, value = float(node.arg("threshold")), float(node.arg("value"))
+    return [threshold] if threshold == value else []
+
+
 def _inside(x: Tensor, low: float, high: float) -> Tensor:
     return ((x > low) & (x < high)).to(x.dtype)
 
@@ -252,6 +294,7 @@ def _register_unaries() -> None:
             lambda c, x: _inside(x, -3.0, 3.0) / 3,
             points=_at(-3.0, 3.0),
         ),
+        "threshold": Unary(lambda c, x: (x > float(c.arg("threshold"))).to(x.dtype), points=_continuous_threshold),
         "tanh": Unary(lambda c, x: 1 - c.out**2, lambda c, x: -2 * c.out * (1 - c.out**2)),
         "sigmoid": Unary(lambda c, x: _sigmoid_slope(c.out), lambda c, x: _sigmoid_slope(c.out) * (1 - 2 * c.out)),
         "log_sigmoid": Unary(lambda c, x: sig(-x), lambda c, x: -_sigmoid_slope(sig(x))),

@@ -1,15 +1,15 @@
-"""Operations that pick elements by comparing them: max-pool, maxima over axes, sort, top-k, median."""
+"""Max-pooling, and what it shares with every other operation that copies elements."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dagh._ir import Node
-from dagh._rules._base import Call, KinkSites, Rule, Tangents, bundle, register_rule
+from dagh._rules._base import Call, KinkSites, Rule, Tangents, Ties, bundle, register_rule
 from dagh._rules._conv_kernels import windows
 from dagh.errors import ReductionError
 
@@ -28,6 +28,38 @@ def max_pool(
     pool: Any = _POOL[len(kernel)]
     result: Tensor = pool(input, kernel, stride, padding, dilation, ceil_mode)
     return result
+
+
+def tied_groups(equal: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """Rows of ``equal`` (``[N, rows, C]``) with two or more true entries: sample, row, their places and validity.
+
+    ``places`` is ``[rows, C]``; the candidates of each row are moved to the front and the rest cut off.
+    """
+    count = equal.sum(2)
+    where = (count > 1).nonzero()
+    if len(where) == 0:
+        return None
+    sample, row = where[:, 0], where[:, 1]
+    width = int(count.max())
+    order = equal[sample, row].to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :width]
+    valid = equal[sample, row].gather(1, order)
+    return sample, row, places[row].gather(1, order), valid
+
+
+def copied(call: Call, ties: Ties, branch: Tensor) -> Tensor:
+    """Places of argument 0 to copy, ``[N, *shape]``: those of the branches, -1 where there is no tie."""
+    place = torch.full((call.out.shape[0], call.node.numel), -1, device=call.out.device)
+    place[ties.sample, ties.element] = ties.place.gather(1, branch.unsqueeze(1)).squeeze(1)
+    return place.reshape(call.out.shape)
+
+
+def share_ties(tied: Tensor, axis: int, kink: str) -> Tensor:
+    """Weights along ``axis`` of tied candidates (``tied`` is 0 or 1): ``"first"``, ``"last"`` or ``"split"``."""
+    if kink == "first":
+        return tied * (tied.cumsum(axis) == 1)
+    if kink == "last":
+        return tied * (tied.flip(axis).cumsum(axis).flip(axis) == 1)
+    return tied / tied.sum(axis, keepdim=True)
 
 
 @register_rule("dagh.max_pool")
@@ -85,19 +117,16 @@ class MaxPool(Rule):
         def compute() -> tuple[Tensor, Tensor]:
             values, places = self._windows(call)
             tied = (values == values.amax(3, keepdim=True)).to(values.dtype)
-            if call.kink == "first":
-                tied = tied * (tied.cumsum(3) == 1)
-            elif call.kink == "last":
-                tied = tied * (tied.flip(3).cumsum(3).flip(3) == 1)
-            elif call.kink != "split":
-                weights = torch.as_tensor(call.kink, dtype=values.dtype, device=values.device).flatten()
-                if weights.numel() != values.shape[3] or bool((weights < 0).any()):
-                    raise ReductionError(
-                        f"max-pool tie weights of {call.node.name!r} need {values.shape[3]} non-negative numbers, "
-                        f"one per window position; got {call.kink!r}"
-                    )
-                weighted = tied * weights[:, None]
-                tied = torch.where(weighted.sum(3, keepdim=True) > 0, weighted, tied)
+            if isinstance(call.kink, str):
+                return share_ties(tied, 3, call.kink), places
+            weights = torch.as_tensor(call.kink, dtype=values.dtype, device=values.device).flatten()
+            if weights.numel() != values.shape[3] or bool((weights < 0).any()):
+                raise ReductionError(
+                    f"max-pool tie weights of {call.node.name!r} need {values.shape[3]} non-negative numbers, "
+                    f"one per window position; got {call.kink!r}"
+                )
+            weighted = tied * weights[:, None]
+            tied = torch.where(weighted.sum(3, keepdim=True) > 0, weighted, tied)
             return tied / tied.sum(3, keepdim=True), places
 
         pair: tuple[Tensor, Tensor] = call.once("weights", compute)
@@ -111,7 +140,11 @@ class MaxPool(Rule):
                 x.reshape(-1, *x.shape[2:]), kernel, stride, padding, dilation,
                 bool(call.arg("ceil_mode")), return_indices=True,
             )  # fmt: skip
-            return index.reshape(x.shape[0], 1, *call.node.shape[:2], -1)
+            index = index.reshape(x.shape[0], 1, *call.node.shape[:2], -1)
+            if isinstance(call.kink, Tensor):
+                forced = call.kink.reshape(index.shape)
+                index = torch.where(forced < 0, index, forced % x.shape[3:].numel())
+            return index
 
         result: Tensor = call.once("index", compute)
         return result
@@ -120,7 +153,7 @@ class MaxPool(Rule):
         t = tangents[0].flatten(4)
         n = max(t.shape[0], call.xs[0].shape[0])
         t = t.expand(n, *t.shape[1:])
-        if call.kink is None:
+        if call.kink is None or isinstance(call.kink, Tensor):
             index = self._index(call)
             out = t.gather(4, index.expand(n, t.shape[1], *index.shape[2:]))
         else:
@@ -134,7 +167,7 @@ class MaxPool(Rule):
         n = max(s.shape[0], call.xs[0].shape[0])
         s = s.expand(n, *s.shape[1:])
         out = s.new_zeros(*s.shape[:4], shape[2:].numel())
-        if call.kink is None:
+        if call.kink is None or isinstance(call.kink, Tensor):
             index = self._index(call)
             out.scatter_add_(4, index.expand(n, s.shape[1], *index.shape[2:]), s)
         else:
@@ -150,66 +183,21 @@ class MaxPool(Rule):
         top = values.topk(2, dim=3).values
         return KinkSites((top[..., 0, :] - top[..., 1, :]).flatten(1))
 
-
-class Selection(Rule):
-    """Piecewise linear: derivatives are PyTorch's own, curvature is zero."""
-
-    derivative = "kinked"
-    note = "PyTorch's choice at ties"
-
-    def curved(self, node: Node) -> bool:
-        return False
-
-    def curvature(
-        self, call: Call, adjoint: Tensor, tangents: Tangents, args: Iterable[int], keep: bool
-    ) -> dict[int, Tensor]:
-        return {}
-
-    def _axes(self, node: Node) -> list[int] | None:
-        rank = len(node.inputs[0].shape)
-        dims = node.arg("dim")
-        if dims is None or dims == []:
-            return list(range(rank)) if not node.operation.startswith(("sort", "topk")) else None
-        dims = [dims] if isinstance(dims, int) else dims
-        return [int(d) % rank for d in dims]
-
-    def kinks(self, call: Call) -> KinkSites | None:
-        node = call.node
-        if not node.operation.startswith(("amax", "amin", "max", "min")) or len(node.inputs) != 1:
+    def ties(self, call: Call) -> Ties | None:
+        values, places = self._windows(call)
+        n, m, c, k, windows_ = values.shape
+        best = values == values.amax(3, keepdim=True)
+        space = call.xs[0].shape[3:].numel()
+        channel = torch.arange(m * c, device=values.device)[:, None, None] * space
+        everywhere = (channel + places.mT).reshape(-1, k)
+        found = tied_groups(best.transpose(3, 4).reshape(n, m * c * windows_, k), everywhere)
+        if found is None:
             return None
-        axes = self._axes(node)
-        if not axes:
-            return None
-        rank = len(node.inputs[0].shape)
-        kept = [d for d in range(rank) if d not in axes]
-        x = call.xs[0].permute(0, *(d + 1 for d in kept), *(d + 1 for d in axes)).flatten(1 + len(kept))
-        if x.shape[-1] < 2:
-            return None
-        sign = -1 if node.operation.startswith(("amin", "min")) else 1
-        top = (sign * x).topk(2, dim=-1).values
-        return KinkSites((top[..., 0] - top[..., 1]).reshape(x.shape[0], -1))
+        sample, element, place, valid = found
+        none = torch.zeros_like(element)
+        return Ties(
+            sample, element, (0,) * place.shape[1], place, valid, none.to(values.dtype), none.bool()
+        )  # fmt: skip
 
-
-for _name in (
-    "aten.amax",
-    "aten.clamp.Tensor",
-    "aten.clamp_min.Tensor",
-    "aten.clamp_max.Tensor",
-    "aten.amin",
-    "aten.max.default",
-    "aten.min.default",
-    "aten.max.dim[0]",
-    "aten.min.dim[0]",
-    "aten.sort.default[0]",
-    "aten.sort.stable[0]",
-    "aten.topk.default[0]",
-    "aten.median.dim[0]",
-    "aten.median.default",
-    "aten.kthvalue.default[0]",
-    "aten.cummax.default[0]",
-    "aten.cummin.default[0]",
-    "aten.adaptive_max_pool1d.default[0]",
-    "aten.adaptive_max_pool2d.default[0]",
-    "aten.adaptive_max_pool3d.default[0]",
-):
-    register_rule(_name)(Selection())
+    def force(self, call: Call, ties: Ties, branch: Tensor) -> Tensor:
+        return copied(call, ties, branch)

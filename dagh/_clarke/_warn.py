@@ -1,0 +1,65 @@
+"""One warning per graph where PyTorch's choice of derivative decides."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from dagh._clarke._completion import split
+from dagh._clarke._nearby import branches_at, steps, values_at
+from dagh._clarke._sites import Sites, find_sites
+from dagh._state import State
+
+if TYPE_CHECKING:
+    from dagh._graph import Graph
+
+#: Calls seen per graph; -1 once it has warned.
+_SEEN: WeakKeyDictionary[Graph, int] = WeakKeyDictionary()
+
+
+class KinkWarning(UserWarning):
+    """The point is on a kink that matters, and the Hessian returned is the one of PyTorch's choice there."""
+
+
+def _parts(sites: Sites) -> bool:
+    """Whether some tie that matters comes apart at one of four points nearby; equal functions never do."""
+    rng = np.random.default_rng(0)
+    size = sum(leaf.numel for leaf in sites.leaves)
+    step = steps(sites.state.weights.dtype)[0]
+    for d in rng.standard_normal((2, size)):
+        for sign in (step, -step):
+            values = values_at(sites.state, split(sites, sign * d), sites.live[-1].node)
+            read = branches_at(sites.state, sites.live, values)
+            if any(bool(((read[s.node] >= 0) & s.live).any()) for s in sites.live):
+                return True
+    return False
+
+
+def warn_at_ties(graph: Graph, state: State) -> None:
+    """Warn once per graph, and only of ties that something can move and the loss can feel.
+
+    Looks on calls 1, 2, 4, 8, … of a graph: a look costs a few forward passes.
+    """
+    calls = _SEEN.get(graph, 0)
+    if calls < 0:
+        return
+    _SEEN[graph] = calls + 1
+    if (calls + 1) & calls:  # not a power of two
+        return
+    sites = find_sites(state, [n for n in state.program if n in state.sources])
+    if not sites.live:
+        return
+    if not _parts(sites):
+        return
+    _SEEN[graph] = -1
+    count, node = sites.live_ties, sites.live[0].node
+    many = f"{count} elements are" if count > 1 else "one element is"
+    warnings.warn(
+        f"{many} exactly on a kink (first: {node.name!r}), where the Hessian does not exist; PyTorch's choice of "
+        "derivative is taken. dagh.kinks reports what meets there; kinks= takes another choice",
+        KinkWarning,
+        stacklevel=4,
+    )
