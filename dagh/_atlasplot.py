@@ -71,11 +71,17 @@ def _logarithmic(figure: Any, axes: Any, matrix: np.ndarray[Any, Any], title: st
 
 
 def _relative(figure: Any, axes: Any, matrix: np.ndarray[Any, Any]) -> None:
+    from matplotlib.colors import LogNorm, Normalize
+
     own = np.sqrt(np.diag(matrix))
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.ma.masked_invalid(matrix / np.outer(own, own))
-    top = 1.0 if not ratio.count() or float(ratio.max()) <= 1.0 + 1e-6 else float(ratio.max())
-    image = axes.imshow(np.ma.masked_equal(ratio, 0), cmap="viridis", vmin=0.0, vmax=top, interpolation="nearest")
+    shown = np.ma.masked_equal(ratio, 0)
+    low, top = (float(shown.min()), float(shown.max())) if shown.count() else (0.0, 1.0)
+    # Semidefinite matrices stay within 1; elsewhere pairs can outweigh their diagonal blocks by far.
+    bounded = top <= 1.0 + 1e-6
+    scale = Normalize(min(np.floor(10 * low) / 10, 0.9), 1.0) if bounded else LogNorm(max(low, 1e-4 * top), top)
+    image = axes.imshow(shown, cmap="viridis", norm=scale, interpolation="nearest")
     axes.set_title(r"coupling $\|ab\|\,/\,\sqrt{\|aa\|\,\|bb\|}$", fontsize=10)
     figure.colorbar(image, ax=axes, fraction=0.046, pad=0.02).ax.tick_params(labelsize=8)
 
@@ -89,17 +95,17 @@ def _labels(axes: Any, atlas: Atlas, size: float, *, names: bool) -> None:
     axes.tick_params(length=0, pad=2)
     for edge in axes.spines.values():
         edge.set_linewidth(0.5)
-    # Thin lines between modules of the first level that has more than one.
+    # Lines between the modules of the first level that has a handful.
     tops = _levels(atlas.modules)
     for i in range(1, count):
         if tops[i] != tops[i - 1]:
             for line in (axes.axhline, axes.axvline):
-                line(i - 0.5, color="0.55", linewidth=0.4)
+                line(i - 0.5, color="white", linewidth=0.8)
 
 
 def _levels(modules: tuple[str, ...]) -> list[str]:
     paths = [m.split(".") for m in modules]
     depth = 1
-    while depth < max(map(len, paths)) and len({tuple(p[:depth]) for p in paths}) < 4:
+    while depth < max(map(len, paths)) and len({tuple(p[:depth]) for p in paths}) < 5:
         depth += 1
     return [".".join(p[:depth]) for p in paths]

@@ -307,7 +307,7 @@ def _rooted(squares: tuple[float, float, float], spread: tuple[float, float] | N
     full, outer, functional = map(sqrt, squares)
     if spread is None:
         return Norms(full, outer, functional)
-    errors = tuple(s / (2 * v) if v > 0 else 0.0 for s, v in zip(spread, (full, functional), strict=True))
+    errors = [s / (2 * v) if v > 0 else 0.0 for s, v in zip(spread, (full, functional), strict=True)]
     return Norms(full, outer, functional, (errors[0], errors[1]))
 
 
