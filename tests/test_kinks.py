@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import dagh
 
 F = nn.functional
+pytestmark = pytest.mark.filterwarnings("ignore::dagh.KinkWarning")
 
 
 def close(got: Tensor, expected: Tensor) -> None:
