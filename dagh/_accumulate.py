@@ -156,7 +156,7 @@ class Accumulator:
             if held is not None:
                 block = held.block()
                 block = block if held.key == (i, j) else block.T
-                out[i, j] = block if dense is None else DenseBlock(dense.add_(block.dense()))
+                out[i, j] = block if dense is None else DenseBlock(dense + block.dense())
             elif dense is not None:
                 out[i, j] = DenseBlock(dense)
             else:

@@ -285,12 +285,13 @@ def _matrices(wanted: tuple[str, ...], state: State, ready: Prepared, reduction:
         assemble(state, request, plan, parts=sums, keep=keep, budget=budget)
     info = {"loss": state.loss, "samples": state.samples, "method": graph.method, "coupled": state.coupled}
     out: dict[str, BlockMatrix] = {}
-    pieces = {part: result.finished() for part, result in sums.items()}
-    if "full" in wanted:
-        whole = pieces["functional"]
-        if len(wanted) > 1:
-            whole = {pair: add_blocks(pieces["outer"][pair], block) for pair, block in whole.items()}
-        pieces["full"] = whole
+    if wanted == ("full",):
+        pieces = {"full": sums["functional"].finished()}
+    else:
+        pieces = {part: result.finished() for part, result in sums.items()}
+        if "full" in wanted:
+            both = pieces["functional"].items()
+            pieces["full"] = {pair: add_blocks(pieces["outer"][pair], block) for pair, block in both}
     for part in wanted:
         found = pieces[part]
         if not all(_finite(t) for block in found.values() for t in _tensors(block)):
