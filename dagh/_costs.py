@@ -16,17 +16,35 @@ PASS = 40.0
 _VIEWS = ("view", "reshape", "unsqueeze", "squeeze", "permute", "transpose", "t", "expand", "select", "slice", "alias")
 
 
-def node_cost(node: Node) -> float:
-    """Operations per sample and direction of applying the Jacobian of ``node``; passes over memory included."""
+def node_flops(node: Node) -> float:
+    """Arithmetic per sample and direction of applying the Jacobian of ``node``."""
+    if node.op is None or node.operation in _VIEWS:
+        return 0.0
+    return float(max(node.numel, rule_for(node).flops(node)))
+
+
+def node_moved(node: Node) -> float:
+    """Elements written per sample and direction; each is read about once as well."""
     if node.op is None:
         return 0.0
-    rule = rule_for(node)
     if node.operation in _VIEWS:
-        return 0.25 * PASS * node.numel
-    if rule.derivative == "bilinear" and rule.flops(node) > 2 * node.numel:
-        return 1.3 * rule.flops(node) + PASS * node.numel
+        return 0.25 * node.numel
+    rule = rule_for(node)
+    if _is_product(node):
+        return float(node.numel)
     generic = 1.0 if rule.closed_form else 4.0
-    return generic * PASS * max(node.numel, rule.flops(node) // 2)
+    return generic * max(node.numel, rule.flops(node) // 2)
+
+
+def _is_product(node: Node) -> bool:
+    rule = rule_for(node)
+    return rule.derivative == "bilinear" and rule.flops(node) > 2 * node.numel
+
+
+def node_cost(node: Node) -> float:
+    """Price per sample and direction, in operations of a matrix product; passes over memory included."""
+    products = 1.3 * node_flops(node) if node.op is not None and _is_product(node) else 0.0
+    return products + PASS * node_moved(node)
 
 
 @cache

@@ -263,7 +263,7 @@ def _compute(
     if kinks == "torch":
         warn_at_ties(ready.graph, ready.state)
     request, budget = ready.request, ready.budget
-    needed = ready.plan.bytes * len(wanted)
+    needed = ready.plan.result_bytes * len(wanted)
     if needed > budget:
         what = f"{len(request.pairs)} blocks" if len(request.pairs) > 1 else "one block"
         raise _memory.refuse(what, request.total, needed, budget, ready.state.weights.device)

@@ -65,7 +65,10 @@ class Column:
     held: frozenset[Node]
     curved: frozenset[Node]
     cost: float
-    """Operations per sample, passes over memory included."""
+    """Price per sample in operations of a matrix product, passes over memory included."""
+    flops: float
+    moved: float
+    """Arithmetic, and elements written, per sample."""
     unit: int
     """Elements held per sample and direction."""
     largest: int
@@ -93,6 +96,10 @@ class Plan:
         kinds: Which parts each pair has: ``"zero"``, ``"H_O"``, ``"H_F"``, ``"H_O+H_F"``.
         fallbacks: Operations without a rule, differentiated by ``torch.func`` on their own.
         samples: The batch size that totals refer to (1 where samples are coupled).
+        flops: Arithmetic of the whole batch.
+        bytes: Memory traffic of the whole batch, results included.
+        seconds: Predicted time.
+        result_bytes, peak_memory: Bytes held at the end, and predicted at most (without model and data).
     """
 
     names: tuple[str, ...]
@@ -106,7 +113,7 @@ class Plan:
     samples: int
     routes: dict[Pair, str]
     alternatives: dict[Pair, dict[str, float]] = field(repr=False)
-    forward_cost: float
+    forward: tuple[float, float, float]
     forward_elements: int
     widest: int
     dtype: torch.dtype
@@ -156,14 +163,12 @@ class Plan:
 
     # -- totals ------------------------------------------------------------------------------------
 
-    @property
-    def outer_cost(self) -> float:
-        """Operations per batch for H_O: rows pulled back, and their products (half of them, by symmetry)."""
-        pairs = [p for p in self.pairs if "H_O" in self.kinds[p]]
-        if not pairs or "outer" not in self.parts:
-            return 0.0
-        total = self.outer_rows * self.forward_cost
-        for i, j in pairs:
+    def _outer_products(self) -> float:
+        """Arithmetic per sample of the products of the rows of H_O (half of it spared by symmetry)."""
+        total = 0.0
+        for i, j in self.pairs:
+            if "H_O" not in self.kinds[i, j]:
+                continue
             if i in self.gates and j in self.gates:
                 total += 2.0 * self.outer_rows * self.gates[i].shape[0] * self.gates[j].shape[0]
                 if not self.structured(i, j, self.samples):
@@ -173,44 +178,53 @@ class Plan:
                 total += 2.0 * self.sizes[other] * (self.outer_rows * self.gates[layer].shape[0] + self.sizes[layer])
             else:
                 total += (1.0 if i == j else 2.0) * self.outer_rows * self.sizes[i] * self.sizes[j]
-        return total * self.samples
+        return total
 
     @property
-    def functional_cost(self) -> float:
-        """Operations per batch for H_F."""
-        return sum(c.cost for c in self.columns) * self.samples
+    def has_outer(self) -> bool:
+        """Whether any block has an H_O part that is asked for."""
+        return "outer" in self.parts and any("H_O" in kind for kind in self.kinds.values())
+
+    def _total(self, figure: int) -> float:
+        """Price (0), arithmetic (1) or elements written (2) of the whole batch."""
+        per_sample = 2 * self.forward[figure]
+        if self.has_outer:
+            per_sample += self.outer_rows * self.forward[figure] + (self._outer_products() if figure < 2 else 0.0)
+        if "functional" in self.parts:
+            per_sample += sum((c.cost, c.flops, c.moved)[figure] for c in self.columns)
+        results = self.result_elements * (PASS, 0.0, 1.0)[figure]
+        return per_sample * self.samples + results
 
     @property
     def flops(self) -> float:
-        """Operations per batch for all blocks, passes over memory counted as the operations they displace."""
-        return (
-            2 * self.forward_cost * self.samples + self.outer_cost + self.functional_cost + PASS * self.result_elements
-        )
+        return self._total(1)
+
+    @property
+    def bytes(self) -> float:
+        return 2.0 * self._total(2) * itemsize(self.dtype)
 
     @property
     def seconds(self) -> float:
-        """Predicted time, from the rate of a matrix product measured on this machine."""
-        return self.flops / (0.75 * product_rate(self.dtype, self.device, torch.get_num_threads()))
+        return self._total(0) / product_rate(self.dtype, self.device, torch.get_num_threads())
 
     @property
-    def bytes(self) -> int:
-        """Bytes of the result as it is held."""
+    def result_bytes(self) -> int:
         return self.result_elements * itemsize(self.dtype)
 
     @property
     def peak_memory(self) -> int:
-        """Predicted bytes beyond the model and the data: result, values and adjoints, rows of H_O, the widest sweep."""
         size, n = itemsize(self.dtype), self.samples
         copies = len(set(self.parts)) if self.keep else 1
         total = self.result_elements * copies + 3 * n * self.forward_elements
         work = [0]
-        if self.outer_cost:
+        if self.has_outer:
             leaves = {i for p in self.pairs if "H_O" in self.kinds[p] for i in p}
             dense = sum(self.sizes[i] for i in leaves if i not in self.gates)
-            work.append(n * self.outer_rows * 2 * dense * size + 4 * CACHE)
+            pulled = min(CACHE, n * self.outer_rows * self.widest * size)
+            work.append(n * self.outer_rows * 2 * dense * size + 4 * pulled)
         for c in self.columns:
             step = c.step(n, self.budget or 1 << 62, size)
-            work.append(step * n * c.unit * size + 2 * CACHE)
+            work.append(step * n * (c.unit + 2 * c.largest) * size)
         return total * size + max(work)
 
     # -- presentation ------------------------------------------------------------------------------
@@ -267,8 +281,8 @@ class Plan:
         return (
             f"{len(self.pairs)} blocks ({zero} zero) at N = {self.samples}: H_F by {len(self.columns)} sweeps, "
             f"H_O by {self.outer_rows} rows per sample of the loss factor\n"
-            f"{self.flops / 1e9:.3g} GFLOP, about {_seconds(self.seconds)}; "
-            f"result {human(self.bytes)}, peak about {human(self.peak_memory)}"
+            f"{self.flops / 1e9:.3g} GFLOP, {human(self.bytes)} moved, about {_seconds(self.seconds)}; "
+            f"result {human(self.result_bytes)}, peak about {human(self.peak_memory)}"
         )
 
     def __str__(self) -> str:
@@ -293,7 +307,8 @@ def as_mapping(plan: Plan) -> dict[str, Any]:
         "samples": plan.samples,
         "flops": plan.flops,
         "seconds": plan.seconds,
-        "result_bytes": plan.bytes,
+        "bytes_moved": plan.bytes,
+        "result_bytes": plan.result_bytes,
         "peak_memory": plan.peak_memory,
         "routes": {f"{plan.names[i]} x {plan.names[j]}": r for (i, j), r in plan.routes.items()},
         "fallbacks": plan.fallbacks,

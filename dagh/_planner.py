@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dagh._costs import PASS, node_cost
+from dagh._costs import PASS, node_cost, node_flops, node_moved
 from dagh._ir import Node, Program
 from dagh._plan import Basis, Column, Gate, Plan
 from dagh._request import Pair, Request
@@ -50,6 +50,8 @@ class _Reach:
                 self.above[node.index] |= self.above[parent.index]
         self.numel = np.array([v.numel for v in program])
         self.cost = np.array([node_cost(v) for v in program])
+        self.flops = np.array([node_flops(v) for v in program])
+        self.moved = np.array([node_moved(v) for v in program])
         self.batched = np.array([v.batched for v in program], dtype=bool)
         self._thin: dict[Node, np.ndarray[Any, Any]] = {}
 
@@ -118,7 +120,11 @@ def make_plan(
         samples=samples,
         routes=chosen_routes,
         alternatives=alternatives,
-        forward_cost=float(sum(node_cost(v) for v in program if v.op is not None)),
+        forward=(
+            sum(node_cost(v) for v in program),
+            sum(node_flops(v) for v in program),
+            sum(node_moved(v) for v in program),
+        ),
         forward_elements=sum(v.numel for v in program if v.batched),
         widest=max((v.numel for v in program), default=1),
         dtype=program.output.dtype,
@@ -263,15 +269,15 @@ class _Sweeps:
         """Operations per sample of sweeping ``leaf``'s tangents to get its block with ``row``."""
         return self.total([(leaf, row)], basis)
 
-    def _contraction(self, leaf: int, row: int) -> float:
+    def _contraction(self, leaf: int, row: int, passes: float = PASS) -> float:
         """Applying the inputs of the layers to what a sweep in activations found."""
         gate, sizes = self.gates[leaf], self.request.sizes
         if not self._linear(row):
-            return 2.0 * gate.rows * sizes[leaf] * sizes[row] + PASS * gate.node.numel * sizes[row]
+            return 2.0 * gate.rows * sizes[leaf] * sizes[row] + passes * gate.node.numel * sizes[row]
         other = self.gates[row]
         spread = sizes[leaf] * other.node.numel if gate.rows > 1 or other.rows > 1 else 0
         terms = 2.0 if other.argument == 1 and self.reach.above[other.node.inputs[0].index, gate.node.index] else 1.0
-        return terms * (2.0 * other.rows * sizes[leaf] * sizes[row] + (2.0 * gate.rows + PASS) * spread)
+        return terms * (2.0 * other.rows * sizes[leaf] * sizes[row] + (2.0 * gate.rows + passes) * spread)
 
     def _linear(self, row: int) -> bool:
         gate = self.gates.get(row)
@@ -305,10 +311,12 @@ class _Sweeps:
         back = above[entry].any(0) & reachable
         return within, held, meeting, back
 
-    def _cost(self, seed: Node, regions: tuple[Any, Any, Any, Any], basis: Basis, copies: int) -> float:
-        """Operations per sample and direction."""
+    def _cost(
+        self, seed: Node, regions: tuple[Any, Any, Any, Any], basis: Basis, copies: int, cost: Any = None
+    ) -> float:
+        """Price per sample and direction (or any other figure per node, summed alike)."""
         within, _, meeting, back = regions
-        cost = self.reach.cost
+        cost = self.reach.cost if cost is None else cost
         forward = cost * np.where(self.reach.thin(seed), 1, copies) if basis == "channel" else cost
         own = forward[seed.index] if within[seed.index] else 0.0
         curve = copies * cost
@@ -346,7 +354,13 @@ class _Sweeps:
             into = [t.inputs[0].numel for r, t in targets.items() if t is not self.request.leaves[r]]
             largest = max(largest, int(fan * max([*into, *(t.numel for t in targets.values())])))
         nodes = self.reach.nodes
+        flops = width * self._cost(seed, regions, basis, copies, self.reach.flops)
+        moved = width * self._cost(seed, regions, basis, copies, self.reach.moved)
+        if basis == "activation":
+            flops += sum(self._contraction(leaf, row, passes=0.0) for leaf, row in pairs)
+            moved += sum(self._contraction(leaf, row) for leaf, row in pairs) / PASS
         return Column(
             leaves=leaves, basis=basis, gate=gate, pairs=pairs, targets=targets, width=width, order=order, seed=seed,
-            within=nodes(within), held=nodes(held), curved=nodes(meeting), cost=cost, unit=unit, largest=largest,
+            within=nodes(within), held=nodes(held), curved=nodes(meeting),
+            cost=cost, flops=flops, moved=moved, unit=unit, largest=largest,
         )  # fmt: skip
