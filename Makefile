@@ -7,7 +7,7 @@ METADATA := pyproject.toml constraints.txt dagh/_version.py
 # One thread per process: the tests run in several processes, and the matrices are small.
 test types lint: export OMP_NUM_THREADS := 1
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test lint types bench run-bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-data
@@ -21,14 +21,18 @@ lint: $(VENV)/.installed-lint
 	$(BIN)/ruff format --check .
 
 # BENCH passes options on: make bench BENCH="--quick", or "--suite core --resume"; see python -m benchmarks run --help.
-bench: $(VENV)/.installed-peers
+# The peers bring torchvision and jax along, so they get an environment of their own.
+bench:
+	@$(MAKE) --no-print-directory VENV=.venv-bench BENCH='$(BENCH)' run-bench
+
+run-bench: $(VENV)/.installed-peers
 	$(BIN)/python -m benchmarks run $(BENCH)
 
 types: $(VENV)/.installed-lint
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-bench build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp per extra, renewed when the metadata change: a second call installs nothing.

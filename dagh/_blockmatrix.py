@@ -14,6 +14,7 @@ from rich.console import RenderableType
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from dagh._block_base import copy_transposed
 from dagh._blockcombine import combine, merge_by_module
 from dagh._blockio import load, save
 from dagh._blockproducts import eigenvalues, multiply, multiply_dict, scipy_operator
@@ -237,7 +238,7 @@ class BlockMatrix:
         for (i, j), block in self.blocks.items():
             block.write_into(out[..., slices[i], slices[j]])
             if i != j:
-                out[..., slices[j], slices[i]] = out[..., slices[i], slices[j]].mT
+                copy_transposed(out[..., slices[j], slices[i]], out[..., slices[i], slices[j]])
         return out
 
     def slices(self) -> list[slice]:

@@ -297,7 +297,7 @@ def _matrices(wanted: tuple[str, ...], state: State, ready: Prepared, reduction:
         if not all(_finite(t) for block in found.values() for t in _tensors(block)):
             assert program.loss is not None
             raise non_finite(program, state.values, program.loss)
-        out[part] = _matrix(part, found, request, state, plan, reduction, keep, ready.memory_budget, info)
+        out[part] = _matrix(part, found, request, state, plan, reduction, keep, ready.budget, info)
     return out
 
 

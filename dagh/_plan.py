@@ -231,16 +231,17 @@ class Plan:
 
     def __rich__(self) -> RenderableType:
         sweeps = Table(title="Sweeps for H_F", title_justify="left")
-        for name in ("columns of", "basis"):
-            sweeps.add_column(name)
-        for name in ("directions", "at once", "rows of", "nodes", "MFLOP / sample", "largest"):
-            sweeps.add_column(name, justify="right")
+        sweeps.add_column("columns of", no_wrap=True, overflow="ellipsis")
+        sweeps.add_column("basis", min_width=10)
+        for name in ("width", "at once", "rows", "MFLOP", "largest"):
+            sweeps.add_column(name, justify="right", no_wrap=True, min_width=5)
         for c in self.columns:
             sweeps.add_row(*self._sweep_row(c))
         blocks = Table(title="Blocks", title_justify="left")
-        for name in ("block", "parts", "route of H_F", "kept as"):
-            blocks.add_column(name, overflow="fold")
-        blocks.add_column("numbers", justify="right")
+        blocks.add_column("block", no_wrap=True, overflow="ellipsis")
+        blocks.add_column("parts", no_wrap=True, min_width=7)
+        blocks.add_column("route of H_F", no_wrap=True, overflow="ellipsis")
+        blocks.add_column("numbers held", justify="right", no_wrap=True, min_width=9)
         shown = [p for p in self.pairs if self.kinds[p] != "zero"]
         for pair in shown[:_SHOWN]:
             blocks.add_row(*self._block_row(pair))
@@ -272,16 +273,18 @@ class Plan:
 
     def _block_row(self, pair: Pair) -> tuple[str, ...]:
         i, j = pair
-        kept = "per-sample factors" if not self.keep and self.structured(i, j, self.samples) else "dense"
+        held = f"{self.held_elements(i, j):,}"
+        if not self.keep and self.structured(i, j, self.samples):
+            held = "factors " + held
         name = self.names[i] if i == j else f"{self.names[i]} × {self.names[j]}"
-        return name, self.kinds[pair], self.routes.get(pair, "—"), kept, f"{self.held_elements(i, j):,}"
+        return name, self.kinds[pair], self.routes.get(pair, "—").replace(" columns of ", ": "), held
 
     def _summary(self) -> str:
         zero = sum(kind == "zero" for kind in self.kinds.values())
         return (
-            f"{len(self.pairs)} blocks ({zero} zero) at N = {self.samples}: H_F by {len(self.columns)} sweeps, "
-            f"H_O by {self.outer_rows} rows per sample of the loss factor\n"
-            f"{self.flops / 1e9:.3g} GFLOP, {human(self.bytes)} moved, about {_seconds(self.seconds)}; "
+            f"Plan: {len(self.pairs)} blocks ({zero} zero) at N = {self.samples}; "
+            f"H_F by {len(self.columns)} sweeps, H_O by {self.outer_rows} rows per sample\n"
+            f"{self.flops / 1e9:.3g} GFLOP, {human(self.bytes)} moved, about {_seconds(self.seconds)};\n"
             f"result {human(self.result_bytes)}, peak about {human(self.peak_memory)}"
         )
 
@@ -294,7 +297,7 @@ class Plan:
         return capture.get().rstrip()
 
 
-_SHOWN = 40
+_SHOWN = 30
 
 
 def _seconds(value: float) -> str:

@@ -275,8 +275,10 @@ class _Sweeps:
         if not self._linear(row):
             return 2.0 * gate.rows * sizes[leaf] * sizes[row] + passes * gate.node.numel * sizes[row]
         other = self.gates[row]
-        spread = sizes[leaf] * other.node.numel if gate.rows > 1 or other.rows > 1 else 0
         terms = 2.0 if other.argument == 1 and self.reach.above[other.node.inputs[0].index, gate.node.index] else 1.0
+        if gate.rows == other.rows == 1:  # kept per sample: the large product waits until the block is asked for
+            return terms * passes * gate.node.numel * max(other.node.numel, other.node.inputs[0].numel)
+        spread = sizes[leaf] * other.node.numel
         return terms * (2.0 * other.rows * sizes[leaf] * sizes[row] + (2.0 * gate.rows + passes) * spread)
 
     def _linear(self, row: int) -> bool:

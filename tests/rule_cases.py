@@ -14,6 +14,7 @@ from dagh._lowering import Builder
 from dagh._rewrites import stop_gradient
 from dagh._rules import Call, rule_for
 from dagh._rules._normalize import standardize, standardize_fixed
+from dagh._rules._robust import huber, smooth_l1
 from dagh._rules._select import max_pool
 
 aten = torch.ops.aten
@@ -190,6 +191,11 @@ CASES: list[RuleCase] = [
     RuleCase(aten.div.Tensor, (T((2, 3)), T((2, 3), 0.5, 2.0))),
     RuleCase(aten.div.Tensor, (T((3,)), T((2, 1), -2.0, -0.5))),
     RuleCase(aten.maximum.default, (T((2, 3)), T((1, 3)))),
+    RuleCase(aten.fmax.default, (T((2, 3)), T((1, 3)))),
+    RuleCase(aten.fmin.default, (T((2, 3)), T((2, 3)))),
+    RuleCase(aten.threshold.default, (SMOOTH, 0.3, -1.2)),
+    RuleCase(huber, (SMOOTH, 0.8)),
+    RuleCase(smooth_l1, (SMOOTH, 0.6)),
     RuleCase(aten.minimum.default, (T((3,)), T((2, 3)))),
     # products
     RuleCase(aten.linear.default, (T((1, 3)), T((2, 3)), T((2,)))),

@@ -162,7 +162,7 @@ def test_blocks_and_plan(run: Run) -> None:
     assert "2 of 10 blocks" in result.stdout
     assert "a.weight" in result.stdout
     assert "- not asked for" in result.stdout
-    assert "Plan:" in result.stdout
+    assert "Plan: 2 blocks" in result.stdout and "GFLOP" in result.stdout
 
 
 def test_digits_and_kinks(run: Run) -> None:

@@ -202,7 +202,7 @@ def test_a_plan_explains_itself() -> None:
     graph = dagh.trace(model, x)
     plan = dagh.plan(graph, "cross_entropy", x, y)
     text = str(plan)
-    for word in ("channel", "GFLOP", "peak about", "0.weight × 3.weight", "per-sample factors", "dense"):
+    for word in ("channel", "GFLOP", "peak about", "0.weight × 3.weight", "numbers held"):
         assert word in text, text
     assert plan.flops > 0 and plan.seconds > 0 and plan.peak_memory >= plan.result_bytes > 0
     start = time.perf_counter()
@@ -214,7 +214,7 @@ def test_a_plan_explains_itself() -> None:
 def test_plans_that_do_not_fit_are_refused() -> None:
     model, x, y = case("mlp")
     graph = dagh.trace(model, x)
-    with pytest.raises(ReductionError, match="no route 'upwards' for the block '0.weight' x '2.weight'; its routes:"):
+    with pytest.raises(ReductionError, match=r"no route 'upwards' for the block '0\.weight' x '2\.weight'"):
         dagh.plan(graph, "cross_entropy", x, y, routes={("0.weight", "2.weight"): "upwards"})
     other = dagh.plan(dagh.trace(model, x), "cross_entropy", x, y)
     with pytest.raises(ReductionError, match="another graph or request"):

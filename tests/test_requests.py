@@ -216,7 +216,8 @@ def test_chunks_are_really_small(graph: dagh.Graph, monkeypatch: pytest.MonkeyPa
     assert max(seen) == (5, max(w for _, w in seen)) and max(w for _, w in seen) > 1
     seen.clear()
     monkeypatch.setattr(_assemble, "_FLOOR", 1)
-    dagh.hessian(graph, "cross_entropy", x, y, memory_budget=storage(whole, 2) + 1)
+    assert isinstance(whole.plan, dagh.Plan)
+    dagh.hessian(graph, "cross_entropy", x, y, memory_budget=whole.plan.result_bytes + 1)
     assert set(seen) == {(1, 1)}
 
 
