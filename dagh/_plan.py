@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from rich.box import SIMPLE
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -230,18 +231,17 @@ class Plan:
     # -- presentation ------------------------------------------------------------------------------
 
     def __rich__(self) -> RenderableType:
-        sweeps = Table(title="Sweeps for H_F", title_justify="left")
-        sweeps.add_column("columns of", no_wrap=True, overflow="ellipsis")
-        sweeps.add_column("basis", min_width=10)
-        for name in ("width", "at once", "rows", "MFLOP", "largest"):
-            sweeps.add_column(name, justify="right", no_wrap=True, min_width=5)
+        sweeps = Table(title="Sweeps for H_F", title_justify="left", box=SIMPLE)
+        sweeps.add_column("columns of", no_wrap=True, overflow="ellipsis", max_width=20)
+        for name, width in (("basis", 10), ("width", 5), ("at once", 7), ("rows", 4), ("MFLOP", 6), ("largest", 9)):
+            sweeps.add_column(name, justify="left" if name == "basis" else "right", no_wrap=True, min_width=width)
         for c in self.columns:
             sweeps.add_row(*self._sweep_row(c))
-        blocks = Table(title="Blocks", title_justify="left")
-        blocks.add_column("block", no_wrap=True, overflow="ellipsis")
+        blocks = Table(title="Blocks", title_justify="left", box=SIMPLE)
+        blocks.add_column("block", no_wrap=True, overflow="ellipsis", max_width=24)
         blocks.add_column("parts", no_wrap=True, min_width=7)
-        blocks.add_column("route of H_F", no_wrap=True, overflow="ellipsis")
-        blocks.add_column("numbers held", justify="right", no_wrap=True, min_width=9)
+        blocks.add_column("route of H_F", no_wrap=True, overflow="ellipsis", max_width=19)
+        blocks.add_column("held", justify="right", no_wrap=True, min_width=14)
         shown = [p for p in self.pairs if self.kinds[p] != "zero"]
         for pair in shown[:_SHOWN]:
             blocks.add_row(*self._block_row(pair))
@@ -260,16 +260,7 @@ class Plan:
         step = c.step(self.samples, self.budget or 1 << 62, size)
         largest = human(step * c.largest * self.samples * size)
         names = " + ".join(self.names[i] for i in c.leaves)
-        return (
-            names,
-            c.basis,
-            str(c.width),
-            str(step),
-            str(len(c.rows)),
-            str(len(c.within)),
-            f"{c.cost / 1e6:.3g}",
-            largest,
-        )
+        return names, c.basis, str(c.width), str(step), str(len(c.rows)), f"{c.flops / 1e6:.3g}", largest
 
     def _block_row(self, pair: Pair) -> tuple[str, ...]:
         i, j = pair
