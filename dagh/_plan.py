@@ -232,7 +232,7 @@ class Plan:
 
     def __rich__(self) -> RenderableType:
         sweeps = Table(title="Sweeps for H_F", title_justify="left", box=SIMPLE)
-        sweeps.add_column("columns of", no_wrap=True, overflow="ellipsis", max_width=20)
+        sweeps.add_column("columns of", no_wrap=True, overflow="ellipsis", max_width=17)
         for name, width in (("basis", 10), ("width", 5), ("at once", 7), ("rows", 4), ("MFLOP", 6), ("largest", 9)):
             sweeps.add_column(name, justify="left" if name == "basis" else "right", no_wrap=True, min_width=width)
         for c in self.columns:
