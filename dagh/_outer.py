@@ -119,17 +119,8 @@ def pull_rows(state: State, columns: Tensor, request: Request, plan: Plan, leave
         if gate is None:
             rows[i] = Rows(dense=s.reshape(n, r, -1))
         else:
-            rows[i] = Rows(cotangent=s.reshape(n, r, -1), inputs=gate_inputs(state, gate.node, gate.argument))
+            rows[i] = Rows(cotangent=s.reshape(n, r, -1), inputs=layer_inputs(state, gate)[:, 0])
     return rows
-
-
-def gate_inputs(state: State, node: Node, argument: int) -> Tensor:
-    """What multiplies a linear layer's output directions: its input rows ``[N, i]``, or ones for the bias."""
-    if argument == 1:
-        x = state.values[node.inputs[0]]
-        return x.reshape(x.shape[0], -1)
-    out = state.values[node]
-    return out.new_ones(out.shape[0], 1)
 
 
 def layer_inputs(state: State, gate: Gate) -> Tensor:
@@ -149,21 +140,21 @@ def core(first: Rows, second: Rows, signs: Tensor | None) -> tuple[Tensor, Tenso
     return s.transpose(1, 2) @ second.cotangent, first.inputs, second.inputs
 
 
-def combine(first: Rows, second: Rows, signs: Tensor | None, keep: bool) -> Tensor:
-    """``H_O[a, b]`` unless both are linear layers: ``[p_a, p_b]``, or one per sample ``[N, p_a, p_b]``."""
-    if first.dense is not None and second.dense is not None:
-        left = first.dense if signs is None else first.dense * signs.unsqueeze(2)
-        if keep:
-            return left.transpose(1, 2) @ second.dense
-        return left.flatten(0, 1).T @ second.dense.flatten(0, 1)
-    if first.dense is not None:
-        return combine(second, first, signs, keep).transpose(-1, -2)
-    assert first.cotangent is not None and first.inputs is not None and second.dense is not None
-    s, x = first.cotangent, first.inputs
-    if signs is not None:
-        s = s * signs.unsqueeze(2)
-    mixed = s.transpose(1, 2) @ second.dense  # [N, o, p_b]
-    if keep:
-        return torch.einsum("nop,ni->noip", mixed, x).flatten(1, 2)
-    n, o, p = mixed.shape
-    return (x.T @ mixed.reshape(n, -1)).reshape(-1, o, p).transpose(0, 1).reshape(-1, p)
+def combine_dense(first: Rows, second: Rows, signs: Tensor | None) -> Tensor:
+    """``H_O[a, b]`` of two leaves with dense rows: ``[p_a, p_b]``."""
+    assert first.dense is not None and second.dense is not None
+    left = first.dense if signs is None else first.dense * signs.unsqueeze(2)
+    return left.flatten(0, 1).T @ second.dense.flatten(0, 1)
+
+
+def combine_each(first: Rows, second: Rows, signs: Tensor | None) -> Tensor:
+    """``H_O[a, b]`` of every sample, unless both are linear layers: ``[N, p_a, p_b]``."""
+    if first.dense is None:
+        assert first.cotangent is not None and first.inputs is not None and second.dense is not None
+        s = first.cotangent if signs is None else first.cotangent * signs.unsqueeze(2)
+        mixed = s.transpose(1, 2) @ second.dense  # [N, o, p_b]
+        return torch.einsum("nop,ni->noip", mixed, first.inputs).flatten(1, 2)
+    if second.dense is None:
+        return combine_each(second, first, signs).transpose(-1, -2)
+    left = first.dense if signs is None else first.dense * signs.unsqueeze(2)
+    return left.transpose(1, 2) @ second.dense

@@ -32,7 +32,7 @@ def add_outer(
     rest = [p for p in pairs if p not in set(layers)]
     if result.keep:
         for i, j in rest:
-            result.add(i, j, _outer.combine(rows[i], rows[j], signs, True), slice(None), window)
+            result.add(i, j, _outer.combine_each(rows[i], rows[j], signs), slice(None), window)
         return
     dense = [p for p in rest if not rows[p[0]].kronecker and not rows[p[1]].kronecker]
     members = sorted({i for p in dense for i in p})
@@ -40,7 +40,7 @@ def add_outer(
         _add_all(rows, members, signs, result)
     else:
         for i, j in dense:
-            result.add(i, j, _outer.combine(rows[i], rows[j], signs, False), slice(None), window)
+            result.add(i, j, _outer.combine_dense(rows[i], rows[j], signs), slice(None), window)
     partners: dict[int, list[int]] = {}
     for i, j in rest:
         if (i, j) not in set(dense):

@@ -8,7 +8,7 @@ curved nodes that matter, and the rows pulled back to the other leaf of the pair
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from rich.box import SIMPLE
@@ -293,17 +293,3 @@ _SHOWN = 30
 
 def _seconds(value: float) -> str:
     return f"{value:.2g} s" if value >= 1 else f"{1e3 * value:.2g} ms"
-
-
-def as_mapping(plan: Plan) -> dict[str, Any]:
-    """Totals and routes as plain values, for JSON."""
-    return {
-        "samples": plan.samples,
-        "flops": plan.flops,
-        "seconds": plan.seconds,
-        "bytes_moved": plan.bytes,
-        "result_bytes": plan.result_bytes,
-        "peak_memory": plan.peak_memory,
-        "routes": {f"{plan.names[i]} x {plan.names[j]}": r for (i, j), r in plan.routes.items()},
-        "fallbacks": plan.fallbacks,
-    }

@@ -30,7 +30,6 @@ class Prepared:
     request: Request
     plan: Plan
     budget: int
-    memory_budget: int | None
 
 
 def prepare(
@@ -76,7 +75,7 @@ def prepare(
         device=state.weights.device.type,
         budget=budget,
     )
-    return Prepared(graph, state, request, chosen, budget, memory_budget)
+    return Prepared(graph, state, request, chosen, budget)
 
 
 def _planned(

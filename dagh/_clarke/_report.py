@@ -254,7 +254,7 @@ def _hessians(graph: Graph, state: State, request: Request, found: Found) -> lis
     plan = replace(
         make_plan(state.program, request, samples=state.samples), dtype=state.weights.dtype, device=device.type
     )
-    ready = Prepared(graph, state, request, plan, _memory.budget_bytes(None, device), None)
+    ready = Prepared(graph, state, request, plan, _memory.budget_bytes(None, device))
     return [_matrices(("full",), forced, ready, "mean")["full"] for forced in found.states()]
 
 
