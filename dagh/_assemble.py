@@ -10,7 +10,6 @@ from torch import Tensor
 
 from dagh import _contract, _outer, _sweep
 from dagh._accumulate import Accumulator
-from dagh._ir import Node
 from dagh._outer_blocks import add_outer
 from dagh._plan import CACHE, Column, Plan
 from dagh._request import Request, itemsize
@@ -104,9 +103,10 @@ def _add_column(
             _add_activation(state, plan, column, tangents, found, result, window, part)
             continue
         for leaf, row in column.pairs:
-            h = found.get(column.targets[row])
-            if h is None:
+            target = column.targets[row]
+            if target not in found:
                 continue
+            h = found.dense(target)
             if keep and h.shape[0] == 1:
                 h = h.expand(state.samples, *h.shape[1:])
             if not per_sample and h.shape[0] > 1:
@@ -121,21 +121,30 @@ def _add_column(
 
 def _sweep_column(
     state: State, column: Column, part: slice, per_sample: bool
-) -> tuple[_sweep.Tangents, dict[Node, Tensor]]:
-    like, width = state.values[column.seed], part.stop - part.start
-    channelwise = column.basis == "channel"
-    if channelwise and column.gate is not None:
-        seed = Convolution().seed_channels(state.call(column.gate.node), column.gate.argument)[:, part]
+) -> tuple[_sweep.Tangents, _sweep.Tangents]:
+    call = state.call(column.seed)
+    if column.basis == "channel" and column.gate is not None:
+        seed = Convolution().seed_channels(call, column.gate.argument)[:, part]
     else:
-        eye = torch.zeros(width, column.seed.numel, dtype=like.dtype, device=like.device)
-        # A range of a layer's outputs, for all of its rows: what is summed over the rows must be together.
-        outputs = slice(part.start // column.order, part.stop // column.order)
-        chosen = torch.arange(column.seed.numel).reshape(column.order, -1)[:, outputs].flatten()
-        eye[torch.arange(width), chosen] = 1
-        seed = eye.reshape(1, width, *column.seed.shape)
+        seed = _unit_vectors(column, part, state.values[column.seed])
+    channelwise = column.copies > 1
     tangents = _sweep.push_forward(state, {column.seed: seed}, column.within, column.held, channelwise=channelwise)
     targets = list(column.targets.values())
     return tangents, _sweep.pull_back(state, {}, targets, tangents=tangents, curved=column.curved, keep=per_sample)
+
+
+def _unit_vectors(column: Column, part: slice, like: Tensor) -> Tensor:
+    """Some of the basis of ``column.seed``: ``[1, part, *shape]``, alike in each channel (or token)."""
+    shape, copies, width = column.seed.shape, column.copies, part.stop - part.start
+    each = column.seed.numel // copies
+    # A range of a layer's outputs, for all of its rows: what is summed over the rows must be together.
+    outputs = slice(part.start // column.order, part.stop // column.order)
+    chosen = torch.arange(each).reshape(column.order, -1)[:, outputs].flatten()
+    eye = torch.zeros(width, each, dtype=like.dtype, device=like.device)
+    eye[torch.arange(width), chosen] = 1
+    if copies == 1:
+        return eye.reshape(1, width, *shape)
+    return eye.reshape(1, width, shape[0], 1, *shape[2:]).expand(-1, -1, -1, copies, *shape[2:])
 
 
 def _add_activation(
@@ -143,34 +152,42 @@ def _add_activation(
     plan: Plan,
     column: Column,
     tangents: _sweep.Tangents,
-    found: dict[Node, Tensor],
+    found: _sweep.Tangents,
     result: Accumulator,
     window: slice,
     part: slice,
 ) -> None:
     """Apply the layers' inputs: directions of ``z`` become directions of W (or b)."""
-    n, order = state.samples, column.order
+    n, gate = state.samples, column.gate
+    assert gate is not None
 
     def whole(t: Tensor) -> Tensor:
         """``[n, rows, outputs, d]``."""
         t = _sweep.matrices(t.expand(n, *t.shape[1:]))
-        return t.reshape(n, order, -1, t.shape[2])
+        return t.reshape(n, gate.rows, -1, t.shape[2])
 
-    outputs = slice(part.start // order, part.stop // order)
+    outputs = slice(part.start // column.order, part.stop // column.order)
     for leaf, row in column.pairs:
-        gate, target = plan.layers[leaf], column.targets[row]
-        x = _outer.layer_inputs(state, gate)  # [n, T, i]
-        h = found.get(target)
-        other = plan.layers.get(row)
+        x = _outer.layer_inputs(state, plan.layers[leaf])  # [n, T, i]
+        target, other = column.targets[row], plan.layers.get(row)
         if other is None or target is not other.node:
-            if h is not None:
-                _contract.add_rows(result, (leaf, row), x, whole(h), outputs, window)
+            if target in found:
+                _contract.add_rows(result, (leaf, row), x, whole(found.dense(target)), outputs, window)
             continue
         y = _outer.layer_inputs(state, other)
         into, delta = other.node.inputs[0], state.adjoints.get(other.node)
-        path = whole(tangents[into]) if other.argument == 1 and into in tangents and delta is not None else None
-        if h is None and path is None:
+        crosses = other.argument == 1 and into in tangents and delta is not None
+        if target not in found and not crosses:
             continue
         adjoint = None if delta is None else delta.expand(n, *delta.shape[1:]).reshape(n, other.rows, -1)
-        core = None if h is None else whole(h)
+        apart = (target not in found or target in found.channelwise) and (not crosses or into in tangents.channelwise)
+        if apart and column.copies == gate.rows == other.rows:
+            core, path = (
+                bundles[node].expand(n, *bundles[node].shape[1:]) if present else None
+                for bundles, node, present in ((found, target, target in found), (tangents, into, crosses))
+            )
+            _contract.add_tokens(result, (leaf, row), x, y, core, path, adjoint, outputs, window)
+            continue
+        core = whole(found.dense(target)) if target in found else None
+        path = whole(tangents.dense(into)) if crosses else None
         _contract.add_layers(result, (leaf, row), x, y, core, path, adjoint, outputs, window)

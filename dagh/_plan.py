@@ -37,6 +37,8 @@ class Gate:
     """Output channels of a convolution; 0 for a linear layer."""
     rows: int = 1
     """Rows per sample to which a linear layer is applied."""
+    tokens: int = 1
+    """Length of axis 1, along which a linear layer acts row by row."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -62,6 +64,8 @@ class Column:
     order: int
     """Directions come in groups of this many: the rows of a layer's output, which are summed together."""
     seed: Node
+    copies: int
+    """Channels or tokens that one direction stands for, as long as each stays by itself."""
     within: frozenset[Node]
     held: frozenset[Node]
     curved: frozenset[Node]

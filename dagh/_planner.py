@@ -32,7 +32,8 @@ def gate_of(program: Program, leaf: Node) -> Gate | None:
     if argument == 0 or not node.inputs[0].batched:
         return None
     if node.key == "aten.linear.default" and node.inputs[0].numel and node.inputs[1].op is None:
-        return Gate(node, argument, rows=node.inputs[0].numel // node.inputs[0].shape[-1])
+        tokens = node.shape[1] if len(node.shape) >= 3 and node.inputs[0].shape[:2] == node.shape[:2] else 1
+        return Gate(node, argument, rows=node.inputs[0].numel // node.inputs[0].shape[-1], tokens=tokens)
     if node.key == "dagh.convolution" and int(node.arg("groups")) == 1 and not node.arg("transposed"):
         return Gate(node, argument, channels=node.shape[1])
     return None
@@ -53,13 +54,14 @@ class _Reach:
         self.flops = np.array([node_flops(v) for v in program])
         self.moved = np.array([node_moved(v) for v in program])
         self.batched = np.array([v.batched for v in program], dtype=bool)
+        self.keeps = np.array([v.op is not None and rule_for(v).keeps_channels(v) for v in program], dtype=bool)
         self._thin: dict[Node, np.ndarray[Any, Any]] = {}
 
     def nodes(self, mask: np.ndarray[Any, Any]) -> frozenset[Node]:
         return frozenset(self.program.nodes[i] for i in np.flatnonzero(mask))
 
     def thin(self, seed: Node) -> np.ndarray[Any, Any]:
-        """Nodes up to which tangents of a convolution's weights, seeded at its output, stay in their channel."""
+        """Nodes up to which tangents seeded in one channel (or token) of a node each stay in their channel."""
         if seed not in self._thin:
             below, thin = self.above[:, seed.index], np.zeros(len(self.program.nodes), dtype=bool)
             thin[seed.index] = True
@@ -68,9 +70,23 @@ class _Reach:
                 if node is seed:
                     continue
                 moving = [p.index for p in node.inputs if below[p.index]]
-                thin[i] = bool(thin[moving].all()) and rule_for(node).keeps_channels(node)
+                thin[i] = bool(thin[moving].all()) and self.keeps[i]
             self._thin[seed] = thin
         return self._thin[seed]
+
+    def packed(self, seed: Node, meeting: np.ndarray[Any, Any], back: np.ndarray[Any, Any]) -> tuple[Any, Any]:
+        """Curved nodes where such tangents leave rows that stay in their channel, and nodes whose rows all do."""
+        thin, below = self.thin(seed), self.above[:, seed.index]
+        curves = np.zeros(len(thin), dtype=bool)
+        rows = self.batched.copy()
+        for u in np.flatnonzero(meeting | back)[::-1]:
+            parents = [p.index for p in self.program.nodes[u].inputs]
+            keeps = self.keeps[u]
+            if meeting[u]:
+                curves[u] = all(thin[p] for p in parents if below[p])
+            if (meeting[u] and not (keeps and curves[u])) or (back[u] and not (keeps and rows[u])):
+                rows[parents] = False
+        return curves, rows
 
 
 def make_plan(
@@ -231,9 +247,10 @@ class _Sweeps:
         leaf = next(iter(pairs))[0]
         width, copies = self.shape(leaf, basis)
         rows = sorted({row for _, row in pairs})
-        total = width * self._cost(self.seed(leaf, basis), self._regions(leaf, basis, rows), basis, copies)
+        regions, seed = self._regions(leaf, basis, rows), self.seed(leaf, basis)
+        total = width * self._cost(seed, regions, copies)
         if basis == "activation":
-            total += sum(self._contraction(leaf, row) for leaf, row in pairs)
+            total += sum(self._contraction(*pair, self._stays(*pair, regions, copies)) for pair in pairs)
         return total
 
     def alternatives(self, i: int, j: int) -> dict[_Option, float]:
@@ -258,18 +275,29 @@ class _Sweeps:
         return self.request.leaves[leaf] if basis == "parameter" else self.gates[leaf].node
 
     def shape(self, leaf: int, basis: Basis) -> tuple[int, int]:
-        """Number of directions swept, and channels that each stands for."""
+        """Number of directions swept, and channels (or tokens) that each stands for."""
         numel = self.request.leaves[leaf].numel
-        if basis == "channel":
-            channels = self.gates[leaf].channels
-            return numel // channels, channels
-        return (self.gates[leaf].node.numel if basis == "activation" else numel), 1
+        if basis == "parameter":
+            return numel, 1
+        gate = self.gates[leaf]
+        copies = gate.channels or gate.tokens
+        return (numel if basis == "channel" else gate.node.numel) // copies, copies
 
     def price(self, leaf: int, row: int, basis: Basis) -> float:
         """Operations per sample of sweeping ``leaf``'s tangents to get its block with ``row``."""
         return self.total([(leaf, row)], basis)
 
-    def _contraction(self, leaf: int, row: int, passes: float = PASS) -> float:
+    def _stays(self, leaf: int, row: int, regions: tuple[Any, Any, Any, Any], copies: int) -> bool:
+        """Whether what a sweep in activations finds at another linear layer is still apart by token."""
+        if copies == 1 or not self._linear(row) or self.gates[row].tokens != copies:
+            return False
+        seed, other = self.gates[leaf].node, self.gates[row]
+        _, rows = self.reach.packed(seed, regions[2], regions[3])
+        into = other.node.inputs[0].index
+        crossing = other.argument == 1 and self.reach.above[into, seed.index]
+        return bool(rows[other.node.index]) and (not crossing or bool(self.reach.thin(seed)[into]))
+
+    def _contraction(self, leaf: int, row: int, stays: bool, passes: float = PASS) -> float:
         """Applying the inputs of the layers to what a sweep in activations found."""
         gate, sizes = self.gates[leaf], self.request.sizes
         if not self._linear(row):
@@ -278,6 +306,9 @@ class _Sweeps:
         terms = 2.0 if other.argument == 1 and self.reach.above[other.node.inputs[0].index, gate.node.index] else 1.0
         if gate.rows == other.rows == 1:  # kept per sample: the large product waits until the block is asked for
             return terms * passes * gate.node.numel * max(other.node.numel, other.node.inputs[0].numel)
+        if stays:  # token by token; the panels of the product stay in the cache
+            panel = gate.shape[0] * other.rows * sizes[row]
+            return 2.0 * gate.rows * sizes[leaf] * sizes[row] + terms * 0.5 * passes * panel
         spread = sizes[leaf] * other.node.numel
         return terms * (2.0 * other.rows * sizes[leaf] * sizes[row] + (2.0 * gate.rows + passes) * spread)
 
@@ -313,22 +344,18 @@ class _Sweeps:
         back = above[entry].any(0) & reachable
         return within, held, meeting, back
 
-    def _cost(
-        self, seed: Node, regions: tuple[Any, Any, Any, Any], basis: Basis, copies: int, cost: Any = None
-    ) -> float:
+    def _cost(self, seed: Node, regions: tuple[Any, Any, Any, Any], copies: int, cost: Any = None) -> float:
         """Price per sample and direction (or any other figure per node, summed alike)."""
         within, _, meeting, back = regions
         cost = self.reach.cost if cost is None else cost
-        forward = cost * np.where(self.reach.thin(seed), 1, copies) if basis == "channel" else cost
+        forward = curve = backward = cost
+        if copies > 1:
+            curves, rows = self.reach.packed(seed, meeting, back)
+            forward, curve, backward = (
+                cost * np.where(thin, 1, copies) for thin in (self.reach.thin(seed), curves, rows)
+            )
         own = forward[seed.index] if within[seed.index] else 0.0
-        curve = copies * cost
-        if basis == "channel":
-            thin = self.reach.thin(seed)
-            for u in np.flatnonzero(meeting):
-                if all(thin[p.index] for p in self.program.nodes[u].inputs if self.reach.above[p.index, seed.index]):
-                    curve = curve.copy()
-                    curve[u] = cost[u]
-        return float(forward[within].sum() - own + curve[meeting].sum() + copies * cost[back].sum())
+        return float(forward[within].sum() - own + curve[meeting].sum() + backward[back].sum())
 
     def column(self, pairs: list[Pair], basis: Basis) -> Column:
         """The sweep for several (leaf, row) pairs with the same seed and basis."""
@@ -336,33 +363,36 @@ class _Sweeps:
         seed, (width, copies) = self.seed(leaves[0], basis), self.shape(leaves[0], basis)
         regions = self._regions(leaves[0], basis, rows)
         within, held, meeting, back = regions
-        spread = np.full(len(self.program.nodes), copies)
-        if basis == "channel":
-            spread[self.reach.thin(seed)] = 1
-        size = self.reach.numel * spread
-        largest = int(
-            max(size[within].max(initial=1), (self.reach.numel * copies)[back & self.reach.batched].max(initial=1))
-        )
-        unit = int(size[held].sum()) + 2 * largest
+        thin, spread = self.reach.thin(seed), self.reach.batched
+        if copies > 1:
+            spread = self.reach.packed(seed, meeting, back)[1]
+        forward, backward = (self.reach.numel * np.where(apart, 1, copies) for apart in (thin, spread))
+        largest = int(max(forward[within].max(initial=1), backward[back & self.reach.batched].max(initial=1)))
+        unit = int(forward[held].sum()) + 2 * largest
         targets = {r: self.target(basis, r) for r in rows}
         gate = None if basis == "parameter" else self.gates[leaves[0]]
         order = 1
         cost = self.total(pairs, basis)
+        stays = {pair: basis == "activation" and self._stays(*pair, regions, copies) for pair in pairs}
         if basis == "activation" and gate is not None:
-            order = gate.rows
-            unit += sum({t: t.numel for t in targets.values()}.values())
+            order = gate.rows // copies
+            unit += sum({t: int(backward[t.index]) for t in targets.values() if t.batched}.values())
             # The inputs of a layer with several rows per sample multiply what was found, before the rows are summed.
-            fan = max(self.gates[leaf].node.inputs[0].shape[-1] for leaf in leaves) / order
-            into = [t.inputs[0].numel for r, t in targets.items() if t is not self.request.leaves[r]]
-            largest = max(largest, int(fan * max([*into, *(t.numel for t in targets.values())])))
+            fan = copies * max(self.gates[leaf].node.inputs[0].shape[-1] for leaf in leaves) / gate.rows
+            apart = {row for (_, row), alone in stays.items() if alone}
+            met = {r: t for r, t in targets.items() if r not in apart}
+            into = [t.inputs[0].numel for r, t in met.items() if t is not self.request.leaves[r]]
+            largest = max(largest, int(fan * max([0, *into, *(t.numel for t in met.values())])))
         nodes = self.reach.nodes
-        flops = width * self._cost(seed, regions, basis, copies, self.reach.flops)
-        moved = width * self._cost(seed, regions, basis, copies, self.reach.moved)
+        flops = width * self._cost(seed, regions, copies, self.reach.flops)
+        moved = width * self._cost(seed, regions, copies, self.reach.moved)
         if basis == "activation":
-            flops += sum(self._contraction(leaf, row, passes=0.0) for leaf, row in pairs)
-            moved += sum(self._contraction(leaf, row) for leaf, row in pairs) / PASS
+            products = sum(self._contraction(*pair, stays[pair], passes=0.0) for pair in pairs)
+            flops += products
+            moved += (sum(self._contraction(*pair, stays[pair]) for pair in pairs) - products) / PASS
         return Column(
             leaves=leaves, basis=basis, gate=gate, pairs=pairs, targets=targets, width=width, order=order, seed=seed,
+            copies=copies,
             within=nodes(within), held=nodes(held), curved=nodes(meeting),
             cost=cost, flops=flops, moved=moved, unit=unit, largest=largest,
         )  # fmt: skip

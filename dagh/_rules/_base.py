@@ -162,13 +162,11 @@ class Rule:
         return None
 
     def keeps_channels(self, node: Node) -> bool:
-        """Whether a change of one channel (axis 1) of the arguments changes that channel of the result alone."""
-        shape = node.shape
-        return (
-            self.acts_per in ("element", "channel")
-            and len(shape) >= 2
-            and all(len(p.shape) == len(shape) and p.shape[:2] == shape[:2] for p in node.inputs if p.batched)
-        )
+        """Whether a change of one channel (axis 1) of the arguments changes that channel of the result alone.
+
+        "Channel" is whatever stands on axis 1: tokens where shapes are ``[1, tokens, features]``.
+        """
+        return self.acts_per in ("element", "channel") and same_channels(node)
 
     def jvp_channels(self, call: Call, tangent: Tensor) -> Tensor | None:
         """``D t`` for a channel-diagonal tangent of argument 0: ``[N, b, m, C, …]`` to dense ``[N, C·b, *shape]``.
@@ -274,6 +272,14 @@ def registered() -> dict[str, Rule]:
 
 
 # -- helpers shared by the rules -------------------------------------------------------------------
+
+
+def same_channels(node: Node) -> bool:
+    """Whether axes 0 and 1 of the node are those of all its arguments that depend on the sample."""
+    shape = node.shape
+    return len(shape) >= 2 and all(
+        len(p.shape) == len(shape) and p.shape[:2] == shape[:2] for p in node.inputs if p.batched
+    )
 
 
 def align(t: Tensor, lead: int, rank: int) -> Tensor:

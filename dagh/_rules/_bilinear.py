@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dagh._ir import Node
-from dagh._rules._base import Call, DerivativeClass, Rule, Tangents, bundle, register_rule, unbroadcast
+from dagh._rules._base import Call, DerivativeClass, Rule, Tangents, bundle, register_rule, same_channels, unbroadcast
 from dagh._rules._generic import over_samples
 
 
@@ -97,6 +97,9 @@ class Linear(Rule):
     def pairs(self, node: Node) -> set[tuple[int, int]]:
         return {(0, 1), (1, 0)}
 
+    def keeps_channels(self, node: Node) -> bool:
+        return len(node.shape) >= 3 and same_channels(node)
+
     def jvp(self, call: Call, tangents: Tangents) -> Tensor:
         x, w = call.xs[0], call.xs[1]
         lead = (max(t.shape[0] for t in [*call.xs, *tangents.values()]), next(iter(tangents.values())).shape[1])
@@ -181,6 +184,9 @@ class MatMul(Rule):
 
     def pairs(self, node: Node) -> set[tuple[int, int]]:
         return {(0, 1), (1, 0)}
+
+    def keeps_channels(self, node: Node) -> bool:
+        return len(node.shape) >= 4 and same_channels(node)
 
     def _plain(self, node: Node) -> bool:
         return all(len(p.shape) >= 2 for p in node.inputs)
