@@ -94,13 +94,16 @@ def _add_column(
     keep: bool,
     working: int,
 ) -> None:
-    per_sample = keep or column.basis == "activation"
+    per_sample = keep or column.basis in ("activation", "input")
     step = column.step(state.samples, working, itemsize(state.weights.dtype))
     for start in range(0, column.width, step):
         part = slice(start, min(start + step, column.width))
         tangents, found = _sweep_column(state, column, part, per_sample)
         if column.basis == "activation":
             _add_activation(state, plan, column, tangents, found, result, window, part)
+            continue
+        if column.basis == "input":
+            _add_inputs(state, column, found, result, window, part)
             continue
         for leaf, row in column.pairs:
             target = column.targets[row]
@@ -127,6 +130,10 @@ def _sweep_column(
         seed = Convolution().seed_channels(call, column.gate.argument)[:, part]
     else:
         seed = _unit_vectors(column, part, state.values[column.seed])
+    if column.basis == "input":
+        n = state.samples
+        start = {column.seed: seed.expand(n, *seed.shape[1:])}
+        return _sweep.Tangents({}), _sweep.pull_back(state, start, list(column.targets.values()), keep=per_sample)
     channelwise = column.copies > 1
     tangents = _sweep.push_forward(state, {column.seed: seed}, column.within, column.held, channelwise=channelwise)
     targets = list(column.targets.values())
@@ -191,3 +198,24 @@ def _add_activation(
         core = whole(found.dense(target)) if target in found else None
         path = whole(tangents.dense(into)) if crosses else None
         _contract.add_layers(result, (leaf, row), x, y, core, path, adjoint, outputs, window)
+
+
+def _add_inputs(
+    state: State, column: Column, found: _sweep.Tangents, result: Accumulator, window: slice, part: slice
+) -> None:
+    """``δ_o ∂x_i``: a linear layer's own curvature, from the derivatives of its inputs (summed over its rows)."""
+    gate, n = column.gate, state.samples
+    assert gate is not None
+    delta = state.adjoints[gate.node]
+    delta = delta.expand(n, *delta.shape[1:]).reshape(n, gate.rows, -1)
+    members = slice(part.start // gate.rows, part.stop // gate.rows)
+    for leaf, row in column.pairs:
+        if column.targets[row] not in found:
+            continue
+        h = found.dense(column.targets[row])
+        h = h.expand(n, *h.shape[1:]).reshape(n, gate.rows, members.stop - members.start, -1)
+        if result.keep:
+            piece = torch.einsum("nto,ntip->noip", delta, h).flatten(1, 2)
+        else:
+            piece = (delta.flatten(0, 1).T @ h.flatten(0, 1).flatten(1)).reshape(-1, h.shape[3])
+        result.add_channels(leaf, row, piece, delta.shape[2], members, window)

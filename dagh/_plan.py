@@ -21,7 +21,7 @@ from dagh._ir import Node, Program
 from dagh._memory import human
 from dagh._request import Pair, itemsize
 
-Basis = Literal["parameter", "activation", "channel"]
+Basis = Literal["parameter", "activation", "channel", "input"]
 
 #: Largest bundle formed at once: beyond it fresh memory costs more than the arithmetic on it.
 CACHE = 8 * 2**20
