@@ -10,11 +10,13 @@ from torch import Tensor
 
 from dagh import _contract, _outer, _sweep
 from dagh._accumulate import Accumulator
+from dagh._bridge import Crossing, build, cross, unit_vectors
 from dagh._outer_blocks import add_outer
 from dagh._plan import CACHE, Column, Plan
 from dagh._request import Request, itemsize
 from dagh._rules._conv import Convolution
 from dagh._state import State
+from dagh._sweep import Tangents
 
 #: Smallest working memory the chunking aims for.
 _FLOOR = 32 * 2**20
@@ -32,8 +34,10 @@ def assemble(
         if "outer" in parts:
             _add_outer(part_state, request, plan, parts["outer"], window)
         if "functional" in parts:
+            crossings = {v: build(part_state, bridge) for v, bridge in plan.bridges.items()}
             for column in plan.columns:
-                _add_column(part_state, request, plan, column, parts["functional"], window, keep, working)
+                crossing = None if column.via is None else crossings[column.via]
+                _add_column(part_state, request, plan, column, crossing, parts["functional"], window, keep, working)
 
 
 # -- chunks ----------------------------------------------------------------------------------------
@@ -50,6 +54,7 @@ def _windows(state: State, request: Request, plan: Plan, parts: tuple[str, ...],
         per_sample = max(per_sample, factor_columns * (4 * widest + dense))
     if "functional" in parts:
         per_sample = max(per_sample, *(3 * c.unit for c in plan.columns), 1)
+        per_sample += sum(b.elements for b in plan.bridges.values())
     step = max(1, min(state.samples, working // (per_sample * size)))
     for start in range(0, state.samples, step):
         yield slice(start, min(start + step, state.samples))
@@ -89,6 +94,7 @@ def _add_column(
     request: Request,
     plan: Plan,
     column: Column,
+    crossing: Crossing | None,
     result: Accumulator,
     window: slice,
     keep: bool,
@@ -98,7 +104,7 @@ def _add_column(
     step = column.step(state.samples, working, itemsize(state.weights.dtype))
     for start in range(0, column.width, step):
         part = slice(start, min(start + step, column.width))
-        tangents, found = _sweep_column(state, column, part, per_sample)
+        tangents, found = _sweep_column(state, column, crossing, part, per_sample)
         if column.basis == "activation":
             _add_activation(state, plan, column, tangents, found, result, window, part)
             continue
@@ -123,43 +129,42 @@ def _add_column(
 
 
 def _sweep_column(
-    state: State, column: Column, part: slice, per_sample: bool
-) -> tuple[_sweep.Tangents, _sweep.Tangents]:
+    state: State, column: Column, crossing: Crossing | None, part: slice, per_sample: bool
+) -> tuple[Tangents, Tangents]:
     call = state.call(column.seed)
     if column.basis == "channel" and column.gate is not None:
         seed = Convolution().seed_channels(call, column.gate.argument)[:, part]
     else:
-        seed = _unit_vectors(column, part, state.values[column.seed])
+        # A range of a layer's outputs, for all of its rows: what is summed over the rows must be together.
+        outputs = slice(part.start // column.order, part.stop // column.order)
+        chosen = torch.arange(column.seed.numel // column.copies).reshape(column.order, -1)[:, outputs].flatten()
+        seed = unit_vectors(column.seed, column.copies, chosen, state.values[column.seed])
     if column.basis == "input":
         n = state.samples
         start = {column.seed: seed.expand(n, *seed.shape[1:])}
-        return _sweep.Tangents({}), _sweep.pull_back(state, start, list(column.targets.values()), keep=per_sample)
+        return Tangents({}), _sweep.pull_back(state, start, list(column.targets.values()), keep=per_sample)
     channelwise = column.copies > 1
     tangents = _sweep.push_forward(state, {column.seed: seed}, column.within, column.held, channelwise=channelwise)
     targets = list(column.targets.values())
-    return tangents, _sweep.pull_back(state, {}, targets, tangents=tangents, curved=column.curved, keep=per_sample)
-
-
-def _unit_vectors(column: Column, part: slice, like: Tensor) -> Tensor:
-    """Some of the basis of ``column.seed``: ``[1, part, *shape]``, alike in each channel (or token)."""
-    shape, copies, width = column.seed.shape, column.copies, part.stop - part.start
-    each = column.seed.numel // copies
-    # A range of a layer's outputs, for all of its rows: what is summed over the rows must be together.
-    outputs = slice(part.start // column.order, part.stop // column.order)
-    chosen = torch.arange(each).reshape(column.order, -1)[:, outputs].flatten()
-    eye = torch.zeros(width, each, dtype=like.dtype, device=like.device)
-    eye[torch.arange(width), chosen] = 1
-    if copies == 1:
-        return eye.reshape(1, width, *shape)
-    return eye.reshape(1, width, shape[0], 1, *shape[2:]).expand(-1, -1, -1, copies, *shape[2:])
+    if crossing is None:
+        return tangents, _sweep.pull_back(state, {}, targets, tangents=tangents, curved=column.curved, keep=per_sample)
+    beyond = cross(state, column, crossing, tangents, per_sample)
+    here = [t for t in targets if t not in column.after]
+    start = Tangents({v: beyond[v] for v in [crossing.node] if v in beyond}, beyond.channelwise & {crossing.node})
+    found = _sweep.pull_back(state, start, here, tangents=tangents, curved=column.curved, keep=per_sample)
+    for node in column.after:
+        if node in beyond:
+            found[node] = beyond[node]
+    found.channelwise |= beyond.channelwise & column.after
+    return tangents, found
 
 
 def _add_activation(
     state: State,
     plan: Plan,
     column: Column,
-    tangents: _sweep.Tangents,
-    found: _sweep.Tangents,
+    tangents: Tangents,
+    found: Tangents,
     result: Accumulator,
     window: slice,
     part: slice,
@@ -200,9 +205,7 @@ def _add_activation(
         _contract.add_layers(result, (leaf, row), x, y, core, path, adjoint, outputs, window)
 
 
-def _add_inputs(
-    state: State, column: Column, found: _sweep.Tangents, result: Accumulator, window: slice, part: slice
-) -> None:
+def _add_inputs(state: State, column: Column, found: Tangents, result: Accumulator, window: slice, part: slice) -> None:
     """``δ_o ∂x_i``: a linear layer's own curvature, from the derivatives of its inputs (summed over its rows)."""
     gate, n = column.gate, state.samples
     assert gate is not None

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dagh._costs import node_cost, node_flops, node_moved
-from dagh._ir import Program
-from dagh._plan import Column, Plan
+from dagh._ir import Node, Program
+from dagh._meeting import meet
+from dagh._plan import Bridge, Column, Plan
 from dagh._pricing import Key, Option, Sweeps, gate_of
 from dagh._request import Pair, Request
 from dagh._rules import rule_for
@@ -39,6 +40,7 @@ def make_plan(
     layers = {i: g for i, g in gates.items() if not g.channels}
     needed = [p for p in request.pairs if kinds[p][1]] if functional else []
     columns: list[Column] = []
+    bridges: dict[Node, Bridge] = {}
     alternatives: dict[Pair, dict[str, float]] = {}
     chosen_routes: dict[Pair, str] = {}
     if needed:
@@ -53,6 +55,7 @@ def make_plan(
             _share(sweeps, options, picked)
         chosen_routes = {p: sweeps.label(leaf, basis) for p, (leaf, _, basis) in picked.items()}
         columns = [sweeps.column(pairs, key[1]) for key, pairs in sorted(_gathered(sweeps, picked).items())]
+        columns, bridges = meet(sweeps, columns)
     fallbacks = sorted({n.operation for n in program if n.op is not None and bits[n] and not rule_for(n).closed_form})
     labels = {pair: _LABELS[outer, inner] for pair, (outer, inner) in kinds.items()}
     return Plan(
@@ -77,6 +80,7 @@ def make_plan(
         dtype=program.output.dtype,
         program=program,
         functional=functional,
+        bridges=bridges,
     )
 
 

@@ -16,6 +16,8 @@ from dagh._structure import curved_pairs
 
 Option = tuple[int, int, Basis]
 Key = tuple[int, Basis, int]
+#: Masks over the nodes: where tangents are needed, which of them are kept, curved nodes that matter, the way back.
+Regions = tuple[Any, Any, Any, Any]
 
 
 def gate_of(program: Program, leaf: Node) -> Gate | None:
@@ -118,7 +120,7 @@ class Sweeps:
         width, copies = self.shape(leaf, basis)
         rows = sorted({row for _, row in pairs})
         regions, seed = self._regions(leaf, basis, rows), self.seed(leaf, basis)
-        total = width * self._cost(seed, regions, copies)
+        total = width * self.sweep_cost(seed, regions, copies)
         if basis == "activation":
             total += sum(self._contraction(*pair, self._stays(*pair, regions, copies)) for pair in pairs)
         if basis == "input":
@@ -171,7 +173,7 @@ class Sweeps:
         """Operations per sample of sweeping ``leaf``'s tangents to get its block with ``row``."""
         return self.total([(leaf, row)], basis)
 
-    def _stays(self, leaf: int, row: int, regions: tuple[Any, Any, Any, Any], copies: int) -> bool:
+    def _stays(self, leaf: int, row: int, regions: Regions, copies: int) -> bool:
         """Whether what a sweep in activations finds at another linear layer is still apart by token."""
         if copies == 1 or not self._linear(row) or self.gates[row].tokens != copies:
             return False
@@ -210,27 +212,35 @@ class Sweeps:
             return bool(self.reach.above[gate.node.index, leaf.index])
         return bool(self.bits[gate.node.inputs[0]] >> row & 1)
 
-    def _regions(self, leaf: int, basis: Basis, rows: list[int]) -> tuple[Any, Any, Any, Any]:
-        """Masks: nodes whose tangents are needed, those kept, the curved nodes that matter, nodes on the way back."""
-        above, seed = self.reach.above, self.seed(leaf, basis)
-        below = above[:, seed.index]
+    def _regions(self, leaf: int, basis: Basis, rows: list[int]) -> Regions:
         targets = [self.target(basis, r) for r in rows]
+        if basis == "input":
+            above, nothing = self.reach.above, np.zeros(len(self.program.nodes), dtype=bool)
+            reachable = above[:, [t.index for t in targets]].any(1)
+            return nothing, nothing, nothing, above[self.seed(leaf, basis).index] & reachable
+        return self.regions(self.seed(leaf, basis), targets, self.paths(basis, rows))
+
+    def paths(self, basis: Basis, rows: list[int]) -> list[Node]:
+        """Inputs of linear layers whose outputs are targets: the path to them meets the layer's adjoint."""
+        layers = [r for r in rows if self.target(basis, r) is not self.request.leaves[r]]
+        return [self.gates[r].node.inputs[0] for r in layers if self.gates[r].argument == 1]
+
+    def regions(self, seed: Node, targets: list[Node], paths: list[Node]) -> Regions:
+        """What a sweep from ``seed`` passes to find rows at ``targets``, and tangents at ``paths``."""
+        above = self.reach.above
+        below = above[:, seed.index]
         reachable: Any = above[:, [t.index for t in targets]].any(1)
         meeting, held, entry = (np.zeros(len(below), dtype=bool) for _ in range(3))
-        if basis == "input":
-            return meeting, held, meeting, above[seed.index] & reachable
         node, row_side, column_side = self.met
         active = reachable[row_side] & below[column_side] & (node != seed.index)
         meeting[node[active]] = held[column_side[active]] = entry[row_side[active]] = True
-        for r, target in zip(rows, targets, strict=True):
-            if target is not self.request.leaves[r] and self.gates[r].argument == 1:
-                into = target.inputs[0].index  # the path to a later layer's input meets that layer's adjoint
-                held[into] |= below[into]
+        for into in paths:
+            held[into.index] |= below[into.index]
         within = above[held].any(0) & below
         back = above[entry].any(0) & reachable
         return within, held, meeting, back
 
-    def _cost(self, seed: Node, regions: tuple[Any, Any, Any, Any], copies: int, cost: Any = None) -> float:
+    def sweep_cost(self, seed: Node, regions: Regions, copies: int, cost: Any = None) -> float:
         """Price per sample and direction (or any other figure per node, summed alike)."""
         within, _, meeting, back = regions
         cost = self.reach.cost if cost is None else cost
@@ -270,8 +280,8 @@ class Sweeps:
             into = [t.inputs[0].numel for r, t in met.items() if t is not self.request.leaves[r]]
             largest = max(largest, int(fan * max([0, *into, *(t.numel for t in met.values())])))
         nodes = self.reach.nodes
-        flops = width * self._cost(seed, regions, copies, self.reach.flops)
-        moved = width * self._cost(seed, regions, copies, self.reach.moved)
+        flops = width * self.sweep_cost(seed, regions, copies, self.reach.flops)
+        moved = width * self.sweep_cost(seed, regions, copies, self.reach.moved)
         if basis == "input":
             numel = sum(self.request.sizes[row] for row in rows)
             flops, moved = flops + 2.0 * self.gates[leaves[0]].shape[0] * width * numel, moved + width * numel
@@ -282,7 +292,7 @@ class Sweeps:
             moved += (sum(self._contraction(*pair, stays[pair]) for pair in pairs) - products) / PASS
         return Column(
             leaves=leaves, basis=basis, gate=gate, pairs=pairs, targets=targets, width=width, order=order, seed=seed,
-            copies=copies,
+            copies=copies, paths=[p for p in self.paths(basis, rows) if self.reach.above[p.index, seed.index]],
             within=nodes(within), held=nodes(held), curved=nodes(meeting),
             cost=cost, flops=flops, moved=moved, unit=unit, largest=largest,
         )  # fmt: skip

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from dagh._ir import Node
+from dagh._rules import Call, Rule
 
 if TYPE_CHECKING:
     from dagh._state import State
@@ -201,10 +202,13 @@ def pull_back(
                     continue
                 current = rows.whole(node, current)
                 if keeps and parent.batched:
-                    rows.add(parent, rule.vjp(call, current, i, keep), True)
+                    rows.put(parent, rule, call, current, i, True)
                     continue
                 if dense is None:
                     dense = expand_channels(current) if thin else current
+                if parent.batched:
+                    rows.put(parent, rule, call, dense, i, False)
+                    continue
                 rows.add(parent, rule.vjp(call, dense, i, keep))
         if node in curved and rule.curved(node):
             delta = state.adjoints.get(node)
@@ -221,17 +225,34 @@ class _Rows:
         self.state, self.keep = state, keep
         self._rows: dict[Node, Tensor | Scaled] = {}
         self._packed: set[Node] = set()
+        self._own: set[Node] = set()  # bundles that nobody else holds
 
     def pop(self, node: Node) -> tuple[Tensor | Scaled | None, bool]:
         """The rows of a node, and whether they are channel-diagonal."""
         packed = node in self._packed
         self._packed.discard(node)
+        self._own.discard(node)
         return self._rows.pop(node, None), packed
 
     def whole(self, node: Node, row: Tensor | Scaled) -> Tensor:
         """Written out, one for every sample of the node."""
         row, samples = written_out(row), self.state.values[node].shape[0]
         return row.expand(samples, *row.shape[1:]) if samples > 1 and row.shape[0] == 1 else row
+
+    def put(self, node: Node, rule: Rule, call: Call, cotangent: Tensor, arg: int, packed: bool) -> None:
+        """Add what ``rule`` pulls back to one of its arguments, in place where it concerns a part of that alone."""
+        shape = (*cotangent.shape[:2], *node.shape)
+        if node not in self._rows and rule.copies_part:
+            self._rows[node] = cotangent.new_zeros(shape)
+            self._own.add(node)
+            if packed:
+                self._packed.add(node)
+        held = self._rows.get(node)
+        fits = node in self._own and packed == (node in self._packed)
+        if rule.copies_part and fits and isinstance(held, Tensor) and held.shape == shape:
+            rule.place(call, held).add_(cotangent)
+            return
+        self.add(node, rule.vjp(call, cotangent, arg, self.keep), packed)
 
     def add(self, node: Node, row: Tensor | Scaled, packed: bool = False) -> None:
         """Add to what a node has; channel-diagonal rows (``packed``) are spread out where others are not."""
@@ -252,6 +273,7 @@ class _Rows:
         if samples == 1 and row.shape[0] > 1 and not self.keep:
             row = row.sum(0, keepdim=True)
         row = self.whole(node, row)
+        self._own.discard(node)
         self._rows[node] = row if before is None else self.whole(node, before) + row
 
 

@@ -106,6 +106,8 @@ class Rule:
     acts_per: Literal["element", "channel", "position", "sample"] = "sample"
     #: honours the user's choice at its kinks (``Call.kink``)
     takes_choice: bool = False
+    #: the value is a part of argument 0: cotangents are added into one bundle, instead of one full of zeros each
+    copies_part: bool = False
     #: a closed form, as opposed to the generic fallback
     closed_form: bool = True
     #: shown in the table of supported operations
@@ -132,6 +134,10 @@ class Rule:
         from dagh._rules import _generic
 
         return _generic.vjp(call, cotangent, arg)
+
+    def place(self, call: Call, bundle: Tensor) -> Tensor:
+        """For a rule that ``copies_part``: that part of a bundle of argument 0, as a view."""
+        raise NotImplementedError
 
     def curvature(
         self, call: Call, adjoint: Tensor, tangents: Tangents, args: Iterable[int], keep: bool

@@ -180,6 +180,8 @@ class Expand(LinearMap):
 class Narrow(LinearMap):
     """One index, or a strided range of indices, along one axis."""
 
+    copies_part = True
+
     def keeps_channels(self, node: Node) -> bool:
         rank = len(node.inputs[0].shape)
         return len(node.shape) >= 2 and int(node.arg("dim")) % rank >= 2
@@ -202,6 +204,9 @@ class Narrow(LinearMap):
         full = cotangent.new_zeros(*cotangent.shape[:2], *call.node.inputs[0].shape)
         self._take(call.node, full, 2).copy_(cotangent)
         return full
+
+    def place(self, call: Call, bundle: Tensor) -> Tensor:
+        return self._take(call.node, bundle, 2)
 
 
 @register_rule("aten.cat")
