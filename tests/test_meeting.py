@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -148,7 +150,7 @@ def test_token_layers(tokens: int, widths: list[int], data: st.DataObject) -> No
     """Layers per token, with operations in between that mix tokens or do not."""
     torch.manual_seed(7)
     layers: list[nn.Module] = []
-    for i, o in zip(widths[:-1], widths[1:], strict=True):
+    for i, o in itertools.pairwise(widths):
         layers.append(nn.Linear(i, o, bias=data.draw(st.booleans())))
         layers.append(data.draw(st.sampled_from([nn.Tanh(), nn.GELU(), nn.LayerNorm(o), nn.Softmax(-1), Mix(tokens)])))
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(tokens * widths[-1], 3)).double()
