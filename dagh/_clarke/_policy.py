@@ -106,7 +106,11 @@ def settle(at: AtKinks, state: State) -> State:
         return state
     if at.policy == "raise":
         raise KinkError(_where(state, sites.live_ties, [s.node for s in sites.live]))
-    return forced(state, sites.live, along(sites, direction_of(at, state, sites)).branch)
+    from dagh._clarke._limiting import _refuse_jump
+
+    branch = along(sites, direction_of(at, state, sites)).branch
+    _refuse_jump(sites, [branch])
+    return forced(state, sites.live, branch)
 
 
 def _where(state: State, ties: int, nodes: list[Node]) -> str:

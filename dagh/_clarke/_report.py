@@ -15,7 +15,7 @@ from dagh._blockmatrix import BlockMatrix
 from dagh._clarke._limiting import Certainty, Found, _flat, describe, find_patterns, gradient_of
 from dagh._clarke._margins import histogram, margins
 from dagh._clarke._policy import AtKinks
-from dagh._clarke._sites import Site
+from dagh._clarke._sites import Site, loss_jump
 from dagh._graph import Graph, Mode, trace
 from dagh._hessian import _matrices
 from dagh._objectives import Reduction
@@ -76,6 +76,7 @@ class KinkReport:
             nearby), or ``"bound"`` (too many ties: random directions only, so that counts and differences are lower
             bounds).
         equal, sampled: ties between candidates that agree nearby; ties settled by points nearby.
+        loss_jump: distance of a pattern's loss from the loss here, 0 but where a comparison makes the loss jump.
         gradient_jump: largest distance between the gradients of two patterns.
         hessian_spread: largest Frobenius distance between their Hessians; ``None`` where those were not formed.
         removable: neither differs: the function is twice differentiable here, whatever its spelling suggests.
@@ -93,6 +94,7 @@ class KinkReport:
     certainty: Certainty
     equal: int
     sampled: int
+    loss_jump: float
     gradient_jump: float
     hessian_spread: float | None
     removable: bool | None
@@ -214,12 +216,13 @@ def report(graph: Graph, state: State, chosen: Any, tol: float, max_patterns: in
     )
     live = found.sites.live
     scale = max((r.gradient for r in rows), default=0.0), max((s for s in sizes if s is not None), default=0.0)
-    still = jump <= 1e-9 * max(scale[0], 1e-12)
+    broken = loss_jump(state, found.states()) if any(site.ties.levels is not None for site in live) else 0.0
+    still = not broken and jump <= 1e-9 * max(scale[0], 1e-12)
     return KinkReport(
         nodes, tol, state.samples, found.sites.ties, found.sites.live_ties, sum(n.near for n in nodes), rows,
-        found.certainty, found.equal, found.sampled, jump, spread,
+        found.certainty, found.equal, found.sampled, broken, jump, spread,
         None if spread is None and still else still and spread is not None and spread <= 1e-9 * max(scale[1], 1e-12),
-        all(bool(site.smooth[site.live].all()) for site in live), *counts, (*found.notes, *notes),
+        not broken and all(bool(site.smooth[site.live].all()) for site in live), *counts, (*found.notes, *notes),
     )  # fmt: skip
 
 

@@ -44,6 +44,8 @@ def verdict(report: KinkReport) -> str:
     matter = f"{_n(report.ties, 'exact tie')}"
     if report.live_ties < report.ties:
         matter += f", {report.live_ties:,} of which {'matters' if report.live_ties == 1 else 'matter'}"
+    if report.loss_jump:
+        return f"{matter}: the loss itself jumps, by up to {number(report.loss_jump)}: no derivative of any kind"
     if report.removable:
         certain = "" if report.certainty == "exact" else " as far as seen"
         return f"{matter}, but all patterns agree{certain}: the Hessian exists; PyTorch's answer may be another"
