@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 import dagh
 from dagh._clarke._cone import interior, solid_angle
 from dagh._clarke._hull import min_norm_weights, optimality_gap
+from dagh._clarke._sites import find_sites, forced
 from dagh._cli import cli
 
 F = nn.functional
@@ -168,6 +170,77 @@ def test_c11_the_clarke_hessian_of_relu_squared() -> None:
     assert same(some - zero, 0.09 * (one - zero), 1e-12)
 
 
+# -- bounds on everything --------------------------------------------------------------------------
+
+
+def inside(H: dagh.BlockMatrix, found: Any) -> None:
+    """Every Hessian found lies in the box, and so do the numbers said of it."""
+    made = H.info["kinks"]
+    middle, radius, (low, high) = H.dense(), made["radius"].dense(), made["eigenvalues"]
+    items = [item.hessian.dense() for item in found]
+    slack = 1e-9 * (1 + float(middle.abs().max() + radius.max()))
+    for item in items:
+        assert bool(((item - middle).abs() <= radius + slack).all())
+        assert made["least_norm"] - slack <= float(item.norm()) <= made["largest_norm"] + slack
+        values = torch.linalg.eigvalsh(item)
+        assert low - slack <= float(values[0]) and float(values[-1]) <= high + slack
+    assert max(float((a - b).norm()) for a in items for b in items) <= made["spread"] + slack
+
+
+@each
+def test_the_box_holds_every_limiting_hessian(name: str, graphs: dict[str, dagh.Graph]) -> None:
+    H = ask(graphs, name, "box")
+    inside(H, ask(graphs, name, "enumerate"))
+    assert H.info["kinks"]["least_norm"] ** 2 <= EXAMPLES[name].least + 1e-9
+    assert H.info["kinks"]["form"] == {"E7": "patterns", "E9": "affine", "E10": "patterns"}.get(name, "pairs")
+
+
+@pytest.mark.parametrize("layers, form", [(1, "pairs"), (2, "patterns")])
+def test_boxes_are_proven_for_every_pattern(layers: int, form: str) -> None:
+    """Against all patterns, realizable or not, forced one by one: no entry leaves the box."""
+    torch.manual_seed(layers)
+    width = 3 - layers
+    model = nn.Sequential(nn.Linear(2, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
+    x, y = torch.randn(2, 2).double(), torch.randn(2, 1).double()
+    for layer in [model.double()[0], model[2]][:layers]:
+        nn.init.zeros_(layer.weight.data)
+        nn.init.zeros_(layer.bias.data)
+    graph = dagh.trace(model, x)
+    H = dagh.hessian(graph, half_square, x, y, kinks="box")
+    made = H.info["kinks"]
+    state = graph.evaluate(half_square, x, y)
+    sites = find_sites(state, [n for n in state.program if n in state.sources])
+    assert made["form"] == form and made["ties"] == sites.live_ties == 2 * layers * width
+    middle, radius, most = H.dense(), made["radius"].dense(), torch.zeros_like(H.dense())
+    for bits in itertools.product([0, 1], repeat=sites.live_ties):
+        chosen, at = iter(bits), {}
+        for site in sites.live:
+            at[site.node] = torch.zeros(len(site.ties), dtype=torch.long)
+            for k in site.live.nonzero().squeeze(1).tolist():
+                at[site.node][k] = next(chosen)
+        rows = forced(state, sites.live, at)
+        columns = []
+        for name, p in model.named_parameters():
+            found = rows.hessian_product({name: torch.eye(p.numel()).reshape(-1, *p.shape)})
+            columns.append(torch.cat([found[other].flatten(1) for other, _ in model.named_parameters()], 1))
+        product = torch.cat(columns)
+        assert bool(((product - middle).abs() <= radius + 1e-10).all())
+        most = torch.maximum(most, (product - middle).abs())
+    assert same(most, radius) or form == "pairs"  # tight where all patterns were tried
+
+
+def test_the_box_of_relu_squared_and_its_refusal() -> None:
+    """E12: the zonotope holds 0, the hull does not."""
+    model, loss, x, y = penalized_relu_squared()
+    made = dagh.hessian(model, loss, x, y, kinks="box").info["kinks"]
+    assert (made["form"], made["evaluations"], made["least_norm"]) == ("affine", 5, pytest.approx(0, abs=1e-12))
+    with pytest.raises(dagh.errors.KinkError, match="5 Hessians, more than 4") as caught:
+        dagh.hessian(model, loss, x, y, kinks=dagh.AtKinks("box", max_patterns=4))
+    assert "\n" not in str(caught.value)
+    parts = dagh.decompose(model, loss, x, y, kinks="box")
+    assert set(parts.outer.info["kinks"]) == set(made)
+
+
 # -- what the rules say ----------------------------------------------------------------------------
 
 SLOPES: dict[str, tuple[Any, float, tuple[float, float], bool]] = {
@@ -314,7 +387,8 @@ def test_every_set_is_what_autograd_sees_nearby(seed: int, which: str, bias: boo
 
 
 POLICIES: list[Any] = [
-    "torch", "left", "right", 0.0, 0.5, 1.0, "direction", "mean", "min_norm", "min_norm_block", "enumerate", "raise",
+    "torch", "left", "right", 0.0, 0.5, 1.0, "direction", "mean", "min_norm", "min_norm_block", "box",
+    "enumerate", "raise",
     {"relu": 0.3}, dagh.AtKinks("direction", direction="step"), dagh.AtKinks("mean", samples=3),
 ]  # fmt: skip
 

@@ -16,6 +16,7 @@ from dagh import _memory
 from dagh._blockmatrix import BlockMatrix
 from dagh._blocks import Block, DenseBlock, add_blocks
 from dagh._clarke._along import along, sample_patterns
+from dagh._clarke._box import box_of
 from dagh._clarke._completion import Branching, complete
 from dagh._clarke._hull import min_norm_weights, optimality_gap
 from dagh._clarke._policy import AtKinks, direction_of
@@ -209,6 +210,9 @@ def resolve(at: AtKinks, state: State, leaves: Sequence[Node], compute: Callable
         return dict(compute(settle(at, state)))
     if state.per_sample:
         raise KinkError(f"kinks={at.policy!r} needs reduction='mean' or 'sum': patterns belong to the whole batch")
+    if at.policy == "box":
+        sites = find_sites(state, leaves)
+        return {part: middle for part, (middle, _) in box_of(sites, compute, at.max_patterns).items()}
     found = find_patterns(state, leaves, at)
     _refuse_jump(found.sites, [b.branch for b in found.branchings])
     info = {

@@ -206,5 +206,5 @@ def too_many(sites: Sites, what: str) -> KinkError:
     """The refusal of an enumeration, with the ways out."""
     return KinkError(
         f"{sites.live_ties} ties that matter: {what}; ask for a sample, kinks=dagh.AtKinks(policy, samples=64), for "
-        "one branch, kinks='direction', or raise max_patterns"
+        "one branch, kinks='direction', for bounds, kinks='box', or raise max_patterns"
     )

@@ -89,6 +89,12 @@ def _facts(report: KinkReport) -> Table:
     grid.add_row(
         "spread of Hessians", f"{least if report.hessian_spread is not None else ''}{number(report.hessian_spread)}"
     )
+    if report.box is not None:
+        box = report.box
+        proven = f"‖H‖ in [{number(box.least_norm)}, {number(box.largest_norm)}], spread at most {number(box.spread)}"
+        if box.eigenvalues is not None:
+            proven += f", eigenvalues in [{number(box.eigenvalues[0])}, {number(box.eigenvalues[1])}]"
+        grid.add_row("bounds on all", f"{proven} (proven for every pattern, seen or not; by {box.form})")
     return grid
 
 
