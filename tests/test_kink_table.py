@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from kink_examples import Example, half_square
+from oracles import Problem, _second, assemble, hessian_double_backward
 from rule_cases import CASES
 from torch import Tensor, nn
 
@@ -320,3 +324,141 @@ class _Together(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([f(z).reshape(1, -1) for f, z in zip(self.functions, self.z, strict=True)], 1) * x
+
+
+# -- sets at kinks that are written by hand, against autograd nearby -------------------------------
+
+WRITTEN: dict[str, tuple[Callable[[Tensor], Tensor], list[float]]] = {
+    "where": (lambda z: torch.where(z > 0, z, 0.1 * z), [0.0, 1.0, -1.0, 0.0]),
+    "where_not_moving": (lambda z: torch.where(z > 0, z, torch.zeros_like(z)), [0.0, 1.0, -1.0, 0.0]),
+    "mask": (lambda z: z * (z > 0), [0.0, 1.0, -1.0, 0.0]),
+    "mask_float": (lambda z: z * (z >= 0).to(z.dtype), [0.0, 1.0, -1.0, 0.0]),
+    "logic": (lambda z: torch.where((z > 0) | (z < -1), z * (z + 1), 0 * z), [0.0, 1.0, -1.0, 0.5]),
+    "sign": (lambda z: z * z.sign(), [0.0, 1.0, -1.0, 0.0]),
+    "masked_fill": (lambda z: z.masked_fill(z < 0, 0.0), [0.0, 1.0, -1.0, 0.0]),
+    "between": (lambda z: torch.where(z[:, :2] > z[:, 2:], z[:, :2], z[:, 2:]), [0.0, 1.0, 0.0, -2.0]),
+    "guard": (lambda z: torch.where(z == 0, torch.zeros_like(z), z * z), [0.0, 1.0, -1.0, 0.5]),
+    "softshrink": (lambda z: F.softshrink(z, 0.5), [0.5, -0.5, 0.0, 1.0]),
+    "clamp": (lambda z: torch.clamp(z[:, :2], z[:, 2:3], z[:, 3:]), [1.0, 2.0, 1.0, 2.0]),
+    "clamp_to_a_point": (lambda z: torch.clamp(z[:, :2], z[:, 2:3], z[:, 3:]), [1.0, 2.0, 1.0, 1.0]),
+    "adaptive1d": (lambda z: F.adaptive_max_pool1d(z[:, None], 2)[:, 0], [1.0, 1.0, 1.0, 1.0, 0.0]),
+    "adaptive2d": (lambda z: F.adaptive_max_pool2d(z.reshape(1, 1, 3, 2), 2).flatten(1), [1.0, 1.0, 0.0, 1, 0.0, 1.0]),
+    "adaptive3d": (
+        lambda z: F.adaptive_max_pool3d(z.reshape(1, 1, 3, 2, 1), (2, 1, 1)).flatten(1), [1.0, 0.0, 0.0, 1.0, 0.0, 1.0],
+    ),
+    "dilated": (lambda z: F.max_pool1d(z[:, None], 2, 2, 1, 2, ceil_mode=True)[:, 0], [0.0, 1.0, 0.5, 1.0]),
+    "indices": (lambda z: F.max_pool1d(z[:, None], 2, return_indices=True)[0][:, 0], [1.0, 1.0, 1.0, 0.0]),
+    "sawtooth": (lambda z: (z - z.floor()) * (z.ceil() - z), [1.0, 0.5, 2.0]),
+    "rrelu": (lambda z: F.rrelu(z, training=False), [0.0, 1.0, -1.0]),
+    "prelu": (lambda z: F.prelu(z[:, :2], z[0, 2:]), [0.0, 1.0, 0.3]),
+    "quantile": (lambda z: torch.quantile(z, 0.4, dim=1, keepdim=True) * z, [1.0, 1.0, 0.0]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_sets_are_what_autograd_sees_nearby(name: str) -> None:
+    f, values = WRITTEN[name]
+    example = Example(lambda m, x: f(m.z[None]) * x * m.v, {"z": values, "v": 2.0}, [0.0], [], 0, 0, 2)
+    x, model = torch.tensor([[1.0], [0.5]], dtype=torch.float64), example.model()
+    y = torch.full_like(model(x), 0.3).detach()
+    graph = dagh.trace(model, x)
+    reference = assemble(hessian_double_backward(model, half_square, x, y))
+    assert float((dagh.hessian(graph, half_square, x, y).dense() - reference).abs().max()) <= 1e-12
+    limits = [item.hessian.dense() for item in dagh.hessian(graph, half_square, x, y, kinks="enumerate")]
+    problem, seen = Problem(model, half_square, x, y), []
+    for d in torch.randn(24, sum(problem.sizes), generator=torch.Generator().manual_seed(1), dtype=torch.float64):
+        with problem.shifted(1e-6 * d):
+            seen.append(_second(problem.loss(), problem.params))
+    for first, second in ((limits, seen), (seen, limits)):
+        assert all(min(float((a - b).abs().max()) for b in second) < 1e-3 for a in first)
+    assert len(limits) > 1
+
+
+@pytest.mark.parametrize("f", [lambda z: F.hardshrink(z, 0.5), lambda z: F.threshold(z, 0.5, 2.0), torch.round])
+def test_a_jump_of_the_loss_is_said_and_refused(f: Callable[[Tensor], Tensor]) -> None:
+    example = Example(lambda m, x: (m.v + f(m.z)) * x, {"z": [0.5, 1.2], "v": 2.0}, [[0.0, 0.0]], [], 0, 0, 2)
+    x, y = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64)
+    graph = dagh.trace(example.model(), x)
+    report = dagh.kinks(graph, half_square, x, y)
+    seen = []
+    for step in (-1e-9, 1e-9):
+        with torch.no_grad():
+            z = torch.tensor([0.5 + step, 1.2], dtype=torch.float64)
+            seen.append(float(half_square((2.0 + f(z)) * x, y)))
+    here = float(half_square(example.model()(x), y))
+    assert report.loss_jump == pytest.approx(max(abs(s - here) for s in seen), rel=1e-6)
+    assert "the loss itself jumps" in str(report) and not report.c11 and not report.removable
+    for policy in ("mean", "enumerate", "direction"):
+        with pytest.raises(dagh.errors.KinkError, match="jumps") as caught:
+            dagh.hessian(graph, half_square, x, y, kinks=dagh.AtKinks(policy))
+        assert "\n" not in str(caught.value)
+    assert bool(torch.isfinite(dagh.hessian(graph, half_square, x, y).dense()).all())
+
+
+def test_indices_are_noted() -> None:
+    example = Example(
+        lambda m, x: m.z[None].gather(1, m.z[None].argmax(1, keepdim=True)) * x + F.relu(m.z).sum(),
+        {"z": [0.0, 1.0]}, [0.0], [], 0, 0, 2,
+    )  # fmt: skip
+    report = dagh.kinks(example.model(), half_square, *example.data())
+    assert any("argmax" in note for note in report.notes)
+
+
+LOSSES: dict[str, tuple[nn.Module, list[float], Any, int]] = {
+    "l1": (nn.L1Loss(), [0.5, 1.0, 0.5], [[0.5, 0.5, 0.2]], 1),
+    "hinge_embedding": (nn.HingeEmbeddingLoss(), [0.5, 1.0, 1.0], [[1, -1, 1]], 1),
+    "multi_margin": (nn.MultiMarginLoss(), [0.5, 1.0, -0.5], [0], 1),
+    "multi_margin_squared": (nn.MultiMarginLoss(p=2), [0.5, 1.0, -0.5], [0], 1),
+    "multilabel_margin": (nn.MultiLabelMarginLoss(), [0.5, 1.5, -0.5], [[1, -1, 0]], 1),
+    "huber": (nn.HuberLoss(), [1.5, 1.0, 0.5], [[0.5, 0.5, 0.5]], 1),
+    "smooth_l1": (nn.SmoothL1Loss(), [1.5, 1.0, 0.5], [[0.5, 0.5, 0.5]], 1),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_show_their_kinks(name: str) -> None:
+    """Gradients of both branches are PyTorch's own beside the kink."""
+    loss, z, target, ties = LOSSES[name]
+    model = Example(lambda m, x: m.z * x, {"z": z}, [0.0], [], 0, 0, 2).model()
+    x, y = torch.ones(1, 1, dtype=torch.float64), torch.tensor(target)
+    y = y.double() if y.is_floating_point() or name == "hinge_embedding" else y
+    graph = dagh.trace(model, x)
+    report = dagh.kinks(graph, loss, x, y)
+    assert (report.live_ties, report.realizable) == (ties, 2)
+    assert report.c11 is (name in ("huber", "smooth_l1", "multi_margin_squared"))
+    seen = set()
+    for item in dagh.hessian(graph, loss, x, y, kinks="enumerate"):
+        for d in torch.randn(16, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64):
+            beside = (model.z.detach() + 1e-9 * d).requires_grad_()
+            (slope,) = torch.autograd.grad(loss(beside * x, y), beside)
+            if float((slope - item.gradient["z"]).abs().max()) < 1e-7:
+                seen.add(str(item.pattern))
+    assert len(seen) == 2
+
+
+def test_pairwise_losses_show_their_kinks() -> None:
+    x, y = torch.ones(1, 1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    pairs: list[tuple[Callable[..., Tensor], list[float]]] = [
+        (lambda o, t: F.margin_ranking_loss(o[:, 0], o[:, 1], t, margin=0.5), [1.0, 0.5]),
+        (lambda o, t: F.cosine_embedding_loss(o[:, :2], o[:, 2:], -t), [1.0, 0.0, 0.0, 1.0]),
+        (lambda o, t: F.triplet_margin_loss(o[:, :1], o[:, 1:2], o[:, 2:], margin=1.0, eps=0.0), [0.0, 1.0, 2.0]),
+    ]
+    for loss, z in pairs:
+        model = Example(lambda m, x: m.z * x, {"z": z}, [0.0], [], 0, 0, 2).model()
+        assert dagh.kinks(model, loss, x, y).realizable == 2
+        reference = assemble(hessian_double_backward(model, loss, x, y))
+        assert float((dagh.hessian(model, loss, x, y).dense() - reference).abs().max()) < 1e-12
+
+
+def test_the_table_of_conventions_is_what_pytorch_does() -> None:
+    """docs/howto/kinks.md, for the version it names; other versions may differ."""
+    page = (Path(__file__).parents[1] / "docs" / "howto" / "kinks.md").read_text(encoding="utf-8")
+    (version,) = re.findall(r"Derivatives that PyTorch (\d+\.\d+) takes", page)
+    rows = re.findall(r"^\| `(.*z.*)` \| ([-\d., ]+) \| ([-\d., ]+) \|$", page, re.MULTILINE)
+    assert len(rows) >= 20
+    if not torch.__version__.startswith(version + "."):
+        pytest.skip(f"the page is about PyTorch {version}")
+    for expression, at, stated in rows:
+        z = torch.tensor([float(v) for v in at.split(",")], dtype=torch.float64, requires_grad=True)
+        (slope,) = torch.autograd.grad(eval(expression, {"F": F, "torch": torch, "z": z}).sum(), z)
+        assert slope.tolist() == pytest.approx([float(v) for v in stated.split(",")]), expression

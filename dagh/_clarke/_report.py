@@ -223,7 +223,10 @@ def report(graph: Graph, state: State, chosen: Any, tol: float, max_patterns: in
     request = Request(names, leaves, choose_pairs(names, "all"))
     matrices = _hessians(graph, state, request, found)
     if matrices is None:
-        notes.append(f"Hessians not compared: {len(found.branchings)} of {request.total:,} × {request.total:,}")
+        size = f"{len(found.branchings)} of {request.total:,} × {request.total:,}"
+        notes.append(
+            f"Hessians neither compared nor bounded: {size}; fewer parameters (params=, --params) make it possible"
+        )
     box = None
     if found.certainty != "exact" and matrices is not None:
         box = _box(graph, state, request, found, max_patterns, notes)
