@@ -95,6 +95,8 @@ class Reach:
             if not parents:
                 continue
             rule, call = self.state.rule(node), self.state.call(node)
+            if self._index(node):
+                continue
             masks = [i for i in parents if not node.inputs[i].dtype.is_floating_point]
             found = torch.zeros_like(value, dtype=torch.bool)
             if self._by_element(node) or (masks and node.operation in _CHOOSING):
@@ -103,16 +105,29 @@ class Reach:
                     if i not in chosen:
                         found = found | align(self.moving[node.inputs[i]], 1, len(node.shape))
                 parents = chosen
-            if self._exact(node):
+            if masks and rule.derivative != "bilinear" and any(i in masks for i in parents):
+                found = found | self._anything(node, parents)
+            elif self._exact(node):
                 for i in parents:
                     seed = self.moving[node.inputs[i]].to(value.dtype).unsqueeze(1)
                     found = found | (rule.jvp(self._call(node), {i: seed}).squeeze(1) != 0)
             else:
-                for i in parents:
-                    some = flat(self.moving[node.inputs[i]]).any(1)
-                    found = found | some.reshape(-1, *([1] * (value.dim() - 1)))
+                found = found | self._anything(node, parents)
             still = rule.settled(call)
             self.moving[node] = found if still is None else found & ~still
+
+    def _index(self, node: Node) -> bool:
+        """Integers computed from numbers (``argmax``): taken as they are."""
+        whole = not node.dtype.is_floating_point and node.dtype != torch.bool
+        return whole and any(p.dtype.is_floating_point for p in node.inputs if p in self.moving)
+
+    def _anything(self, node: Node, parents: Collection[int]) -> Tensor:
+        """Every element of a sample of which anything among the arguments moves."""
+        value = self.state.values[node]
+        found = torch.zeros_like(value, dtype=torch.bool)
+        for i in parents:
+            found = found | flat(self.moving[node.inputs[i]]).any(1).reshape(-1, *([1] * (value.dim() - 1)))
+        return found
 
     def _by_element(self, node: Node) -> bool:
         """Whether each element depends on the like elements of the arguments alone, and all of them count."""
@@ -140,7 +155,7 @@ class Reach:
                 value, choosing = self.state.values[parent], mask is not None and node.operation in _CHOOSING
                 if self._by_element(node) or (choosing and parent is mask):
                     found = self._shrunk(felt, parent)
-                elif self._exact(node):
+                elif self._exact(node) and (parent.dtype.is_floating_point or rule.derivative == "bilinear"):
                     seed = felt.to(self.state.values[node].dtype).unsqueeze(1)
                     found = rule.vjp(self._call(node), seed, i, True).squeeze(1) != 0
                     if choosing and mask is not None:  # where the mask can change, either side may be taken
