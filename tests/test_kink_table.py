@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from kink_examples import Example, half_square
+from kink_examples import Example, Together, half_square
 from oracles import Problem, _second, assemble, hessian_double_backward
 from rule_cases import CASES
 from torch import Tensor, nn
@@ -307,23 +307,12 @@ def test_no_function_of_pytorch_has_a_kink_unseen() -> None:
     assert {"absolute", "relu", "softshrink", "hardshrink", "hardsigmoid", "amax", *_WITH_OPTIONS} <= set(kinked)
     kinked = {name: x for name, x in kinked.items() if name not in UNSEEN}
     data = torch.ones(2, 1, dtype=torch.float64)
-    graph = dagh.trace(_Together([functions[name] for name in kinked], list(kinked.values())), data)
+    graph = dagh.trace(Together([functions[name] for name in kinked], list(kinked.values())), data)
     state = graph.evaluate(lambda o, t: (o * o).sum(), data, data)
     ties = {row.node: row.exact for row in state.kinks()}
     for i, name in enumerate(kinked):
         own = graph.program.descendants([graph.program.parameters[f"z.{i}"]])
         assert sum(ties.get(node.name, 0) for node in own) > 0, name
-
-
-class _Together(nn.Module):
-    """Each function at parameters of its own: one trace for all."""
-
-    def __init__(self, functions: list[Callable[[Tensor], Tensor]], at: list[Tensor]) -> None:
-        super().__init__()
-        self.functions, self.z = functions, nn.ParameterList([x.clone() for x in at])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([f(z).reshape(1, -1) for f, z in zip(self.functions, self.z, strict=True)], 1) * x
 
 
 # -- sets at kinks that are written by hand, against autograd nearby -------------------------------
@@ -355,20 +344,10 @@ WRITTEN: dict[str, tuple[Callable[[Tensor], Tensor], list[float]]] = {
 }  # fmt: skip
 
 
-class _Scaled(_Together):
-    """All of them again, times a further parameter."""
-
-    def __init__(self) -> None:
-        super().__init__([f for f, _ in WRITTEN.values()], [row(*values) for _, values in WRITTEN.values()])
-        self.v = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * self.v
-
-
 @pytest.fixture(scope="module")
 def written() -> tuple[nn.Module, dagh.Graph, Tensor, Tensor]:
-    model, x = _Scaled(), torch.tensor([[1.0], [0.5]], dtype=torch.float64)
+    model = Together(*zip(*WRITTEN.values(), strict=True))
+    x = torch.tensor([[1.0], [0.5]], dtype=torch.float64)
     return model, dagh.trace(model, x), x, torch.full_like(model(x), 0.3).detach()
 
 
