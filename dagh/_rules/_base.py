@@ -58,6 +58,8 @@ class Ties:
     sign: float = 1.0
     opaque: bool = False
     """The largest candidate does not decide (sorting): branches are read off perturbed inputs."""
+    levels: Tensor | None = None
+    """``[K, C]``: for a node that jumps at its ties (a comparison), its value on each branch"""
 
     def __len__(self) -> int:
         return len(self.element)
@@ -258,12 +260,15 @@ _CONSTANT = _NonDifferentiable()
 
 def rule_for(node: Node) -> Rule:
     """The rule of ``node``: exact overload, then packet, then the generic fallback."""
-    if node.op is None or not (node.dtype.is_floating_point or node.dtype.is_complex):
+    if node.op is None:
         return _CONSTANT
     rule = _RULES.get(node.key)
     if rule is None:
         packet, _, _ = node.key.rpartition(".")
         rule = _RULES.get(packet)
+    if not (node.dtype.is_floating_point or node.dtype.is_complex):
+        compares = rule is not None and node.dtype == torch.bool and rule.derivative == "kinked"
+        return rule if compares and rule is not None else _CONSTANT
     return rule or _FALLBACK
 
 
