@@ -70,9 +70,7 @@ class _ConvNet(nn.Sequential):
             c_in, c_out, g = self.channels[p - 1], self.channels[p], group_counts[p - 1]
             if c_in % g or c_out % g:
                 raise ShapeError(f"layer {p}: {c_in} and {c_out} channels cannot be split into {g} groups")
-            layer = self._convolution(
-                c_in, c_out, kernel, step, pad, spacing, g, bias=bias, padding_mode=padding_mode
-            )
+            layer = self._convolution(c_in, c_out, kernel, step, pad, spacing, g, bias=bias, padding_mode=padding_mode)
             self.add_module(f"conv{p}", layer)
             if p < count or head is not None:
                 self.add_module(f"act{p}", make_activation(activation))

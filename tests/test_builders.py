@@ -32,7 +32,15 @@ def test_a_head_of_p_layers_follows_activated_convolutions() -> None:
         "Linear", "ReLU", "Linear", "ReLU", "Linear",
     ]  # fmt: skip
     dims = model.describe()
-    assert (dims["P"], dims["h"], dims["K"], dims["l"], dims["k_pool"], dims["m"], dims["n"]) == (3, 8, 3, (1,), 2, 6, 8)
+    assert (dims["P"], dims["h"], dims["K"], dims["l"], dims["k_pool"], dims["m"], dims["n"]) == (
+        3,
+        8,
+        3,
+        (1,),
+        2,
+        6,
+        8,
+    )
     assert [n for n, _ in model.named_parameters()][:2] == ["conv1.weight", "conv1.bias"]
     assert model(torch.randn(2, 1, 8, 10)).shape == (2, 3)
 
