@@ -57,7 +57,7 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path, **points: str) -> Non
 
 def test_ours_are_installed_through_the_entry_points() -> None:
     ours = {p.name: p for p in installed() if p.provider == f"dagh {dagh.__version__}"}
-    assert set(ours) == {"conv1d", "conv2d", "fc_head"}
+    assert set(ours) == {"conv1d", "conv2d", "pooling", "fc_head", "residual", "attention", "recurrent"}
     for plugin in ours.values():
         assert plugin.error is None
         assert isinstance(plugin.architecture, Architecture)
@@ -79,7 +79,7 @@ def test_a_convolutional_network_with_a_head() -> None:
         nn.Linear(5, 3, bias=False),
     )
     found = matches(model, 2, 8, 8)
-    assert set(found) == {"conv2d", "fc_head"}
+    assert set(found) == {"conv2d", "pooling", "fc_head"}
     (chain,) = found["conv2d"]
     assert chain.source == "input"
     first, second = chain.layers
@@ -111,7 +111,7 @@ def test_one_dimension_dilation_and_a_padding_of_its_own() -> None:
         nn.AdaptiveAvgPool1d(1),
     )
     found = matches(model, 1, 9)
-    assert set(found) == {"conv1d"}
+    assert set(found) == {"conv1d", "pooling"}
     first, second = found["conv1d"][0].layers
     assert (first.dilation, first.size_after, first.activation) == ((2,), (5,), "gelu")
     assert (second.padding, second.size_before, second.size_after) == ((0,), (7,), (5,))
