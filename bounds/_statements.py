@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Origin = Literal["printed", "corrected", "ours"]
 Needs = Literal["weights", "data", "exact"]
@@ -15,7 +15,12 @@ PAPER = "ConvNets Landscape Convergence: Hessian-Based Analysis of Matricized Ne
 
 @dataclass(frozen=True)
 class Statement:
-    """One statement: ``verdict`` says whether it is valid, and the counterexample where it is not."""
+    """One statement: ``verdict`` says whether it is valid, and the counterexample where it is not.
+
+    Architecture plug-ins of other packages attach statements of their own to a match, with ``bound``: from the
+    evaluated graph (:class:`dagh.State`) and the match it makes the natural logarithm of an upper bound on the norm
+    that ``part`` names, or raises an exception that says why there is none.
+    """
 
     id: str
     name: str
@@ -25,6 +30,7 @@ class Statement:
     needs: Needs = "weights"
     origin: Origin = "ours"
     part: Part = "H_O"
+    bound: Callable[[Any, Any], float] | None = None
 
 
 def _paper(where: str) -> str:
