@@ -19,8 +19,8 @@ class PoolingLayer:
     """One pooling step.
 
     ``kernel``, ``stride`` and ``padding`` are ``None`` where windows have several sizes (adaptive pooling that does
-    not divide its input). ``position`` counts the convolutions before it, back to the last branch or the input.
-    ``disjoint``: every element falls in at most one window, and every window lies within the input.
+    not divide its input). ``position`` counts the convolutions before it on its chain, ``None`` where none is (after
+    a residual sum, say). ``disjoint``: every element falls in at most one window, all windows lie within the input.
     """
 
     node: str
@@ -32,7 +32,7 @@ class PoolingLayer:
     size_before: Sizes
     size_after: Sizes
     disjoint: bool
-    position: int
+    position: int | None
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Poolings:
         found = []
         for node in walk.order:
             layer = pooling_layer(walk, node)
-            if layer is not None and layer.position:
+            if layer is not None and _after_convolution(walk, node):
                 dims = {"l": layer.position, "pool": layer.pool, "k_pool": max(layer.kernel) if layer.kernel else None}
                 statements = family.pooling_statements() if family.has(layer.node) else ()
                 found.append(Match(self.name, (layer,), walk.sources(node)[0], node, dims, statements))
@@ -132,14 +132,18 @@ def _spatial(walk: Walk, source: str, node: str) -> tuple[Sizes, Sizes]:
     return walk.shape(source)[1:], walk.shape(node)[1:]
 
 
-def _position(walk: Walk, node: str) -> int:
+def _after_convolution(walk: Walk, node: str) -> bool:
+    return any(walk.is_convolution(n, d) for n in walk.order if walk.reaches(n, node) for d in (1, 2, 3))
+
+
+def _position(walk: Walk, node: str) -> int | None:
     """How many convolutions precede ``node`` on its chain."""
     count = 0
     at: str | None = walk.sources(node)[0]
     while at is not None and walk.kind(at) == "operation":
         count += any(walk.is_convolution(at, d) for d in (1, 2, 3))
         at = walk.before(at)
-    return count
+    return count or None
 
 
 POOLING = Poolings("pooling", "max or average pooling after convolutions, global pooling included")

@@ -99,6 +99,7 @@ def test_the_other_families_are_recognized() -> None:
     net = found(ResidualNet2d(3, 2, size=8, halve_at=(2,), norm=True), torch.randn(2, 1, 8, 8))
     assert [b.dims["shortcut"] for b in net["residual"]] == ["identity", "linear", "identity"]
     assert all("a3" in b.statements for b in net["residual"])
+    assert [(p.dims, p.statements) for p in net["pooling"]] == [({"l": None, "pool": "avg", "k_pool": 4}, ())]
     without = {"b2", "b3", "c"}  # no weights-only bound where data multiply data, or weights are used twice
     net = found(AttentionNet(1, 8, 2, tokens=5, inputs=3, causal=True), torch.randn(2, 1, 5, 3))
     assert [(m.dims, m.layers[0].masked) for m in net["attention"]] == [({"heads": 2, "d": 4, "tokens": 5}, True)]
