@@ -1,6 +1,7 @@
-"""The bounds of "ConvNets Landscape Convergence: Hessian-Based Analysis of Matricized Networks", as printed and corrected.
+"""The bounds of "ConvNets Landscape Convergence: Hessian-Based Analysis of Matricized Networks".
 
-Formulas take the statement's own symbols (:class:`Dims`) and return natural logarithms. :func:`dims_of` reads the
+As printed and as corrected. Formulas take the statement's own symbols (:class:`Dims`) and return natural logarithms.
+:func:`dims_of` reads the
 symbols off a network, and the ``check_*`` functions refuse networks that a statement does not cover.
 """
 
@@ -23,9 +24,9 @@ LOG_SQRT2 = 0.5 * math.log(2)
 class Dims:
     """The symbols of the statements.
 
-    ``L + 1`` convolutions with kernels of side ``k`` over ``axes`` axes, at most ``C`` channels and ``positions`` output
-    positions (d, or m·n), weights at most ``w``; then ``P`` linear layers of width at most ``h`` with weights at most
-    ``v`` (w̃). ``pools``: (l, k_pool) of every pooling after layer l.
+    ``L + 1`` convolutions with kernels of side ``k`` over ``axes`` axes, at most ``C`` channels and ``positions``
+    output positions (d, or m·n), weights at most ``w``; then ``P`` linear layers of width at most ``h`` with weights at
+    most ``v`` (w̃). ``pools``: (l, k_pool) of every pooling after layer l.
     """
 
     L: int
@@ -47,7 +48,7 @@ class Dims:
     @property
     def log_pools(self) -> float:
         """``log Π k_pool^{-axes (L - l + 2)}``."""
-        return -sum(self.axes * (self.L - l + 2) * math.log(size) for l, size in self.pools)
+        return -sum(self.axes * (self.L - at + 2) * math.log(size) for at, size in self.pools)
 
     @property
     def log_head(self) -> float:
