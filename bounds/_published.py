@@ -65,20 +65,20 @@ def lemma2(q: float, w_T: float, depth: int, log_x: float, log_a: float, form: s
     common = 2 * log(q) + 2 * log_x + log(depth)
     if form == "typo":
         return LOG_SQRT2 + common + 2 * log(w_T) + log(depth - 1)
-    return (LOG_SQRT2 if form == "printed" else log_a) + common + 2 * (depth - 1) * log(w_T)
+    return (LOG_SQRT2 if form == "printed" else log_a) + common + (2 * (depth - 1) * log(w_T) if depth > 1 else 0.0)
 
 
 def theorem1(dims: Dims, log_x: float, log_a: float, form: Form = "corrected") -> float:
     """Theorem 1 (1D): ``√2 ‖x‖² d² (L+1) (C²w²kd)^L``; corrected: ``a ‖x‖² d (L+1) (C²w²kd)^L``."""
     front = LOG_SQRT2 + 2 * log(dims.positions) if form == "printed" else log_a + log(dims.positions)
-    return front + 2 * log_x + log(dims.L + 1) + dims.L * dims.log_layer
+    return front + 2 * log_x + log(dims.L + 1) + (dims.L * dims.log_layer if dims.L else 0.0)
 
 
 def theorem2(dims: Dims, log_x: float, log_a: float, form: Form = "corrected") -> float:
     """Theorem 2 (2D): ``√2 ‖x‖² q² (L+1) (C²k²w²mn)^L``, q² = C²k²mn; corrected: a for √2, q² = mn."""
     spread = 2 * log(dims.C) + dims.axes * log(dims.k) if form == "printed" else 0.0
     front = (LOG_SQRT2 if form == "printed" else log_a) + spread + log(dims.positions)
-    return front + 2 * log_x + log(dims.L + 1) + dims.L * dims.log_layer
+    return front + 2 * log_x + log(dims.L + 1) + (dims.L * dims.log_layer if dims.L else 0.0)
 
 
 def lemma3(dims: Dims, log_x: float, log_a: float, form: Form = "corrected") -> float:
@@ -110,11 +110,12 @@ def composite(dims: Dims, log_x: float, log_a: float, form: Form = "corrected") 
         q2 = log(dims.positions) + (2 * log(dims.C) + dims.axes * log(dims.k) if form == "printed" else 0.0)
     front = (LOG_SQRT2 if form == "printed" else log_a) + q2 + 2 * log_x + dims.log_pools
     layer, head = dims.log_layer, dims.log_head
-    body = log(dims.L + 1) + dims.P * head + dims.L * layer
+    body = log(dims.L + 1) + (dims.P * head if dims.P else 0.0) + (dims.L * layer if dims.L else 0.0)
     if dims.P and form == "printed":
+        # P h²w̃²/B times B^L; for L = 0 the ratio itself stays.
         body = add(body, log(dims.P) + (dims.P + 1) * head + (dims.L - 1) * layer)
     elif dims.P:
-        body = add(body, log(dims.P) + (dims.P - 1) * head + (dims.L + 1) * layer)
+        body = add(body, log(dims.P) + ((dims.P - 1) * head if dims.P > 1 else 0.0) + (dims.L + 1) * layer)
     return front + body
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -76,7 +77,7 @@ def test_every_rung_is_at_least_the_next(name: str) -> None:
     model, x, y = build(name, 1, samples=1)
     found = report(model, "cross_entropy", x, y)
     ladder = [found[k].log_value for k in ("a1", "a2", "a3", "b0", "b1", "b2", "b3", "c")]
-    assert all(a is not None and b is not None and a >= b - 1e-9 for a, b in zip(ladder, ladder[1:], strict=False))
+    assert all(a is not None and b is not None and a >= b - 1e-9 for a, b in pairwise(ladder))
 
 
 LOSSES: dict[str, Any] = {
