@@ -72,7 +72,7 @@ def activation(node: Any) -> Activation | None:
         # Beyond the threshold PyTorch returns x itself; the jump of the slope there is below e^-threshold.
         return Activation(1.0, beta / 4, math.log(2) / beta)
     if name in ("hardtanh", "clamp", "clamp_min", "clamp_max"):
-        low, high = (("min_val", "max_val") if name == "hardtanh" else ("min", "max"))
+        low, high = ("min_val", "max_val") if name == "hardtanh" else ("min", "max")
         least, most = node.arg(low), node.arg(high)
         if any(not isinstance(v, (int, float, type(None))) for v in (least, most)):
             return None

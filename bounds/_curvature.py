@@ -96,7 +96,9 @@ class Curvature:
 _SLOPES = {"cross_entropy": math.sqrt(2), "bce_with_logits": 1.0, "huber": 1.0, "smooth_l1": 1.0, "l1": 1.0}
 
 
-def curvature_of(loss: Any, output: Sequence[int], weight: float | None = None, given: float | None = None) -> Curvature:
+def curvature_of(
+    loss: Any, output: Sequence[int], weight: float | None = None, given: float | None = None
+) -> Curvature:
     """Constants of a loss by name or ``torch.nn`` module; ``given`` overrides the supremum of the curvature.
 
     Args:

@@ -63,7 +63,9 @@ class _Pairs:
         for uses in self.structure.uses.values():
             for use in uses:
                 if not use.moved:
-                    raise Absent(f"{use.node.name!r} uses a function of {use.leaf!r}, whose own curvature is not bounded")
+                    raise Absent(
+                        f"{use.node.name!r} uses a function of {use.leaf!r}, whose own curvature is not bounded"
+                    )
         size = len(self.names)
         entries: dict[tuple[int, int], Log] = {}
 
@@ -84,7 +86,7 @@ class _Pairs:
 
     def _terms(self, node: Any, adjoint: Any) -> list[tuple[int, int, Log]]:
         """Pairs (i ≤ j counted once) and what the curvature of ``node`` adds to their bound."""
-        data = [i for i in self.structure.arguments(node)]
+        data = list(self.structure.arguments(node))
         mine = {i: use for name in self.names for use in self.structure.uses[name] if use.node is node
                 for i in (use.arg,)}  # fmt: skip
         name = node.operation

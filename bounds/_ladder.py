@@ -135,7 +135,7 @@ class LocalNorms:
 
 
 def b2(problem: Problem, advance: Callable[[], None] | None = None) -> Value:
-    """``Σ_p ‖Sᵀ G_p‖² ‖U_p‖²`` with the true ``G_p = ∂z/∂z_p``: K backward passes, no object as large as the parameters.
+    """``Σ_p ‖Sᵀ G_p‖² ‖U_p‖²`` with the true ``G_p = ∂z/∂z_p``: K backward passes, nothing as large as the parameters.
 
     Any graph. Weight and bias of one layer are taken together. A parameter whose derivative has no formula
     contributes its exact block instead.
@@ -165,9 +165,7 @@ def b2(problem: Problem, advance: Callable[[], None] | None = None) -> Value:
         elif any(use.arg == 2 and use.node in joint for use in uses):
             continue  # counted with its weight
         else:
-            blocks[name] = add(
-                *(times(gains.get(u.node, ZERO), own[u.leaf, u.node, u.arg]) for u in uses), ZERO
-            )
+            blocks[name] = add(*(times(gains.get(u.node, ZERO), own[u.leaf, u.node, u.arg]) for u in uses), ZERO)
     samples = structure.state.samples
     return summed({n: np.broadcast_to(np.asarray(b), (samples,)) for n, b in blocks.items()})
 
@@ -193,11 +191,10 @@ class Dual:
         self.layers = [tuple(names) for names in layers] if layers is not None else [(n,) for n in gram.names]
 
     def b3(self) -> Value:
-        """``Σ_p ‖B_p B_pᵀ‖``, weight and bias of a layer together: within a factor of the number of layers of the truth."""
+        """``Σ_p ‖B_p B_pᵀ‖``, weight and bias of a layer together: at most the number of layers times the truth."""
         shares = {}
         for names in self.layers:
-            matrix = sum(self.gram.of(n) for n in names)
-            shares[names[0]] = log(float(spectral(matrix)))
+            shares[names[0]] = log(float(spectral(self._sum(names))))
         return Value(total(np.array(list(shares.values()) or [ZERO])), shares)
 
     def mean(self) -> Value:
@@ -219,13 +216,15 @@ class Dual:
         if len(names) == 1:
             values = self.gram.eigvalsh(names[0])
             return log(float(values.abs().max()) if len(values) else 0.0)
-        matrix = sum(self.gram.of(n) for n in names)
-        assert isinstance(matrix, Tensor)
+        matrix = self._sum(names)
         if self.gram.signs is not None:
             values, vectors = torch.linalg.eigh(matrix)
             root = vectors * values.clamp(min=0).sqrt()
             matrix = root.T @ (self.gram.signs[:, None] * root)
         return log(float(spectral(matrix)))
+
+    def _sum(self, names: tuple[str, ...]) -> Tensor:
+        return torch.stack([self.gram.of(n) for n in names]).sum(0)
 
     def _blocks(self) -> Tensor:
         n = self.gram.samples

@@ -123,14 +123,17 @@ def convolution_facts(
     """Facts of a convolution of images of a given size.
 
     Without collisions of taps ``QᵀQ`` is diagonal with the number of positions at which each weight meets the image,
-    hence r. κ is counted by folding ones. Both are exact, for every padding mode, stride, dilation and number of groups;
+    hence r. κ is counted by folding ones. Both are exact for every padding mode, stride, dilation and number of groups;
     where taps collide (a circular kernel longer than the image, reflection, replication) ``‖T‖_F`` and r count
     the collided taps as one entry each time they are used, which only enlarges them.
 
     Args:
         weight: ``[C_out, C_in / groups, *kernel]``.
         size: spatial size of the input.
-        stride, padding, dilation, groups: as in ``torch.nn.Conv2d``.
+        stride: as in ``torch.nn.Conv2d``.
+        padding: as in ``torch.nn.Conv2d``.
+        dilation: as in ``torch.nn.Conv2d``.
+        groups: as in ``torch.nn.Conv2d``.
         padding_mode: ``"zeros"``, ``"circular"``, ``"reflect"`` or ``"replicate"``.
         images: how many images one sample holds (coupled samples).
 
@@ -254,9 +257,7 @@ def patches(
     space = x.shape[3:]
     dims = len(space)
     x = F.pad(x.reshape(n * m, channels, *space), [p for p in reversed(padding) for _ in range(2)])
-    outs = [
-        (s - d * (k - 1) - 1) // st + 1 for s, d, k, st in zip(x.shape[2:], dilation, kernel, stride, strict=True)
-    ]
+    outs = [(s - d * (k - 1) - 1) // st + 1 for s, d, k, st in zip(x.shape[2:], dilation, kernel, stride, strict=True)]
     strides = x.stride()
     shape = (n * m, channels, *kernel, *outs)
     steps = (

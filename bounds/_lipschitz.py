@@ -19,17 +19,18 @@ if TYPE_CHECKING:
     from ._recursion import Recursion
 
 #: Linear maps with non-negative entries: Schur's test on vectors of ones bounds their norm.
-_NONNEGATIVE = frozenset(
-    "pad reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d "
-    "constant_pad_nd avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
-    "_adaptive_avg_pool2d _adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d upsample_nearest3d "
-    "upsample_linear1d upsample_bilinear2d upsample_trilinear3d mean sum cumsum select slice narrow index index_select "
-    "gather expand expand_as broadcast_to repeat repeat_interleave cat stack unfold unfold_copy im2col col2im tril triu "
-    "diagonal diag_embed trace take_along_dim _to_copy to fixed_dropout".split()
-)
+_NONNEGATIVE_NAMES = """
+pad reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d
+constant_pad_nd avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
+_adaptive_avg_pool2d _adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d upsample_nearest3d
+upsample_linear1d upsample_bilinear2d upsample_trilinear3d mean sum cumsum select slice narrow index
+index_select gather expand expand_as broadcast_to repeat repeat_interleave cat stack unfold unfold_copy im2col
+col2im tril triu diagonal diag_embed trace take_along_dim _to_copy to fixed_dropout
+"""
+_NONNEGATIVE = frozenset(_NONNEGATIVE_NAMES.split())
 
 #: Outputs copied from the input, each input element at most once.
-_COPIES = frozenset("amax amin max min sort topk kthvalue median".split())
+_COPIES = frozenset(("amax", "amin", "max", "min", "sort", "topk", "kthvalue", "median"))
 
 
 @dataclass(frozen=True)
@@ -252,9 +253,7 @@ def _register() -> None:
     zero: Stretch = lambda site, arg: 0.0  # noqa: E731
     register_lipschitz(*MOVES, "masked_fill", stretch=zero)
     register_lipschitz(*_COPIES, "maximum", "minimum", "fmax", "fmin", stretch=zero)
-    register_lipschitz(
-        *_NONNEGATIVE, stretch=lambda site, arg: site.context.structure.nonnegative_norm(site.node, arg)
-    )
+    register_lipschitz(*_NONNEGATIVE, stretch=lambda site, arg: site.context.structure.nonnegative_norm(site.node, arg))
     register_lipschitz("add", "sub", stretch=_add_stretch)
     register_lipschitz("mul", stretch=_mul_stretch, length=_mul_length)
     register_lipschitz("div", stretch=_div_stretch)
@@ -262,9 +261,7 @@ def _register() -> None:
     register_lipschitz("matmul", "mm", "bmm", stretch=_product_stretch, length=_product_length)
     register_lipschitz("embedding", stretch=zero, length=_embedding)
     register_lipschitz("standardize_fixed", stretch=_fixed_stretch, length=_fixed_length)
-    register_lipschitz(
-        "standardize", stretch=_standardize_stretch, length=lambda site: 0.5 * log(site.node.numel)
-    )
+    register_lipschitz("standardize", stretch=_standardize_stretch, length=lambda site: 0.5 * log(site.node.numel))
     # ‖diag p − ppᵀ‖ ≤ 1/2 (Popoviciu), and ‖p‖ ≤ 1 for every distribution.
     register_lipschitz(
         "softmax", "_softmax", stretch=lambda site, arg: log(0.5),

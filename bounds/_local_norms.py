@@ -15,8 +15,8 @@ from ._structure import Structure, Use
 def input_norm(structure: Structure, use: Use, bias: bool = False) -> Tensor | None:
     """``‖∂ node / ∂ argument‖`` at one use of a parameter, ``[N]``; ``None`` where no formula is known.
 
-    Linear layers and convolutions: the spectral norm of the (unfolded) input, the largest over groups. ``bias``: that of
-    weight and bias together, the input with a row of ones.
+    Linear layers and convolutions: the spectral norm of the (unfolded) input, the largest over groups. ``bias``: that
+    of weight and bias together, the input with a row of ones.
     """
     node, arg = use.node, use.arg
     name = node.operation
@@ -50,7 +50,8 @@ def layer_input(structure: Structure, node: Any) -> Tensor | None:
         return x.reshape(x.shape[0], 1, -1, x.shape[-1]).mT
     if node.arg("transposed"):
         return None
-    return patches(x, node.inputs[1].shape[2:], *options(node), int(node.arg("groups")))
+    stride, padding, dilation = options(node)
+    return patches(x, node.inputs[1].shape[2:], stride, padding, dilation, int(node.arg("groups")))
 
 
 def options(node: Any) -> list[list[int]]:
@@ -64,14 +65,14 @@ def options(node: Any) -> list[list[int]]:
 
 
 def cotangent_matrix(node: Any, adjoint: Tensor) -> Tensor | None:
-    """``[N, positions-or-inputs, …]`` whose spectral norm is that of ``v ↦ V_vᵀ b``, the layer's transpose in its weight.
+    """The matrix whose spectral norm is that of the transposed layer in its weight, ``v ↦ V_vᵀ b``; by sample.
 
     Linear: the cotangents as a matrix ``[positions, out]``. Convolution: b unfolded against the kernel, ``[inputs,
     C_out·k]``; only for stride 1 and one group, otherwise ``None``.
     """
     if node.operation == "linear":
         return adjoint.reshape(adjoint.shape[0], -1, node.shape[-1])
-    stride, padding, dilation = options(node)
+    stride, _, dilation = options(node)
     if node.arg("transposed") or int(node.arg("groups")) != 1 or any(s != 1 for s in stride):
         return None
     kernel = node.inputs[1].shape[2:]

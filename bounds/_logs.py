@@ -74,7 +74,8 @@ def spectral(matrices: Tensor) -> Tensor:
     unit = matrices / torch.where(top > 0, top, 1)
     gram = unit @ unit.mH if unit.shape[-2] <= unit.shape[-1] else unit.mH @ unit
     values = torch.linalg.eigvalsh(gram)[..., -1].clamp(min=0).sqrt()
-    return values * top[..., 0, 0]
+    norms: Tensor = values * top[..., 0, 0]
+    return norms
 
 
 def text(value: float | None, digits: int = 3) -> str:

@@ -1,6 +1,7 @@
-"""The bounds of "ConvNets Landscape Convergence: Hessian-Based Analysis of Matricized Networks", as printed and corrected.
+"""The bounds of "ConvNets Landscape Convergence: Hessian-Based Analysis of Matricized Networks".
 
-Formulas take the statement's own symbols (:class:`Dims`) and return natural logarithms. :func:`dims_of` reads the
+As printed and as corrected. Formulas take the statement's own symbols (:class:`Dims`) and return natural logarithms.
+:func:`dims_of` reads the
 symbols off a network, and the ``check_*`` functions refuse networks that a statement does not cover.
 """
 
@@ -23,9 +24,9 @@ LOG_SQRT2 = 0.5 * math.log(2)
 class Dims:
     """The symbols of the statements.
 
-    ``L + 1`` convolutions with kernels of side ``k`` over ``axes`` axes, at most ``C`` channels and ``positions`` output
-    positions (d, or m·n), weights at most ``w``; then ``P`` linear layers of width at most ``h`` with weights at most
-    ``v`` (w̃). ``pools``: (l, k_pool) of every pooling after layer l.
+    ``L + 1`` convolutions with kernels of side ``k`` over ``axes`` axes, at most ``C`` channels and ``positions``
+    output positions (d, or m·n), weights at most ``w``; then ``P`` linear layers of width at most ``h`` with weights at
+    most ``v`` (w̃). ``pools``: (l, k_pool) of every pooling after layer l.
     """
 
     L: int
@@ -47,7 +48,7 @@ class Dims:
     @property
     def log_pools(self) -> float:
         """``log Π k_pool^{-axes (L - l + 2)}``."""
-        return -sum(self.axes * (self.L - l + 2) * math.log(size) for l, size in self.pools)
+        return -sum(self.axes * (self.L - at + 2) * math.log(size) for at, size in self.pools)
 
     @property
     def log_head(self) -> float:
@@ -64,20 +65,20 @@ def lemma2(q: float, w_T: float, depth: int, log_x: float, log_a: float, form: s
     common = 2 * log(q) + 2 * log_x + log(depth)
     if form == "typo":
         return LOG_SQRT2 + common + 2 * log(w_T) + log(depth - 1)
-    return (LOG_SQRT2 if form == "printed" else log_a) + common + 2 * (depth - 1) * log(w_T)
+    return (LOG_SQRT2 if form == "printed" else log_a) + common + (2 * (depth - 1) * log(w_T) if depth > 1 else 0.0)
 
 
 def theorem1(dims: Dims, log_x: float, log_a: float, form: Form = "corrected") -> float:
     """Theorem 1 (1D): ``√2 ‖x‖² d² (L+1) (C²w²kd)^L``; corrected: ``a ‖x‖² d (L+1) (C²w²kd)^L``."""
     front = LOG_SQRT2 + 2 * log(dims.positions) if form == "printed" else log_a + log(dims.positions)
-    return front + 2 * log_x + log(dims.L + 1) + dims.L * dims.log_layer
+    return front + 2 * log_x + log(dims.L + 1) + (dims.L * dims.log_layer if dims.L else 0.0)
 
 
 def theorem2(dims: Dims, log_x: float, log_a: float, form: Form = "corrected") -> float:
     """Theorem 2 (2D): ``√2 ‖x‖² q² (L+1) (C²k²w²mn)^L``, q² = C²k²mn; corrected: a for √2, q² = mn."""
     spread = 2 * log(dims.C) + dims.axes * log(dims.k) if form == "printed" else 0.0
     front = (LOG_SQRT2 if form == "printed" else log_a) + spread + log(dims.positions)
-    return front + 2 * log_x + log(dims.L + 1) + dims.L * dims.log_layer
+    return front + 2 * log_x + log(dims.L + 1) + (dims.L * dims.log_layer if dims.L else 0.0)
 
 
 def lemma3(dims: Dims, log_x: float, log_a: float, form: Form = "corrected") -> float:
@@ -109,11 +110,12 @@ def composite(dims: Dims, log_x: float, log_a: float, form: Form = "corrected") 
         q2 = log(dims.positions) + (2 * log(dims.C) + dims.axes * log(dims.k) if form == "printed" else 0.0)
     front = (LOG_SQRT2 if form == "printed" else log_a) + q2 + 2 * log_x + dims.log_pools
     layer, head = dims.log_layer, dims.log_head
-    body = log(dims.L + 1) + dims.P * head + dims.L * layer
+    body = log(dims.L + 1) + (dims.P * head if dims.P else 0.0) + (dims.L * layer if dims.L else 0.0)
     if dims.P and form == "printed":
+        # P h²w̃²/B times B^L; for L = 0 the ratio itself stays.
         body = add(body, log(dims.P) + (dims.P + 1) * head + (dims.L - 1) * layer)
     elif dims.P:
-        body = add(body, log(dims.P) + (dims.P - 1) * head + (dims.L + 1) * layer)
+        body = add(body, log(dims.P) + ((dims.P - 1) * head if dims.P > 1 else 0.0) + (dims.L + 1) * layer)
     return front + body
 
 

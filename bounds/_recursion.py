@@ -4,8 +4,8 @@
 
     ‖H_O‖ ≤ a Σ_W (Σ_u ‖G_u‖ ‖D_{u←W}‖)²,    a ≥ ‖A‖,
 
-with ``‖G_v‖ ≤ Σ_u ‖G_u‖ ‖D_{u←v}‖`` over the users u of v: sums over paths where the graph branches, sums over uses where
-a parameter is shared. On a chain this is ``a X² Σ_p r_p Π_{i≠p} ‖T_i‖² π_i²``.
+with ``‖G_v‖ ≤ Σ_u ‖G_u‖ ‖D_{u←v}‖`` over the users u of v: sums over paths where the graph branches, sums over uses
+where a parameter is shared. On a chain this is ``a X² Σ_p r_p Π_{i≠p} ‖T_i‖² π_i²``.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _MASKED_WORK = 3e10
 class Recursion:
     """One way of bounding: ``flavor`` of the layers' norms, ``local`` at the data or for every ‖x‖ ≤ X.
 
-    ``log_inputs`` is log X by input node (or one for all); ``radius`` moves every parameter within a ball; ``centered``:
-    the loss does not see a common shift of the outputs, so the last layer T may be replaced by ``(I − 11ᵀ/K) T``.
+    ``log_input`` is log X for every input; ``radius`` moves every parameter within a ball; ``centered``: the loss does
+    not see a common shift of the outputs, so the last layer T may be replaced by ``(I − 11ᵀ/K) T``.
     """
 
     structure: Structure

@@ -98,7 +98,7 @@ _TEX_PARTS = {"H_O": r"$\|H_O\|$", "H_F": r"$\|H_F\|$", "H": r"$\|H\|$"}
 
 
 def latex(report: BoundReport) -> str:
-    """A ``tabular`` of the rows with a value; ``\\usepackage{booktabs}``."""
+    """A ``tabular`` of the rows with a value; needs the package booktabs."""
     lines = [
         r"\begin{tabular}{lllrr}", r"\toprule", r"bound & of & needs & value & $\times$ truth \\", r"\midrule"
     ]  # fmt: skip
@@ -196,6 +196,3 @@ def plot(report: BoundReport, path: str | Path, part: str = "H_O") -> None:
         axes.plot([], [], "o", color=_COLORS[origin], label=origin)
     axes.legend(frameon=False, fontsize=8, loc="lower right")
     figure.savefig(Path(path), dpi=160)
-
-
-

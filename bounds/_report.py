@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -311,10 +312,10 @@ def _finite(value: float | None) -> float | None:
 def _matches(graph: dagh.Graph) -> tuple[Any, ...]:
     """What the installed architecture plug-ins recognize, if there are any."""
     try:
-        from dagh.architectures import recognize
+        plugins = importlib.import_module("dagh.architectures")
     except ImportError:
         return ()
     try:
-        return tuple(recognize(graph))
+        return tuple(plugins.recognize(graph))
     except DaghError:
         return ()

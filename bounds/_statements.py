@@ -45,8 +45,8 @@ _ALL = (
     ),
     Statement(
         "P.L2", "Lemma 2", _paper("Lemma 2"),
-        "valid, loose by 2√2 for cross-entropy; with the misprinted factor w_T² L it is false (1-1-1-1, w = 3: 243 > 76.4); "
-        "false for sums of squares (A = 2I: 4 > 2.83)",
+        "valid, loose by 2√2 for cross-entropy; with the misprinted factor w_T² L it is false (1-1-1-1, w = 3: "
+        "243 > 76.4); false for sums of squares (A = 2I: 4 > 2.83)",
         "‖H_O‖ ≤ √2 q² ‖x‖² (L+1) w_T^{2L}", "weights", "printed",
     ),
     Statement(
@@ -61,7 +61,8 @@ _ALL = (
     ),
     Statement(
         "P.L3", "Lemma 3", _paper("Lemma 3"),
-        "valid for windows that do not overlap, though its proof is not; false with overlap (kernel 5, stride 1: 8 > 5.87)",
+        "valid for windows that do not overlap, though its proof is not; false with overlap (kernel 5, stride 1: "
+        "8 > 5.87)",
         "max-pooling at l: Theorem 2 times k_pool^{-2(L-l+2)}", "weights", "printed",
     ),
     Statement(
@@ -81,8 +82,9 @@ _ALL = (
     ),
     Statement(
         "P.C1", "Corollary 1", _paper("Corollary 1"),
-        "not a theorem: derived from ≈; false if W_l bounds the losses at θ* only; constants 2 and 4 times too large if it "
-        "bounds them on the ball, where the first term alone suffices",
+        "not a theorem: derived from ≈; false if W_l bounds the losses at θ* only; constants 2 and 4 times too large "
+        "if "
+        "it bounds them on the ball, where the first term alone suffices",
         "|L_{k+1} − L_k| ≤ 2W_l/(k+1) + 2R² B/(k+1), B by Theorem 1", "weights", "printed", "H",
     ),
     Statement(
@@ -102,7 +104,8 @@ _ALL = (
         "2D: ‖H_O‖ ≤ a ‖x‖² mn (L+1) (C²k²w²mn)^L, C ≥ C_0 too", "weights", "corrected",
     ),
     Statement(
-        "C.L3", "Lemma 3, corrected", _paper("Lemma 3"), "valid for windows that do not overlap; exponent sharp for l = 1",
+        "C.L3", "Lemma 3, corrected", _paper("Lemma 3"),
+        "valid for windows that do not overlap; exponent sharp for l = 1",
         "max-pooling at l: corrected Theorem 2 times k_pool^{-2(L-l+2)}", "weights", "corrected",
     ),
     Statement(
@@ -118,7 +121,8 @@ _ALL = (
         "the corrected statements combined", "weights", "corrected",
     ),
     Statement(
-        "C.C1", "Corollaries, corrected", _paper("Corollaries 1 and 2"), "holds where the quadratic model with H_O does",
+        "C.C1", "Corollaries, corrected", _paper("Corollaries 1 and 2"),
+        "holds where the quadratic model with H_O does",
         "|L_{k+1} − L_k| ≤ W_l/(k+1) + R² B/(2(k+1))", "weights", "corrected", "H",
     ),
     Statement(
@@ -137,13 +141,34 @@ _ALL = (
         "valid for chains of activations with slopes in [0, 1]",
         "a3 with ‖T_q D … D T_p‖ ≤ 2^{p-q} Σ over cuts of Π ‖T_b … T_a‖",
     ),
-    Statement("b0", "inputs at x", "ours", "valid", "a Σ_p (Π_{i>p} ‖T_i‖² π_i²) ‖U_p‖², U_p the unfolded input", "data"),
-    Statement("b1", "masked layers at x", "ours", "valid", "‖A‖ Σ_p ‖D_p‖² Π_{p<i<N} ‖D_i T_i‖² ‖P T_N‖² ‖U_p‖²", "data"),
-    Statement("b2", "true gains at x", "ours", "valid for every graph", "Σ_p ‖Sᵀ G_p‖² ‖U_p‖², S Sᵀ = A, G_p = ∂z/∂z_p", "data"),
-    Statement("b3", "layer blocks", "ours", "valid for every graph", "Σ_p ‖Sᵀ J_p‖²; at most the number of layers times ‖H_O‖", "data"),
-    Statement("b3.mean", "samples one by one", "ours", "valid", "mean over samples of ‖H_O(x_n)‖", "exact"),
-    Statement("b3.block", "samples in pairs", "ours", "valid", "λ_max of the matrix of ‖S_iᵀ J_i J_jᵀ S_j‖ / N", "exact"),
-    Statement("c", "exact", "ours", "exact", "‖H_O‖ = λ_max(Σ_p Sᵀ J_p J_pᵀ S), through the Gram matrix", "exact"),
+    Statement(
+        "b0", "inputs at x", "ours", "valid",
+        "a Σ_p (Π_{i>p} ‖T_i‖² π_i²) ‖U_p‖², U_p the unfolded input", "data",
+    ),
+    Statement(
+        "b1", "masked layers at x", "ours", "valid",
+        "‖A‖ Σ_p ‖D_p‖² Π_{p<i<N} ‖D_i T_i‖² ‖P T_N‖² ‖U_p‖²", "data",
+    ),
+    Statement(
+        "b2", "true gains at x", "ours", "valid for every graph",
+        "Σ_p ‖Sᵀ G_p‖² ‖U_p‖², S Sᵀ = A, G_p = ∂z/∂z_p", "data",
+    ),
+    Statement(
+        "b3", "layer blocks", "ours", "valid for every graph",
+        "Σ_p ‖Sᵀ J_p‖²; at most the number of layers times ‖H_O‖", "data",
+    ),
+    Statement(
+        "b3.mean", "samples one by one", "ours", "valid",
+        "mean over samples of ‖H_O(x_n)‖", "exact",
+    ),
+    Statement(
+        "b3.block", "samples in pairs", "ours", "valid",
+        "λ_max of the matrix of ‖S_iᵀ J_i J_jᵀ S_j‖ / N", "exact",
+    ),
+    Statement(
+        "c", "exact", "ours", "exact",
+        "‖H_O‖ = λ_max(Σ_p Sᵀ J_p J_pᵀ S), through the Gram matrix", "exact",
+    ),
     Statement(
         "F_a", "functional part, weights", "ours", "valid",
         "λ_max(N), N_pq = sup‖g‖ X √(κ̃_p κ̃_q) Π_{i≠p,q} ‖T_i‖ π_i", "weights", part="H_F",
@@ -152,15 +177,31 @@ _ALL = (
         "F_b", "functional part, data", "ours", "valid",
         "λ_max(N), N_pq = ‖Y_q(b_q)‖ ‖S_{p→q}‖ ‖U_p‖, b_q = G_qᵀ g", "data", part="H_F",
     ),
-    Statement("F_exact", "functional part", "ours", "exact", "‖H_F‖ by eigenvalues", "exact", part="H_F"),
-    Statement("H.a3", "a3 + F_a", "ours", "valid", "‖H‖ ≤ ‖H_O‖ + ‖H_F‖", "weights", part="H"),
-    Statement("H.b2", "b2 + F_b", "ours", "valid", "‖H‖ ≤ ‖H_O‖ + ‖H_F‖", "data", part="H"),
-    Statement("H.c", "c + F_b", "ours", "valid", "‖H‖ ≤ ‖H_O‖ + ‖H_F‖", "exact", part="H"),
-    Statement("H.exact", "Hessian", "ours", "exact", "‖H‖ by eigenvalues", "exact", part="H"),
+    Statement(
+        "F_exact", "functional part", "ours", "exact",
+        "‖H_F‖ by eigenvalues", "exact", part="H_F",
+    ),
+    Statement(
+        "H.a3", "a3 + F_a", "ours", "valid",
+        "‖H‖ ≤ ‖H_O‖ + ‖H_F‖", "weights", part="H",
+    ),
+    Statement(
+        "H.b2", "b2 + F_b", "ours", "valid",
+        "‖H‖ ≤ ‖H_O‖ + ‖H_F‖", "data", part="H",
+    ),
+    Statement(
+        "H.c", "c + F_b", "ours", "valid",
+        "‖H‖ ≤ ‖H_O‖ + ‖H_F‖", "exact", part="H",
+    ),
+    Statement(
+        "H.exact", "Hessian", "ours", "exact",
+        "‖H‖ by eigenvalues", "exact", part="H",
+    ),
     *(
         Statement(
-            f"{name}.ball", f"{title}, ball", "ours", "valid", f"{name} for all parameters within R: ‖T_i‖ + √κ̃_i R", "weights",
-            part=part,
+            f"{name}.ball", f"{title}, ball", "ours", "valid",
+            f"{name} for all parameters within R: ‖T_i‖ + √κ̃_i R", "weights",
+            part=part,  # type: ignore[arg-type]
         )
         for name, title, part in (
             ("a1", "Frobenius norms", "H_O"), ("a2", "patch norms", "H_O"), ("a3", "layer norms", "H_O"),

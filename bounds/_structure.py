@@ -14,10 +14,11 @@ from dagh import State
 from ._logs import log, spectral
 
 #: Operations that move elements without changing, dropping or repeating any.
-MOVES = frozenset(
-    "reshape view _unsafe_view flatten unflatten squeeze unsqueeze permute transpose t mT numpy_T movedim swapaxes "
-    "flip roll channel_shuffle pixel_shuffle pixel_unshuffle rot90".split()
-)
+_MOVES = """
+reshape view _unsafe_view flatten unflatten squeeze unsqueeze permute transpose t mT numpy_T movedim swapaxes flip roll
+channel_shuffle pixel_shuffle pixel_unshuffle rot90
+"""
+MOVES = frozenset(_MOVES.split())
 
 #: Largest Jacobian of a parametrization (entries) that is formed.
 _DENSE = 4_000_000
@@ -32,7 +33,7 @@ class Use:
     """A parameter meeting the data: ``leaf`` enters ``node`` as argument ``arg``, through ``node.inputs[arg]``.
 
     ``log_lipschitz`` is the logarithm of the norm of ``∂ node.inputs[arg] / ∂ leaf``; ``moved`` says that the
-    argument is the parameter itself, at most rearranged.
+    argument is the parameter itself, at most rearranged, ``straight`` that it is linear in all parameters.
     """
 
     leaf: str
@@ -40,6 +41,7 @@ class Use:
     arg: int
     log_lipschitz: float
     moved: bool
+    straight: bool = True
 
 
 @dataclass
@@ -59,9 +61,7 @@ class Structure:
         """Nodes of the model that depend on its inputs and that the output depends on."""
         program = self.program
         sources = [n for n in program if n.kind == "input"]
-        return {
-            n for n in program.descendants(sources) & program.ancestors([program.output]) if n.part == "model"
-        }
+        return {n for n in program.descendants(sources) & program.ancestors([program.output]) if n.part == "model"}
 
     @cached_property
     def order(self) -> list[Any]:
@@ -109,15 +109,25 @@ class Structure:
             for slot in slots:
                 yield Use(name, node, slot, *self._route(leaf, node.inputs[slot]))
 
-    def _route(self, leaf: Any, source: Any) -> tuple[float, bool]:
+    def _route(self, leaf: Any, source: Any) -> tuple[float, bool, bool]:
         node = source
         while node is not leaf and node.operation in MOVES:
             node = node.inputs[0]
         if node is leaf:
-            return 0.0, True
+            return 0.0, True, True
         if source.numel * leaf.numel > _DENSE:
             raise Absent(f"the parametrization of {leaf.name!r} ({source.operation}) is too large to differentiate")
-        return log(float(spectral(self.state.total_jacobian(source, leaf)[0]))), False
+        norm = log(float(spectral(self.state.total_jacobian(source, leaf)[0])))
+        return norm, False, self._straight(source)
+
+    def _straight(self, source: Any) -> bool:
+        moving = self.program.descendants([self.program.parameters[n] for n in self.names])
+        for node in self.program.ancestors([source]) & moving:
+            if node.op is not None and self.state.rule(node).curved(node):
+                bilinear = self.state.rule(node).derivative == "bilinear"
+                if not bilinear or sum(p in moving for p in node.inputs[:2]) > 1:
+                    return False
+        return True
 
     @cached_property
     def shared(self) -> dict[str, int]:
@@ -155,4 +165,3 @@ class Structure:
             columns = rule.vjp(call, like.new_ones(samples, 1, *node.shape), arg, True)
             self._dense[key] = 0.5 * (log(float(rows.max().clamp(min=0))) + log(float(columns.max().clamp(min=0))))
         return float(self._dense[key])
-

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dagh.errors import MemoryBudgetError
 
+from ._logs import spectral
 from ._structure import Structure
 
 #: Largest bundle at one node, in numbers.
@@ -63,6 +64,9 @@ def loss_columns(structure: Structure) -> tuple[Tensor, Tensor]:
     ℓ is not convex in the output, S factors the absolute value, and ``±H_O ≤ Jᵀ S Sᵀ J``.
     """
     output = structure.program.output
+    softmax = _softmax_columns(structure)
+    if softmax is not None:
+        return softmax
     curvature = structure.state.node_hessian(output, output)
     values, vectors = torch.linalg.eigh(curvature)
     top = values.abs().amax(1)
@@ -70,3 +74,24 @@ def loss_columns(structure: Structure) -> tuple[Tensor, Tensor]:
     used = kept.any(0)
     columns = (vectors * values.abs().sqrt().unsqueeze(1)).mT[:, used]
     return columns.reshape(len(columns), -1, *output.shape), top
+
+
+def _softmax_columns(structure: Structure) -> tuple[Tensor, Tensor] | None:
+    """The closed form for cross-entropy with class indices: ``diag p − ppᵀ = S Sᵀ``, ``S = diag √p − p √pᵀ``.
+
+    Differences 1 − p are formed as sums of the other probabilities: a saturated softmax loses nothing.
+    """
+    state, program = structure.state, structure.program
+    loss, output = program.loss, program.output
+    if loss is None or loss.key.partition(".default")[0] != "aten.cross_entropy_loss" or loss.inputs[0] is not output:
+        return None
+    target = structure.value(loss.inputs[1])
+    if output.shape[:1] != (1,) or len(output.shape) != 2 or target.dtype.is_floating_point or len(loss.inputs) > 2:
+        return None
+    p = torch.softmax(structure.value(output)[:, 0], 1)
+    counted = (target.reshape(-1) != int(loss.arg("ignore_index"))) * state.weights
+    rest = p @ (1 - torch.eye(p.shape[1], dtype=p.dtype, device=p.device))
+    s = -p.unsqueeze(2) * p.sqrt().unsqueeze(1)
+    s.diagonal(dim1=1, dim2=2).copy_(p.sqrt() * rest)
+    s = s * counted.sqrt().reshape(-1, 1, 1)
+    return s.mT.reshape(len(p), -1, *output.shape), spectral(s).square()

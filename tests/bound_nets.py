@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
+
+import dagh
 
 F = nn.functional
 
@@ -83,9 +86,12 @@ def _conv(*layers: nn.Module) -> nn.Sequential:
 
 
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "plain1d": (lambda: _conv(nn.Conv1d(1, 2, 3, bias=False), nn.ReLU(), nn.Conv1d(2, 2, 2, bias=False), nn.Flatten()), (1, 5)),
+    "plain1d": (
+        lambda: _conv(nn.Conv1d(1, 2, 3, bias=False), nn.ReLU(), nn.Conv1d(2, 2, 2, bias=False), nn.Flatten()), (1, 5),
+    ),
     "plain2d": (
-        lambda: _conv(nn.Conv2d(2, 3, 2, bias=False), nn.ReLU(), nn.Conv2d(3, 2, 2, bias=False), nn.Flatten()), (2, 3, 4),
+        lambda: _conv(nn.Conv2d(2, 3, 2, bias=False), nn.ReLU(), nn.Conv2d(3, 2, 2, bias=False), nn.Flatten()),
+        (2, 3, 4),
     ),
     "head": (
         lambda: _conv(
@@ -139,16 +145,28 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }  # fmt: skip
 
 
-def build(name: str, seed: int, samples: int = 3, spread: float = 0.0) -> tuple[nn.Module, Tensor, Tensor]:
-    """A network in float64 with data; ``spread`` scales every parameter by a random power of ten up to it."""
+@cache
+def _graph(name: str) -> dagh.Graph:
+    make, shape = NETS[name]
+    x = torch.randint(5, (2, *shape)) if name == "tokens" else torch.randn(2, *shape).double()
+    return dagh.trace(make().double().eval(), x)
+
+
+def build(name: str, seed: int, samples: int = 3, spread: float = 0.0) -> tuple[dagh.Graph, Tensor, Tensor]:
+    """A network in float64 with data; ``spread`` scales every parameter by a random power of ten up to it.
+
+    The graph is traced once per name and given new weights.
+    """
+    graph = _graph(name)
     torch.manual_seed(seed)
     make, shape = NETS[name]
-    model = make().double()
+    model = graph.model
+    model.load_state_dict(make().double().state_dict())
     with torch.no_grad():
         for p in model.parameters():
-            p.mul_(10 ** (spread * (2 * torch.rand(()) - 1)))
+            p.requires_grad_(True).mul_(10 ** (spread * (2 * torch.rand(()) - 1)))
     if name == "tokens":
-        return model, torch.randint(5, (samples, *shape)), torch.randint(5, (samples,))
+        return graph, torch.randint(5, (samples, *shape)), torch.randint(5, (samples,))
     x = torch.randn(samples, *shape).double()
     classes = model(x).shape[1]
-    return model, x, torch.randint(classes, (samples,))
+    return graph, x, torch.randint(classes, (samples,))
