@@ -104,8 +104,8 @@ def _bias(layer: ChainLayer, chain: Chain) -> float:
 
 
 def _segments(chain: Chain) -> list[_Segment]:
-    for layer in chain.layers:
-        _check(layer, last=layer is chain.layers[-1])
+    for one in chain.layers:
+        _check(one, last=one is chain.layers[-1])
     layers = {layer.node: layer for layer in chain.layers}
     out: list[_Segment] = []
     layer: ChainLayer | None = None

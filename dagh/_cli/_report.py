@@ -39,6 +39,7 @@ class Report:
     depth: int | None
     collapse: bool
     hide: tuple[str, ...]
+    more: tuple[str, ...] = ()
 
     @property
     def live_ties(self) -> int:
@@ -112,7 +113,7 @@ class Report:
             near = sum(row.near for row in self.kinks)
             close = f", {near:,} within {self.kinks.tol:.0e}" if near else ""
             out.append(f"kinks: none hit, the nearest at a distance of {self.kinks.margin:.1e}{close}")
-        return out
+        return [*out, *self.more]
 
     # -- forms -------------------------------------------------------------------------------------
 
@@ -156,6 +157,7 @@ class Report:
             **graph,
             "loss": {"name": self.loss, "value": self.state.loss, "samples": self.samples, "data": self.data},
             "generic": self.generic,
+            "remarks": list(self.more),
             "blocks": self.blocks.as_json(),
             "kinks": [{"node": r.node, "operation": r.operation, **kink_json(r)} for r in self.kinks],
         }

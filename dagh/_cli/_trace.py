@@ -21,6 +21,7 @@ from dagh._cli._blocks import block_table, with_norms
 from dagh._cli._data import Batch, InputSpec, inputs_for, targets_for, tensors
 from dagh._cli._group import UNTRACEABLE, Failure, complain
 from dagh._cli._load import Loaded, load, load_weights, on_path, users_code
+from dagh._cli._remarks import foreign_remarks
 from dagh._cli._report import Report
 from dagh._cli._untraceable import naming_the_line
 from dagh._export import node_rows
@@ -207,6 +208,7 @@ def _run(
             depth,
             collapse,
             hide,
+            tuple(foreign_remarks(graph, loss, chosen.inputs, targets)),
         )
 
 
