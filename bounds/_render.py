@@ -84,10 +84,10 @@ def _layers(report: BoundReport) -> RenderableType:
     return out
 
 
-def plain(report: BoundReport) -> str:
+def plain(report: BoundReport, layers: bool = False) -> str:
     """The table without colors."""
     console = Console(file=StringIO(), width=110, no_color=True, highlight=False, force_terminal=False)
-    console.print(table(report))
+    console.print(table(report, layers))
     assert isinstance(console.file, StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 

@@ -22,6 +22,7 @@ from dagh._cli._data import Batch, InputSpec, inputs_for, targets_for, tensors
 from dagh._cli._facts import plugin_facts
 from dagh._cli._group import UNTRACEABLE, Failure, complain
 from dagh._cli._load import Loaded, load, load_weights, on_path, users_code
+from dagh._cli._remarks import foreign_remarks
 from dagh._cli._report import Report
 from dagh._cli._untraceable import naming_the_line
 from dagh._export import node_rows
@@ -210,6 +211,7 @@ def _run(
             collapse,
             hide,
             facts,
+            tuple(foreign_remarks(graph, loss, chosen.inputs, targets)),
         )
 
 
