@@ -5,9 +5,9 @@ taken. Then ``w_i (u_i − w_i) = d_i (1 − d_i) u_i² ≥ 0``, so for any symm
 
     wᵀMw ≤ wᵀMw + 2 Σ_i λ_i w_i (u_i − w_i) = 2 wᵀΛu − wᵀ(2Λ − M)w ≤ uᵀ Λ (2Λ − M)⁻¹ Λ u,
 
-the last step being the maximum over all w. With ``u = T x`` the form goes on as ``M' = Tᵀ Λ (2Λ − M)⁻¹ Λ T`` through the
-layer before, and at the end ``‖T_q D ⋯ D T_p‖² ≤ λ_max(M')``. Every feasible Λ gives a bound: ``Λ = λ_max(M) I`` the
-product of the norms, and a few steps of gradient descent a smaller one. Where max-pooling keeps one element per window,
+the last step being the maximum over all w. With ``u = T x`` the form goes on as ``M' = Tᵀ Λ (2Λ − M)⁻¹ Λ T`` through
+the layer before, and at the end ``‖T_q D ⋯ D T_p‖² ≤ λ_max(M')``. Every feasible Λ gives a bound: ``Λ = λ_max(M) I``
+at most the product of the norms, and a few steps of gradient descent a smaller one. Where max-pooling keeps one element per window,
 ``w_j² ≤ Σ_{i in window j} u_i²`` and any diagonal ``Λ ⪰ M`` serve instead.
 
 The inequalities are those of M. Fazlyab, A. Robey, H. Hassani, M. Morari and G. J. Pappas, "Efficient and Accurate
@@ -32,7 +32,7 @@ from ._logs import add, log
 from ._structure import MOVES, Absent
 
 #: Steps of gradient descent, and the sum of cubed widths (of all products) up to which they are taken.
-_STEPS, _WORK = 40, 4e8
+_STEPS, _WORK = 12, 4e8
 
 #: Room for rounding in the eigenvalue at the end, relative.
 _ROUNDING = 1e-10
@@ -40,8 +40,9 @@ _ROUNDING = 1e-10
 
 @dataclass
 class Step:
-    """A linear map ``[outputs, inputs]``; or an activation (``matrix`` and ``windows`` None) of ``width`` elements; or
-    max-pooling, with ``windows`` ``[outputs, inputs]`` one where an element belongs to a window."""
+    """A linear map ``[outputs, inputs]``; or an activation (no ``matrix``, no ``windows``) of ``width`` elements; or
+    max-pooling, with ``windows`` ``[outputs, inputs]`` one where an element belongs to a window.
+    """
 
     width: int
     matrix: Tensor | None = None
@@ -103,8 +104,8 @@ def gain(steps: list[Step], end: Tensor | None = None, iterations: int = _STEPS)
     slack = [torch.zeros((), dtype=end.dtype, device=end.device, requires_grad=True) for _ in shape]
     with torch.no_grad():
         best = _value(steps, end, logs, slack, exact=True)
-    if bends and iterations:
-        optimizer = torch.optim.Adam([*logs, *slack], lr=0.15)
+    if bends and iterations and bool(best > 0):
+        optimizer = torch.optim.Adam([*logs, *slack], lr=0.1)
         tops: dict[int, Tensor] = {}
         leading = (math.inf, [*logs], [*slack])
         for _ in range(iterations):
@@ -137,6 +138,9 @@ def _value(
         scale = logs[k].exp()
         root = scale.rsqrt()
         least = _top(root[:, None] * form * root, exact, tops, k)
+        if not bool(least > 0):
+            form = form.new_zeros(step.width, step.width)
+            continue
         if step.windows is not None:
             form = torch.diag(step.windows.mT @ (least * (1 + _ROUNDING) * scale))
             continue
@@ -161,7 +165,8 @@ def _top(form: Tensor, exact: bool, tops: Any, key: int) -> Tensor:
             vector = form @ vector
             vector = vector / vector.norm().clamp_min(1e-300)
         tops[key] = vector
-    return vector @ form @ vector
+    rayleigh: Tensor = vector @ form @ vector
+    return rayleigh
 
 
 def _outputs(step: Step) -> int:
@@ -177,12 +182,13 @@ def _step(chain: Chain, node: Any) -> Step | None:
             raise Absent(f"{node.operation} is not known to have slopes in [0, 1] and σ(0) = 0")
         return Step(node.numel)
     source = next(p for p in node.inputs if p in chain.structure.data)
+    device = chain.layers[-1].weight.device
     if node.operation in MOVES:
-        order = torch.arange(source.numel, dtype=torch.float64).reshape(source.shape)
-        moved = node.call([order]).reshape(-1).long()
-        if bool((moved == torch.arange(source.numel)).all()):
+        order = torch.arange(source.numel, device=device)
+        moved = node.call([order.reshape(source.shape)]).reshape(-1)
+        if bool((moved == order).all()):
             return None
-        return Step(source.numel, torch.eye(source.numel, dtype=torch.float64)[moved])
+        return Step(source.numel, torch.eye(source.numel, dtype=torch.float64, device=device)[moved])
     # Wider ones exceed the limit on the work by themselves; so large a matrix must not even be written out.
     if max(node.numel, source.numel) ** 3 > _WORK:
         raise Absent(f"{node.name!r} is a matrix of {node.numel:,} × {source.numel:,}, too large for multipliers")
@@ -190,7 +196,7 @@ def _step(chain: Chain, node: Any) -> Step | None:
         pool = next(
             p for p in _pools(chain) if p.after == tuple(node.shape[2:]) and p.before == tuple(source.shape[2:])
         )
-        return Step(source.numel, windows=_windows(pool, source, node))
+        return Step(source.numel, windows=_windows(pool, source, node).to(device))
     return Step(source.numel, jacobian_of_step(chain.structure, node).double())
 
 

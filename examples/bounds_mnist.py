@@ -21,13 +21,13 @@ from dagh.experiments import load_digits, load_mnist
 
 #: Row, name in the picture, color, marker; from the loosest to the exact norm.
 LADDER = (
-    ("P0", "as published", "#b45309", "s"),
-    ("P1", "corrected", "#d97706", "D"),
-    ("a1", "weights, Frobenius norms", "#7c3aed", "^"),
-    ("a3", "weights, layer norms", "#4f46e5", "v"),
-    ("b0", "inputs of layers", "#0891b2", "P"),
-    ("b2", "gradients of outputs", "#059669", "o"),
-    ("c", "exact ‖H_O‖", "#111827", "o"),
+    ("P0", "P0  as published", "#b45309", "s"),
+    ("P1", "P1  corrected", "#d97706", "D"),
+    ("a1", "a1  weights, Frobenius norms", "#7c3aed", "^"),
+    ("a3", "a3  weights, layer norms", "#4f46e5", "v"),
+    ("b0", "b0  with inputs of layers", "#0891b2", "P"),
+    ("b2", "b2  with gradients of outputs", "#059669", "o"),
+    ("c", r"$\Vert H_O \Vert$  exact", "#111827", "o"),
 )
 STATES = ("at initialization", "after training")
 
@@ -82,11 +82,11 @@ def draw(data, curves, samples, path):
     from matplotlib import pyplot as plt
 
     look = {
-        "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e5e7eb",
-        "grid.linewidth": 0.7, "axes.axisbelow": True, "axes.edgecolor": "#9ca3af", "axes.titlesize": 10,
+        "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "axes.grid": True,
+        "grid.color": "#e5e7eb", "grid.linewidth": 0.7, "axes.edgecolor": "#9ca3af", "axes.titlesize": 10,
     }  # fmt: skip
     with plt.rc_context(look):
-        figure, panels = plt.subplots(1, 2, figsize=(7.4, 3.6), sharey=True, layout="constrained")
+        figure, panels = plt.subplots(1, 2, figsize=(7.6, 3.5), sharey=True, layout="constrained")
         for axes, state in zip(panels, STATES, strict=True):
             for row, name, color, marker in LADDER:
                 points = [(L, values[row]) for L, values in curves[state].items() if row in values]
@@ -98,7 +98,7 @@ def draw(data, curves, samples, path):
             axes.set_xlabel("hidden convolutional layers L")
             axes.set_xticks(list(curves[state]))
             axes.set_title(state, loc="left")
-        panels[0].set_ylabel("bound on ‖H_O‖")
+        panels[0].set_ylabel(r"bound on $\Vert H_O \Vert$")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right center", frameon=False)
         title = f"Convolutional networks (C = 6, k = 3, one linear layer), cross-entropy, {samples} samples of {data}"
