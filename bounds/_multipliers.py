@@ -7,8 +7,8 @@ taken. Then ``w_i (u_i − w_i) = d_i (1 − d_i) u_i² ≥ 0``, so for any symm
 
 the last step being the maximum over all w. With ``u = T x`` the form goes on as ``M' = Tᵀ Λ (2Λ − M)⁻¹ Λ T`` through
 the layer before, and at the end ``‖T_q D ⋯ D T_p‖² ≤ λ_max(M')``. Every feasible Λ gives a bound: ``Λ = λ_max(M) I``
-at most the product of the norms, and a few steps of gradient descent a smaller one. Where max-pooling keeps one element per window,
-``w_j² ≤ Σ_{i in window j} u_i²`` and any diagonal ``Λ ⪰ M`` serve instead.
+at most the product of the norms, and a few steps of gradient descent a smaller one. Where max-pooling keeps one
+element per window, ``w_j² ≤ Σ_{i in window j} u_i²`` and any diagonal ``Λ ⪰ M`` serve instead.
 
 The inequalities are those of M. Fazlyab, A. Robey, H. Hassani, M. Morari and G. J. Pappas, "Efficient and Accurate
 Estimation of Lipschitz Constants for Deep Neural Networks", 2019 (there one semidefinite program); eliminated layer by
