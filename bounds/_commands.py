@@ -84,13 +84,18 @@ def bounds(
     if form == "table" and out is None:
         _output.console().print(found.table(layers=layers))
         return
-    shown = {
-        "table": lambda: plain(found, layers) + "\n",
-        "json": lambda: found.to_json() + "\n",
-        "latex": found.to_latex,
-        "html": lambda: f"<!doctype html>\n<meta charset='utf-8'>\n<title>Bounds</title>\n{found.to_html()}\n",
-    }[form]()
+    shown = _form(found, form, layers)
     _output.emit(shown) if out is None else _output.write(out, shown)
+
+
+def _form(found: BoundReport, form: str, layers: bool) -> str:
+    if form == "json":
+        return found.to_json() + "\n"
+    if form == "latex":
+        return found.to_latex()
+    if form == "html":
+        return f"<!doctype html>\n<meta charset='utf-8'>\n<title>Bounds</title>\n{found.to_html()}\n"
+    return plain(found, layers) + "\n"
 
 
 def _run(

@@ -10,7 +10,7 @@ from dagh._graph import Graph
 
 
 def foreign_remarks(graph: Graph, loss: str, inputs: Any, targets: Any) -> list[str]:
-    """What every ``remark(graph, loss, inputs, targets) -> str | None`` of the group says; a failure costs a warning."""
+    """What every ``remark(graph, loss, inputs, targets)`` of the group says (``None``: nothing)."""
     lines = []
     for point in sorted(entry_points(group="dagh.remarks"), key=lambda p: p.name):
         try:
