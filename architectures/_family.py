@@ -10,7 +10,7 @@ from ._walk import Walk
 #: Ours, by what they need of the structure (`docs/bounds.md`).
 ANY_GRAPH = ("b2", "b3", "c")
 CHAIN = ("a1", "a2", "a3", "b0", "b1", *ANY_GRAPH)
-CHAIN_WITH_REST = (*CHAIN, "F_a", "F_b", "H.a3", "H.b2", "H.c")
+CHAIN_WITH_REST = (*CHAIN, "a5", "F_a", "F_b", "H.a3", "H.b2", "H.c")
 
 _OTHER = "other"
 
@@ -86,7 +86,8 @@ class Family:
         theorem: tuple[str, ...] = ()
         if self.valid and not self.linears and not self.poolings and self.dims in (1, 2):
             theorem = (f"P.T{self.dims}", f"C.T{self.dims}")
-        return (*lemma, *theorem, *CHAIN_WITH_REST)
+        averaged = ("a4",) if all(p.pool == "avg" for p in self.poolings) else ()
+        return (*lemma, *theorem, *averaged, *CHAIN_WITH_REST)
 
     def pooling_statements(self) -> tuple[str, ...]:
         """Lemma 3 (max) or 4 (mean): two-dimensional, no head, the only pooling, its windows disjoint."""
