@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -105,7 +106,8 @@ def epochs(train: TrainConfig, data: str) -> int:
 
 def _runs(point: StudyConfig, source: Source) -> Iterable[Run]:
     samples = {"train": len(source.split.train_x), "test": len(source.split.test_x)}
-    data = {"name": point.data.name, **samples, "train_digest": source.train_digest, "test_digest": source.test_digest}
+    name = Path(point.data.name).stem if point.data.name.endswith(".npz") else point.data.name
+    data = {"name": name, **samples, "train_digest": source.train_digest, "test_digest": source.test_digest}
     train = TrainConfig(**{**_fields(point.train), "epochs": epochs(point.train, point.data.name)})
     settings = {k: v for k, v in to_plain(train).items() if k != "together"}
     for seed in point.seeds:

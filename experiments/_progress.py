@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 
 from ._points import Run
@@ -122,3 +124,30 @@ def span(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+@contextlib.contextmanager
+def downloading() -> Iterator[Callable[[str, int, int | None], None]]:
+    """A bar per file where stderr is a terminal, else a line per file."""
+    console = Console(stderr=True)
+    if not sys.stderr.isatty():
+        seen: set[str] = set()
+
+        def line(name: str, received: int, total: int | None) -> None:
+            if name not in seen:
+                seen.add(name)
+                size = f" ({total / 1e6:.1f} MB)" if total else ""
+                console.print(f"fetching {name}{size}", markup=False, highlight=False, soft_wrap=True)
+
+        yield line
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def bar(name: str, received: int, total: int | None) -> None:
+            if name not in tasks:
+                tasks[name] = progress.add_task(escape(name), total=total)
+            progress.update(tasks[name], completed=received)
+
+        yield bar

@@ -14,10 +14,12 @@ import torch
 
 from ._config import StudyConfig
 from ._engines import Engine
+from ._nets import initialized
 from ._points import Run, expand
 from ._store import Store
+from ._trial import Trial, trial
 from ._validate import ConfigError
-from ._work import Done, Failed, Message, Step, Trained, Work, source
+from ._work import Done, Failed, Message, Step, Trained, Work, source, split_for
 
 _POLL_S = 1.0
 
@@ -95,6 +97,7 @@ class Sweep:
         self._queue: deque[tuple[Run, ...]] = deque()
         self._later: list[tuple[Run, ...]] = []
         self._done_before: set[str] = set()
+        self._stacked: set[str] = set()
 
     def run(self, engine: Engine) -> Outcome:
         """Do what is missing.
@@ -103,7 +106,7 @@ class Sweep:
             StoreError: results cannot be written; what is stored stays, the rest can be resumed.
         """
         runs = runs_of(self.study, self.options)
-        done = self._finished()
+        done = self.store.finished()
         self._done_before = {run.key for run in runs} & done
         self.outcome.before = len(self._done_before)
         self.watcher.begin(len(runs), self.outcome.before)
@@ -120,20 +123,48 @@ class Sweep:
                 claim.release()
 
     def _units(self, missing: list[Run], runs: list[Run]) -> Iterator[tuple[Run, ...]]:
-        if not self._together():
-            yield from ((run,) for run in missing)
-            return
         groups: defaultdict[str, list[Run]] = defaultdict(list)
         for run in runs:
             groups[run.group].append(run)
         for group in dict.fromkeys(run.group for run in missing):
-            yield tuple(groups[group])
+            whole = tuple(groups[group])
+            if self._stacks(whole):
+                self._stacked.add(group)
+                yield whole
+            else:
+                yield from ((run,) for run in missing if run.group == group)
 
-    def _together(self) -> bool:
-        return self.study.train.together == "always"
+    def _stacks(self, group: tuple[Run, ...]) -> bool:
+        """Whether the runs of a group are trained together; what a trial found is kept with the results."""
+        way, first = group[0].train.together, group[0]
+        if way != "auto" or len(group) < 2 or not first.train.epochs:
+            return way == "always" and len(group) > 1
+        name = f"{first.group} {self.options.device} {len(group)}"
+        known = self.store.note("trials").get(name)
+        if known is None:
+            if all(self.store.weights(run.train_key) is not None for run in group):
+                return False
+            found = self._trial(group)
+            self.watcher.say(f"{first.label.rpartition(', seed')[0] or first.label}: {found}")
+            known = {"together": found.together, "alone_s": found.alone_s, "stacked_s": found.stacked_s}
+            self.store.add_note("trials", {name: known})
+        return bool(known["together"])
 
-    def _finished(self) -> set[str]:
-        return {key for key, status in self.store.status().items() if status == "done"}
+    def _trial(self, group: tuple[Run, ...]) -> Trial:
+        first = group[0]
+        found = source(first.source, self.options.root)
+        data = split_for(found, first.train.loss, first.train.dtype, self.options.device)
+        dtype = getattr(torch, first.train.dtype)
+
+        def make(seed: int) -> torch.nn.Module:
+            return initialized(first.net, found.shape, found.classes, seed, dtype).to(self.options.device)
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.options.threads or before)
+        try:
+            return trial(make, [run.seed for run in group], first.train, data)
+        finally:
+            torch.set_num_threads(before)
 
     def _take(self) -> Work | None:
         """The next unit that no other process has."""
@@ -148,7 +179,7 @@ class Sweep:
                 if claim is None:
                     busy = True
                     continue
-                if run.key in self._finished():
+                if run.key in self.store.finished():
                     claim.release()
                     self._elsewhere(run)
                     continue
@@ -165,7 +196,7 @@ class Sweep:
                     self.options.root,
                     self.options.device,
                     self.options.threads,
-                    self._together(),
+                    unit[0].group in self._stacked,
                     weights,
                 )
         return None

@@ -12,6 +12,7 @@ import torch
 
 from dagh.errors import FileFormatError, ShapeError
 
+from ._cifar import is_cifar10, load_cifar10
 from ._config import DataConfig
 from ._datasets import Dataset, load_digits, load_mnist, load_npz, read_npz
 from ._measure_config import Split
@@ -93,10 +94,17 @@ def _idx(name: str) -> Callable[[Path | None], tuple[Dataset, Dataset]]:
     return read
 
 
+def _cifar10(root: Path | None) -> tuple[Dataset, Dataset]:
+    base = root_folder(root)
+    folder = base if not (base / "cifar10").is_dir() and is_cifar10(base) else find("cifar10", root)
+    return load_cifar10(folder), load_cifar10(folder, "test")
+
+
 NAMED: dict[str, Callable[[Path | None], tuple[Dataset, Dataset]]] = {
     "digits": _digits,
     "mnist": _idx("mnist"),
     "fashion-mnist": _idx("fashion-mnist"),
+    "cifar10": _cifar10,
 }
 
 

@@ -139,6 +139,17 @@ class Store:
     def _write_study(self, text: str) -> None:
         self._replace(self.study_file, text.encode())
 
+    def note(self, name: str) -> dict[str, Any]:
+        """A small table kept with the results (``NAME.json``), empty where there is none."""
+        path = self.path / f"{name}.json"
+        return _read_json(path) if path.is_file() else {}
+
+    def add_note(self, name: str, entries: Mapping[str, Any]) -> None:
+        """Add entries to the table ``name``."""
+        with _writing(self.path), self._locked():
+            table = self.note(name) | dict(entries)
+            self._replace(self.path / f"{name}.json", json.dumps(table, indent=1).encode())
+
     # -- reading -----------------------------------------------------------------------------------
 
     def manifest(self) -> list[dict[str, Any]]:
@@ -165,6 +176,10 @@ class Store:
     def status(self) -> dict[str, str]:
         """Key to ``"done"`` or ``"failed"``."""
         return {line["key"]: line["status"] for line in self.manifest()}
+
+    def finished(self) -> set[str]:
+        """Keys of the runs that are done."""
+        return {key for key, status in self.status().items() if status == "done"}
 
     def runs(self) -> list[RunRecord]:
         """All finished and failed runs; a run that stands for several points of its study appears once for each.

@@ -75,12 +75,13 @@ def train_together(
     A network whose loss stops being finite does not disturb the others; it is found by :func:`check_finite`.
     """
     loss_of, total, done = LOSSES[config.loss], steps(config, len(data.train_x)), 0
+    for model in models:
+        model.train()
     stacked, buffers = stack_module_state(list(models))
     weights = {name: tensor.detach().requires_grad_() for name, tensor in stacked.items()}
     optimizer = _optimizer(list(weights.values()), config)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     base = models[0]
-    base.train()
 
     def loss_at(weights: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return loss_of(functional_call(base, (weights, buffers), (x,)), y)

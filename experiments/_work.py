@@ -83,12 +83,11 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """A run that raised, or whose process died; ``retry`` where another attempt may succeed."""
+    """A run that raised, or whose process died."""
 
     run: Run
     error: str
     about: dict[str, Any]
-    retry: bool = False
 
 
 Message = Step | Trained | Done | Failed
@@ -103,6 +102,11 @@ def source(config: DataConfig, root: Path | None) -> Source:
     if (config, root) not in _sources:
         _sources[config, root] = load(config, root)
     return _sources[config, root]
+
+
+def keep_source(config: DataConfig, root: Path | None, found: Source) -> None:
+    """Have :func:`source` give what another process has loaded."""
+    _sources[config, root] = found
 
 
 def split_for(found: Source, loss: str, dtype: str, device: str) -> Split:
