@@ -17,7 +17,7 @@ from ._train import train, train_together
 
 _STEPS = 3
 _REPEATS = 2
-_GAIN = 1.1
+_GAIN = 1.3
 """Together only where it is faster by this factor: a tie is decided for the simpler way."""
 
 
