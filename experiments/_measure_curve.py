@@ -31,8 +31,8 @@ class Curve:
 def curve(losses: Tensor, shuffles: int, smooth: float, bootstrap: int, seed: int) -> Curve:
     """|L_{k+1} − L_k| = |ℓ_{k+1} − L_k| / (k + 1) over ``shuffles`` random orders of ``losses`` ``[N]``, N ≥ 3.
 
-    Arrays over k: ``mean``, ``q05``, ``q50``, ``q95`` (over the orders), ``boot_lo``, ``boot_hi`` (95 % band of the mean
-    by resampling orders; only with ``bootstrap``), ``smooth`` (exponential smoothing of the mean over every k).
+    Arrays over k: ``mean``, ``q05``, ``q50``, ``q95`` (over the orders), ``boot_lo``, ``boot_hi`` (95 % band of the
+    mean by resampling orders; only with ``bootstrap``), ``smooth`` (exponential smoothing of the mean over every k).
     Scalars: ``slope`` of log mean against log k from k = 10 on with its 95 % interval over resampled orders, ``level``
     (mean of (k+1)|L_{k+1} − L_k| over the last half), ``mad`` (mean |ℓ_i − L|, what the level tends to), and
     ``identity_residual``: the largest deviation from the difference of the two means themselves.
@@ -64,7 +64,7 @@ def curve(losses: Tensor, shuffles: int, smooth: float, bootstrap: int, seed: in
     half = mean[(n - 1) // 2 :]
     level = float((half * (np.arange((n - 1) // 2, n - 1) + 2)).mean())
     scalars = {
-        "slope": _slope(ks, mean[keep][None])[0],
+        "slope": float(_slope(ks, mean[keep][None])[0]),
         "level": level,
         "mad": float((losses - losses.mean()).abs().mean()),
         "identity_residual": residual,

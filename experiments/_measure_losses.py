@@ -38,7 +38,7 @@ _LOSSES: dict[str, SampleLoss] = {
 
 
 def sample_loss(name: str) -> SampleLoss:
-    """``(output [N, …], target [N, …]) -> losses [N]``, whose mean is the loss of the same name in :func:`dagh.hessian`.
+    """``(output [N, …], target [N, …]) -> losses [N]``; their mean is the loss of that name in :func:`dagh.hessian`.
 
     Raises :class:`~dagh.errors.LossError` for a name that is not known here.
     """

@@ -14,7 +14,8 @@ from ._measure_losses import evaluating
 
 #: Operations whose branch is the sign of their argument.
 _SIGNS = {
-    "relu", "relu_", "leaky_relu", "leaky_relu_", "threshold", "threshold_", "abs", "prelu", "_prelu_kernel", "elu", "rrelu",
+    "relu", "relu_", "leaky_relu", "leaky_relu_", "threshold", "threshold_", "abs", "prelu",
+    "_prelu_kernel", "elu",
 }  # fmt: skip
 #: Operations with bounds, which the argument is below, between or above.
 _BOUNDS = {"hardtanh", "hardtanh_", "clamp", "clamp_", "clamp_min", "clamp_min_", "hardsigmoid", "hardswish"}

@@ -35,11 +35,12 @@ def terms(
 ) -> tuple[dict[str, Array], dict[str, Any]]:
     """Terms, prediction and measured difference at every k of ``config.at_k`` and R of ``config.radii``.
 
-    In the dtype of the graph's model, float64 for small R. Arrays ``[K, R]``, means of absolute values over orders and directions: ``terms_measured``,
-    ``terms_zeroth``, ``terms_first``, ``terms_second``, ``terms_second_outer``, ``terms_predicted``,
-    ``terms_predicted_outer``, ``terms_remainder``, ``terms_remainder_outer``; ``terms_level`` is the largest loss seen
-    among the samples, over k + 1. Arrays ``[R]``: ``terms_changed_samples`` (share of samples with another pattern) and
-    ``terms_changed_units`` (share of units). Arrays ``[K, R, S]`` of single pairs, signed: ``terms_pairs_measured`` and
+    In the dtype of the graph's model: float64, where R is small. Arrays ``[K, R]``, means of absolute values over
+    orders and directions: ``terms_measured``, ``terms_zeroth``, ``terms_first``, ``terms_second``,
+    ``terms_second_outer``, ``terms_predicted``, ``terms_predicted_outer``, ``terms_remainder``,
+    ``terms_remainder_outer``; ``terms_level`` is the largest loss seen among the samples, over k + 1. Arrays ``[R]``:
+    ``terms_changed_samples`` (share of samples with another pattern) and ``terms_changed_units`` (share of units).
+    Arrays ``[K, R, S]`` of single pairs, signed: ``terms_pairs_measured`` and
     ``terms_pairs_predicted``. The axes are ``terms_k`` and ``terms_radius``.
     """
     model, n = graph.model, len(x)
