@@ -9,6 +9,7 @@ A plug-in is an object with a ``name``, a ``description``, the ``fields`` of its
 :func:`recognize` asks all of them; one that cannot be imported, or fails, is reported and skipped.
 """
 
+from ._build_convnet import ConvNet1d, ConvNet2d
 from ._convolution import ConvolutionChain, ConvolutionLayer, Pooling
 from ._dense import DenseHead, DenseLayer
 from ._plugins import GROUP, Architecture, Match, Plugin, PluginWarning, installed, recognize
@@ -16,6 +17,8 @@ from ._plugins import GROUP, Architecture, Match, Plugin, PluginWarning, install
 __all__ = [
     "GROUP",
     "Architecture",
+    "ConvNet1d",
+    "ConvNet2d",
     "ConvolutionChain",
     "ConvolutionLayer",
     "DenseHead",
