@@ -1,11 +1,41 @@
-"""Upper bounds that hold by proof: spectral norms of layers, curvature of losses.
+"""Upper bounds that hold by proof: norms of layers, curvature of losses, norms of Hessians.
 
-Every function states what it bounds and why. "Bound" means an upper bound up to rounding in the dtype of the
-argument; power iteration, which approaches a norm from below, is not used.
+:func:`report` gives every bound that applies to a model: the published ones as printed and as corrected, and a ladder
+from weights alone down to the exact norm. Every function states what it bounds and why; "bound" means an upper bound
+up to rounding. What approaches a norm from below (power iteration) is called a lower bound.
 """
 
 from ._convolution import convolution_norm_bound
-from ._curvature import loss_curvature_bound
+from ._curvature import Curvature, curvature_of, loss_curvature_bound
+from ._layers import LayerFacts, convolution_facts, linear_facts
+from ._lipschitz import register_lipschitz
+from ._published import Dims, composite, lemma2, lemma3, lemma4, lemma5, theorem1, theorem2
+from ._report import BoundReport, BoundRow, report
 from ._spectral import gram_bound, spectral_norm
+from ._statements import STATEMENTS, Statement
 
-__all__ = ["convolution_norm_bound", "gram_bound", "loss_curvature_bound", "spectral_norm"]
+__all__ = [
+    "STATEMENTS",
+    "BoundReport",
+    "BoundRow",
+    "Curvature",
+    "Dims",
+    "LayerFacts",
+    "Statement",
+    "composite",
+    "convolution_facts",
+    "convolution_norm_bound",
+    "curvature_of",
+    "gram_bound",
+    "lemma2",
+    "lemma3",
+    "lemma4",
+    "lemma5",
+    "linear_facts",
+    "loss_curvature_bound",
+    "register_lipschitz",
+    "report",
+    "spectral_norm",
+    "theorem1",
+    "theorem2",
+]

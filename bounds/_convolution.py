@@ -9,7 +9,8 @@ from torch import Tensor
 
 from dagh.errors import ReductionError, ShapeError
 
-from ._spectral import check_matrix, spectral_norm
+from ._logs import spectral
+from ._spectral import check_matrix
 
 
 def convolution_norm_bound(
@@ -25,15 +26,18 @@ def convolution_norm_bound(
 
     The convolution T of an image of size n, padded with P zeros on each side, is a submatrix of the circular
     convolution C of size n + 2P: the padded positions are columns that only ever meet zeros, the positions
-    where the kernel would wrap around are rows that T lacks, and so are those that a stride skips. A
-    submatrix has no larger norm. C is block-diagonal in the Fourier basis, which is unitary: one block
-    ``Ŵ(f)`` of ``C_out × C_in`` per frequency and group. Hence ``‖T‖ ≤ ‖C‖ = max_f ‖Ŵ(f)‖``, the value
-    returned.
+    where the kernel would wrap around are rows that T lacks. A submatrix has no larger norm. C is
+    block-diagonal in the Fourier basis, which is unitary: one block ``Ŵ(f)`` of ``C_out × C_in`` per
+    frequency and group. Hence ``‖T‖ ≤ ‖C‖ = max_f ‖Ŵ(f)‖``, the value returned.
+
+    A stride s is taken exactly, not as a subset of rows: the image splits into s phases per axis, which become
+    channels, and the convolution into one of stride 1 over ``⌈(n + 2P) / s⌉`` positions whose kernel has one
+    slice of W per phase.
 
     Args:
         weight: ``[C_out, C_in / groups, *kernel]``, the layout of ``torch.nn.Conv1d`` to ``Conv3d``.
         size: spatial size of the input, one number per axis of the kernel.
-        stride: at least 1. The bound does not depend on it; strided layers lie further below their bound.
+        stride: at least 1.
         padding: zeros on each side.
         dilation: spacing of the kernel's taps.
         groups: number of groups; the norm is the largest of theirs.
@@ -51,8 +55,8 @@ def convolution_norm_bound(
     dims = weight.dim() - 2
     if len(size) != dims:
         raise ShapeError(f"size {tuple(size)} must have {dims} numbers, one per axis of the kernel")
-    _per_axis("stride", stride, dims, 1)
-    pads, spacing = _per_axis("padding", padding, dims, 0), _per_axis("dilation", dilation, dims, 1)
+    steps = per_axis("stride", stride, dims, 1)
+    pads, spacing = per_axis("padding", padding, dims, 0), per_axis("dilation", dilation, dims, 1)
     if groups < 1:
         raise ReductionError(f"groups={groups}: expected a positive number")
     if weight.shape[0] % groups:
@@ -63,17 +67,25 @@ def convolution_norm_bound(
         raise ShapeError(f"a kernel of extent {tuple(kernel)} does not fit a padded image of size {tuple(grid)}")
     if weight.numel() == 0:
         return weight.abs().new_zeros(())
-    spread = weight.new_zeros(*weight.shape[:2], *grid)
+    coarse = [-(-n // s) for n, s in zip(grid, steps, strict=True)]
+    spread = weight.new_zeros(*weight.shape[:2], *(c * s for c, s in zip(coarse, steps, strict=True)))
     taps: tuple[slice, ...] = tuple(slice(0, k, d) for k, d in zip(kernel, spacing, strict=True))
     spread[(slice(None), slice(None), *taps)] = weight
+    if any(s > 1 for s in steps):
+        split = [n for c, s in zip(coarse, steps, strict=True) for n in (c, s)]
+        phases = [2 + 2 * i + 1 for i in range(dims)]
+        spread = spread.reshape(*weight.shape[:2], *split).permute(0, 1, *phases, *(p - 1 for p in phases))
+        spread = spread.reshape(weight.shape[0], -1, *coarse)
     # Convolution or correlation, and the kernel's offset, change phases and conjugates only, not singular
     # values.
-    symbol = torch.fft.fftn(spread, dim=tuple(range(2, 2 + dims)))
-    blocks = symbol.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1).permute(0, 3, 1, 2)
-    return spectral_norm(blocks).max()
+    transform = torch.fft.fftn if spread.is_complex() else torch.fft.rfftn  # real: conjugate pairs once
+    symbol = transform(spread, dim=tuple(range(2, 2 + dims)))
+    blocks = symbol.reshape(groups, weight.shape[0] // groups, spread.shape[1], -1).permute(0, 3, 1, 2)
+    return spectral(blocks).max()
 
 
-def _per_axis(name: str, value: int | Sequence[int], dims: int, least: int) -> tuple[int, ...]:
+def per_axis(name: str, value: int | Sequence[int], dims: int, least: int) -> tuple[int, ...]:
+    """An option of a convolution as one number per axis; raises where there are too few or they are too small."""
     values = (value,) * dims if isinstance(value, int) else tuple(value)
     if len(values) != dims:
         raise ShapeError(f"{name} {values} must be one number, or {dims}")

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Any
+
+from torch import nn
 
 from dagh.errors import LossError, ReductionError
+
+from ._structure import Absent
 
 _BOUNDS: dict[str, Callable[[int], float]] = {
     "cross_entropy": lambda k: 0.5 if k > 1 else 0.0,
@@ -58,3 +64,75 @@ def loss_curvature_bound(loss: str, outputs: int) -> float:
     if outputs < 1:
         raise ReductionError(f"outputs={outputs}: expected a positive number")
     return _BOUNDS[loss](outputs)
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """Constants of a loss on one sample, as it enters a batch mean.
+
+    ``sup`` ≥ ‖∂²ℓ/∂z²‖ and ``slope`` ≥ ‖∂ℓ/∂z‖ over all outputs and targets (``None``: unknown or infinite, with
+    ``reason``); ``centered``: ℓ does not change when all outputs of the sample move alike.
+    """
+
+    sup: float | None
+    slope: float | None = None
+    centered: bool = False
+    reason: str = ""
+
+    def log_sup(self) -> float:
+        """Logarithm of ``sup``; raises where there is none."""
+        if self.sup is None or math.isinf(self.sup):
+            raise Absent(self.reason or "no bound on the loss's curvature")
+        return math.log(self.sup) if self.sup > 0 else -math.inf
+
+    def log_slope(self) -> float:
+        """Logarithm of ``slope``; raises where there is none."""
+        if self.slope is None or math.isinf(self.slope):
+            raise Absent("no bound on the loss's gradient holds for all targets")
+        return math.log(self.slope) if self.slope > 0 else -math.inf
+
+
+#: Bound on the gradient of the loss in one output element (of one position, for ``cross_entropy``).
+_SLOPES = {"cross_entropy": math.sqrt(2), "bce_with_logits": 1.0, "huber": 1.0, "smooth_l1": 1.0, "l1": 1.0}
+
+
+def curvature_of(loss: Any, output: Sequence[int], weight: float | None = None, given: float | None = None) -> Curvature:
+    """Constants of a loss by name or ``torch.nn`` module; ``given`` overrides the supremum of the curvature.
+
+    Args:
+        loss: as in :func:`dagh.hessian`.
+        output: shape of a sample's output, the model's own batch axis first.
+        weight: what the sum over the elements (positions) of one sample is multiplied by, times the number of samples;
+            default: one over their number, as in a mean, or 1 for modules that sum.
+        given: ``sup ‖∂²ℓ/∂z²‖``, for losses that are not known by name.
+    """
+    if given is not None:
+        return Curvature(float(given))
+    name = loss if isinstance(loss, str) else _module_name(loss)
+    if name is None:
+        what = getattr(loss, "__name__", type(loss).__name__)
+        return Curvature(None, reason=f"no curvature bound is known for the loss {what!r}; pass curvature=")
+    classes = output[1] if len(output) > 1 else 1
+    parts = math.prod(output) // (classes if name in ("cross_entropy", "nll") else 1)
+    if weight is None:
+        weight = 1.0 if getattr(loss, "reduction", "mean") == "sum" else 1 / max(parts, 1)
+    sup = loss_curvature_bound(name, classes if name == "cross_entropy" else 1) * weight
+    slope = _SLOPES.get(name)
+    reason = "the curvature of the loss is unbounded" if math.isinf(sup) else ""
+    centered = name == "cross_entropy" and parts == 1 and classes > 1
+    return Curvature(sup, None if slope is None else slope * math.sqrt(parts) * weight, centered, reason)
+
+
+def _module_name(loss: Any) -> str | None:
+    """The name of a ``torch.nn`` loss without options that change its curvature."""
+    if isinstance(loss, nn.CrossEntropyLoss):
+        return "cross_entropy" if loss.weight is None else None
+    if isinstance(loss, nn.BCEWithLogitsLoss):
+        return "bce_with_logits" if loss.weight is None and loss.pos_weight is None else None
+    if isinstance(loss, nn.MSELoss):
+        return "mse"
+    if isinstance(loss, nn.L1Loss):
+        return "l1"
+    if isinstance(loss, nn.NLLLoss):
+        return "nll" if loss.weight is None else None
+    return None

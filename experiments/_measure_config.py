@@ -40,10 +40,10 @@ class MeasureConfig:
 
     shuffles: int = 100
     smooth: float = 0.995
-    at_k: tuple[int, ...] = (10, 100, 1000)
+    at_k: tuple[int, ...] = (8, 32, 128)
     radii: tuple[float, ...] = (0.01, 0.1, 1.0)
     directions: int = 8
-    term_samples: int = 1024
+    term_samples: int = 256
     hessian: bool = True
     bounds: bool = True
     kinks: bool = True
