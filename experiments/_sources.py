@@ -16,7 +16,7 @@ from ._cifar import is_cifar10, load_cifar10
 from ._config import DataConfig
 from ._datasets import Dataset, load_digits, load_mnist, load_npz, read_npz
 from ._measure_config import Split
-from ._validate import ConfigError, unknown_key
+from ._validate import ConfigError, nearest
 
 DATA_ROOT = "DAGH_DATA"
 """Environment variable with the folder of the data sets."""
@@ -71,8 +71,8 @@ def _load(name: str, root: Path | None) -> tuple[Dataset, Dataset]:
     path = Path(name)
     if path.suffix == ".npz":
         return _npz(path)
-    hint = str(unknown_key(name, list(NAMED))).partition("; ")[2]
-    raise ConfigError(f"no data set {name!r}; {hint}, or the path of an .npz file")
+    hint = nearest(name, list(NAMED))
+    raise ConfigError(f"no data set {name!r}, and it is not the path of an .npz file; {hint}")
 
 
 def _digits(root: Path | None) -> tuple[Dataset, Dataset]:

@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from ._config import StudyConfig, parse
-from ._validate import ConfigError, unknown_key
+from ._validate import ConfigError, nearest
 
 
 def shipped() -> dict[str, str]:
@@ -37,8 +37,8 @@ def text_of(name: str) -> tuple[str, str]:
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
             raise ConfigError(f"cannot read {path}: {reason}") from error
-    hint = str(unknown_key(name, list(studies))).partition("; ")[2]
-    raise ConfigError(f"no study {name!r}; {hint}, or the path of a .toml file")
+    hint = nearest(name, list(studies))
+    raise ConfigError(f"no study {name!r}, and it is not the path of a .toml file; {hint}")
 
 
 def load_study(name: str, overrides: Sequence[str] = ()) -> StudyConfig:

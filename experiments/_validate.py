@@ -53,9 +53,13 @@ def from_table(kind: type[T], table: Any, where: str = "") -> T:
 
 def unknown_key(key: str, known: list[str]) -> ConfigError:
     """The error for ``key``, with the nearest of the ``known`` ones."""
-    close = get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-    return ConfigError(f"unknown key {key!r}; {hint}")
+    return ConfigError(f"unknown key {key!r}; {nearest(key, known)}")
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """What to say about an unknown name: the one meant, or all of them."""
+    close = [k for k in known if k.casefold() == name.casefold()] or get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
 def convert(kind: Any, value: Any, where: str) -> Any:
