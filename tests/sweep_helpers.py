@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from dagh._cli import cli
 from dagh.experiments import _measure, _work
+
+METHOD = "fork" if hasattr(os, "fork") and not torch.cuda.is_available() else "spawn"
+CONTEXT = multiprocessing.get_context(METHOD)
 
 STUDY = """
 name = "tiny"
@@ -72,13 +77,42 @@ def sweep(*arguments: object) -> Result:
     return CliRunner(env={"COLUMNS": "200"}).invoke(cli, ["sweep", *words])
 
 
-def start(*arguments: object, **options: object) -> subprocess.Popen[str]:
-    """``dagh sweep …`` in a process of its own."""
-    command = [sys.executable, "-m", "dagh", "sweep", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options
-    )  # type: ignore[call-overload]
+class Started:
+    """``dagh sweep …`` in a process of its own: a fork of this one where that is safe, which saves seconds."""
+
+    def __init__(self, log: Path, *arguments: object) -> None:
+        self.log = log
+        log.touch()
+        self.process = CONTEXT.Process(target=_run, args=(log, ["sweep", *map(str, arguments)]))
+        self.process.start()
+
+    def wait_for(self, text: str) -> None:
+        """Until the log holds ``text``."""
+        while text not in self.log.read_text():
+            assert self.process.is_alive(), self.log.read_text()
+            time.sleep(0.01)
+
+    def end(self, seconds: float = 200) -> int:
+        """The exit code."""
+        self.process.join(seconds)
+        assert self.process.exitcode is not None
+        return self.process.exitcode
+
+
+def _run(log: Path, arguments: list[str]) -> None:
+    handle = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    code: object = 1
+    try:
+        cli.main(arguments)
+    except SystemExit as done:
+        code = done.code
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
 
 
 def count_work(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sweep_helpers import count_work, start, sweep, write_study
+from sweep_helpers import METHOD, Started, count_work, sweep, write_study
 
 from dagh.experiments import _work
 from dagh.experiments._engines import Processes
@@ -182,7 +182,7 @@ def test_a_dry_run_does_nothing(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_dies_gets_a_second_chance(tmp_path: Path) -> None:
-    engine, pending = Processes(1), iter(works(write_study(tmp_path))[:2])
+    engine, pending = Processes(1, METHOD), iter(works(write_study(tmp_path))[:2])
     messages, deaths = [], 0
     try:
         for message in engine.run(lambda: next(pending, None)):
@@ -200,7 +200,7 @@ def test_a_worker_that_dies_gets_a_second_chance(tmp_path: Path) -> None:
 def test_a_worker_that_always_dies_costs_its_run_alone(tmp_path: Path) -> None:
     study = write_study(tmp_path)
     pending = iter(works(study)[:2])
-    engine, first, ended = Processes(1), works(study)[0], []
+    engine, first, ended = Processes(1, METHOD), works(study)[0], []
     try:
         for message in engine.run(lambda: next(pending, None)):
             if isinstance(message, Step) and message.label == first.label and engine._workers:
@@ -216,36 +216,31 @@ def test_a_worker_that_always_dies_costs_its_run_alone(tmp_path: Path) -> None:
 def test_killed_and_begun_twice_at_once(tmp_path: Path) -> None:
     """kill -9 in the middle, then two sweeps of the same folder: every run is done once, nothing is left behind."""
     out = tmp_path / "out"
-    study = write_study(tmp_path, a="C = [1, 2]->C = [1, 2, 3, 4]", b="epochs = 2->epochs = 200")
-    first = start("run", study, "--out", out, "--workers", 1)
-    assert first.stderr is not None
-    line = ""
-    while "[1/8]" not in line:
-        line = first.stderr.readline()
-        assert line, "ended early"
-    first.kill()
-    first.communicate()
+    study = write_study(tmp_path, a="C = [1, 2]->C = [1, 2, 3, 4]", b="epochs = 2->epochs = 30")
+    first = Started(tmp_path / "log", "run", study, "--out", out, "--workers", 0)
+    first.wait_for("[1/8]")
+    first.process.kill()
+    first.process.join()
     done = Store(out).finished()
     assert 1 <= len(done) < 8
-    both = [start("resume", out, "--workers", 0) for _ in range(2)]
-    outputs = [p.communicate(timeout=240) for p in both]
-    assert [p.returncode for p in both] == [0, 0], outputs
+    both = [Started(tmp_path / f"log{i}", "resume", out, "--workers", 0) for i in (1, 2)]
+    assert [s.end() for s in both] == [0, 0]
     lines = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
     assert len(lines) == len({line["key"] for line in lines}) == 8
     assert {line["status"] for line in lines} == {"done"}
-    fresh = [int(o.split(" runs done")[0]) for o, _ in outputs]
+    fresh = [int(s.log.read_text().splitlines()[-1].split(" runs done")[0]) for s in both]
     assert sum(fresh) == 8 - len(done)
 
 
 def test_interrupted(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = start("run", write_study(tmp_path, a="epochs = 2->epochs = 100000"), "--out", out, "--workers", 1)
-    assert process.stderr is not None
-    assert process.stderr.readline() == "4 runs\n"
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 130
+    study = write_study(tmp_path, a="epochs = 2->epochs = 100000")
+    going = Started(tmp_path / "log", "run", study, "--out", out, "--workers", 0)
+    going.wait_for("4 runs")
+    time.sleep(0.3)
+    os.kill(going.process.pid or 0, signal.SIGINT)
+    assert going.end() == 130
+    told = going.log.read_text()
     assert f"interrupted; go on with: dagh sweep resume {out}" in told and "Traceback" not in told
 
 
@@ -263,7 +258,7 @@ def test_messages_of_a_unit(tmp_path: Path) -> None:
 def test_a_sweep_without_a_watcher_that_sees_it(tmp_path: Path) -> None:
     study = load_study(str(write_study(tmp_path)))
     watcher = Nobody()
-    engine = Processes(2)
+    engine = Processes(2, METHOD)
     try:
         outcome = Sweep(study, Store.create(tmp_path / "out", study), Options(threads=1), watcher).run(engine)
     finally:

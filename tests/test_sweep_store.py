@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
 import os
 import threading
 import time
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sweep_helpers import CONTEXT
 
 from dagh.errors import FileFormatError
 from dagh.experiments import _store
@@ -102,12 +102,11 @@ def whole(store: Store) -> int:
 def test_two_writers_killed_in_the_middle(tmp_path: Path) -> None:
     Store.create(tmp_path, STUDY)
     counts = [0]
-    context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
     for attempt in range(4):
         writers = []
         for name in "xy":
-            ready = context.Event()
-            writers.append(context.Process(target=write_forever, args=(tmp_path, f"{attempt}{name}", ready)))
+            ready = CONTEXT.Event()
+            writers.append(CONTEXT.Process(target=write_forever, args=(tmp_path, f"{attempt}{name}", ready)))
             writers[-1].start()
             assert ready.wait(60)
         time.sleep(0.1 + 0.03 * attempt)
