@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import pickle
 import re
@@ -102,7 +103,8 @@ def _read(path: Path) -> bytes:
 def _unpacked(path: Path, start: str) -> list[tuple[str, bytes]]:
     found = []
     try:
-        with tarfile.open(path, "r:gz") as archive:
+        # Unpacked whole first: a tar reader takes a torn end for the end.
+        with tarfile.open(fileobj=io.BytesIO(gzip.decompress(path.read_bytes()))) as archive:
             for member in archive:
                 name = member.name.rpartition("/")[2]
                 if member.isfile() and _MEMBER.fullmatch(name) and name.startswith(start):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,7 @@ from ._validate import ConfigError
 from ._work import Failed, Message, Step, Work, execute, keep_source, source
 
 _POLL_S = 5.0
+_ANSWER_S = 10.0
 
 
 class Cluster:
@@ -39,6 +41,7 @@ class Cluster:
         except ImportError as error:
             raise MissingPackageError("--engine ray needs Ray; pip install 'dagh[ray]'") from error
         self._ray: Any = ray
+        _check(address)
         self._mine = not ray.is_initialized()
         if self._mine:
             try:
@@ -99,6 +102,17 @@ class Cluster:
         self._running.clear()
         if self._mine:
             self._ray.shutdown()
+
+
+def _check(address: str | None) -> None:
+    """Refuse at once an address where nobody answers: Ray itself would try for minutes."""
+    host, colon, port = (address or "").rpartition(":")
+    if not colon or "//" in host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+    except OSError as error:
+        raise ConfigError(f"no Ray cluster at {address}: {error.strerror or error}") from error
 
 
 def _execute(work: Work, data: Source) -> list[Message]:
