@@ -94,7 +94,7 @@ def test_failures_on_the_cluster(machines: Any, tmp_path: Path) -> None:
 def test_no_cluster() -> None:
     from dagh.experiments._ray import Cluster
 
-    with pytest.raises(DaghError, match="no Ray cluster at 127.0.0.1:1: Connection refused"):
+    with pytest.raises(DaghError, match=r"no Ray cluster at 127\.0\.0\.1:1: Connection refused"):
         Cluster("127.0.0.1:1")
 
 

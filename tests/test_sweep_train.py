@@ -80,9 +80,10 @@ def test_initial_weights_belong_to_the_seed() -> None:
 
 
 def test_a_loss_that_explodes_is_an_error(data: Split) -> None:
-    model = initialized(CONV, (1, 8, 8), 3, 0, torch.float64)
-    with pytest.raises(TrainingError, match="in epoch"):
-        train(model, TrainConfig(lr=1e300, batch=16, epochs=3), data, 0)
+    model = initialized(SMOOTH, (1, 8, 8), 3, 0, torch.float64)
+    one_hot = data._replace(train_y=nn.functional.one_hot(data.train_y, 3).double())
+    with pytest.raises(TrainingError, match=r"the training loss is (inf|nan) in epoch 1"):
+        train(model, TrainConfig(optimizer="sgd", loss="mse", lr=1e200, batch=16, epochs=3), one_hot, 0)
     with pytest.raises(TrainingError, match="is not finite"):
         check_finite(model)
 
