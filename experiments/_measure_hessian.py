@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import dagh
-import dagh.bounds  # type: ignore[import-not-found]
+from dagh.bounds import report as bound_report
 from dagh.errors import DaghError
 
 #: Tolerance of eigenvalues, relative to ‖H‖.
@@ -83,10 +83,10 @@ def _eigenvalue(op: dagh.HessianOperator, which: Any, seed: int, notes: list[str
 
 def bound_scalars(graph: dagh.Graph, loss: str, x: Tensor, y: Tensor) -> dict[str, Any]:
     """``{row: {"log": natural logarithm}}`` of the ladder, ``{"reason": why}`` where a bound does not apply."""
-    report = dagh.bounds.report(graph, loss, x, y, rows=LADDER)
+    found = bound_report(graph, loss, x, y, rows=LADDER)
     return {
         row.id: {"reason": row.reason} if row.log_value is None else {"log": row.log_value}
-        for row in report.rows
+        for row in found.rows
         if row.id in LADDER
     }
 
