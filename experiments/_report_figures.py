@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_H_O = r"$\Vert H_O\Vert$"
 _INK, _SOFT = "#1f2937", "#6b7280"
 #: The ladder from the loosest to the truth: row, color, what it is.
 _LADDER = (
@@ -95,6 +96,12 @@ def curves_of(panel: Panel, name: str) -> dict[str, tuple[Array, Array]]:
     return found
 
 
+def spaced(k: Array, count: int) -> Array:
+    """Positions of about ``count`` geometrically spaced k, the first and the last among them."""
+    wanted = np.geomspace(k[0], k[-1], count)
+    return np.unique(np.searchsorted(k, wanted).clip(max=len(k) - 1))
+
+
 def _curves(panel: Panel) -> Figure | None:
     smooth, raw = curves_of(panel, "smooth"), curves_of(panel, "mean")
     if not raw:
@@ -104,12 +111,16 @@ def _curves(panel: Panel) -> Figure | None:
     colors = dict(zip(panel.values, _colors(len(panel.values)), strict=True))
     for value in panel.values:
         if value in smooth:
-            left.plot(*smooth[value], color=colors[value], linewidth=1.2, label=value)
+            k, mean = smooth[value]
+            some = spaced(k, 300)
+            left.plot(k[some], mean[some], color=colors[value], linewidth=1.3, label=value)
         if value in raw:
             k, mean = raw[value]
-            middle.plot(k, mean, color=colors[value], linewidth=0.6, alpha=0.9)
+            some = spaced(k, 160)
+            middle.plot(k[some], mean[some], color=colors[value], linewidth=0.8)
             if value in lo and value in hi:
-                middle.fill_between(k, lo[value][1], hi[value][1], color=colors[value], alpha=0.18, linewidth=0)
+                band = lo[value][1][some], hi[value][1][some]
+                middle.fill_between(k[some], *band, color=colors[value], alpha=0.2, linewidth=0)
     for ax in (left, middle):
         ax.set_xscale("log")
         ax.set_yscale("log")
@@ -145,7 +156,22 @@ def _dots(ax: Axes, panel: Panel, series: list[tuple[str, str, str]]) -> None:
         means = [float(np.exp(np.log(groups[j]).mean())) for j in kept]
         ax.plot(x[kept] + shift, means, color=color, linewidth=1.1, label=label or None)
     _ticks(ax, panel)
+    _log(ax)
+
+
+def _log(ax: Axes) -> None:
+    """A logarithmic axis whose ticks can be read over less than a decade, too."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    if high < 100 * low:
+        if high < 3 * low:
+            middle, half = (low * high) ** 0.5, (high / low) ** 0.5
+            ax.set_ylim(middle / max(half, 3**0.5), middle * max(half, 3**0.5))
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        ax.yaxis.set_major_formatter(lambda v, _: f"{v:.3g}")
+    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _ticks(ax: Axes, panel: Panel) -> None:
@@ -156,12 +182,15 @@ def _ticks(ax: Axes, panel: Panel) -> None:
 def _hessian(panel: Panel) -> Figure | None:
     if not any(len(g) for g in panel.scalar("hessian.outer_max")):
         return None
+    from matplotlib.ticker import MaxNLocator
+
     figure, (left, right) = _figure(2, 5.0)
     _dots(
         left, panel,
         [
-            ("hessian.outer_max", "#2563eb", "‖H_O‖"), ("hessian.norm", "#111827", "‖H‖"),
-            ("hessian.functional_norm", "#dc2626", "‖H_F‖"), ("gradient_norm", "#9ca3af", "‖∇L‖"),
+            ("hessian.outer_max", "#2563eb", _H_O), ("hessian.norm", "#111827", r"$\Vert H\Vert$"),
+            ("hessian.functional_norm", "#dc2626", r"$\Vert H_F\Vert$"),
+            ("gradient_norm", "#9ca3af", r"$\Vert\nabla L\Vert$"),
         ],
     )  # fmt: skip
     left.legend(fontsize=7.5, frameon=False, ncols=2, loc="best")
@@ -176,11 +205,12 @@ def _hessian(panel: Panel) -> Figure | None:
     groups = [g[g > 0] for g in panel.scalar("hessian.outer_max")]
     kept = [j for j, g in enumerate(groups) if len(g)]
     truth = [float(np.log10(groups[j]).mean()) for j in kept]
-    right.plot(x[kept], truth, "s-", color=_INK, markersize=3.5, linewidth=1.6, label="‖H_O‖, exact")
+    right.plot(x[kept], truth, "s-", color=_INK, markersize=3.5, linewidth=1.6, label=f"{_H_O}, exact")
     _ticks(right, panel)
+    right.yaxis.set_major_locator(MaxNLocator(integer=True))
     right.yaxis.set_major_formatter(lambda v, _: f"$10^{{{v:g}}}$")
     right.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    _titled(right, "beside its bounds", panel.label, "bound on ‖H_O‖")
+    _titled(right, "beside its bounds", panel.label, f"bound on {_H_O}")
     return figure
 
 
@@ -210,7 +240,7 @@ def _terms(panel: Panel) -> Figure | None:
     k = int(runs[0].arrays["terms_k"][middle])
     for name, color, label, style in (
         ("measured", _INK, "measured", "-"), ("zeroth", "#2563eb", "zeroth", "-"), ("first", "#0d9488", "first", "-"),
-        ("second", "#ca8a04", "second, H", "-"), ("second_outer", "#ca8a04", "second, H_O", ":"),
+        ("second", "#ca8a04", "second, $H$", "-"), ("second_outer", "#ca8a04", "second, $H_O$", ":"),
         ("remainder", "#dc2626", "remainder", "--"),
     ):  # fmt: skip
         rows = np.array([r.arrays[f"terms_{name}"][middle] for r in runs])

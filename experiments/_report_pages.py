@@ -26,12 +26,15 @@ Figures = Mapping[tuple[str, str], Sequence[Shown]]
 _CLAIM_HEADS = ["statement", "paper", "data", "test", "estimate [95 %]", "verdict", "runs", "note"]
 _NOTES = (
     "|L(k+1) − L(k)| is measured on the training samples of each net, averaged over random orders. Because of "
-    "L(k+1) − L(k) = (ℓ(k+1) − L(k))/(k+1), the curve depends on the distribution of the per-sample losses alone, falls "
-    "as 1/k whatever the net, and tends to the mean absolute deviation of the losses over k + 1: what nets differ in is "
-    "its level.",
-    "“Holds” and “does not hold” are said where a 95 % interval, or a probability of at least 95 %, is on one side; "
-    "all else is undecided. Seeds of one net are never counted as independent nets. Several claims are tested at "
-    "once, without correction.",
+    "L(k+1) − L(k) = (ℓ(k+1) − L(k))/(k+1), the curve depends on the distribution of the per-sample losses alone, "
+    "falls as 1/k whatever the net, and tends to the mean absolute deviation of the losses over k + 1: what nets "
+    "differ in is its level.",
+    "Exponential smoothing with 0.995 averages over some 200 values of k: the flat beginning of the smoothed curves "
+    "and their steep fall near k = 1,000 are the filter's, not the net's.",
+    "Monotone: the mean level is strictly monotone along the axis with probability 95 % or more. Not monotone: both "
+    "“it never falls” and “it never rises” are rejected at 5 %. For the rest, “holds” and “does not hold” are said "
+    "where a 95 % interval is on one side. All else is undecided. Correlations over nets resample nets, not seeds. Several "
+    "claims are tested at once, without correction.",
     "Norms of the Hessian are those of the mean loss over a fixed subsample of the training set; bounds are on the "
     "same quantity.",
 )
@@ -46,7 +49,7 @@ def markdown(results: Results, claims: Sequence[Claim], figures: Figures) -> str
     for panel in results.panels:
         lines += ["", f"## {_heading(panel)}", "", *_table(*summary(panel)), ""]
         for figure in figures.get((panel.axis, panel.dataset), ()):
-            lines += [f"![{figure.caption}](figures/{figure.name}.png)", "", f"*{figure.caption}*", ""]
+            lines += [f"![{figure.name}](figures/{figure.name}.png)", "", f"*{figure.caption}*", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -61,61 +61,88 @@ def correlation(x: Array, groups: Sequence[Any], *ys: Array, seed: int = 0) -> l
     return [_interval(v, column) for v, column in zip(point, draws.T, strict=True)]
 
 
-def ratio(values: Array, seed: int = 0) -> Interval:
-    """Median with a bootstrap interval."""
-    if not len(values):
-        return Interval(None)
+def median(values: Array, groups: Sequence[Any], seed: int = 0) -> Interval:
+    """Median over groups (networks of one shape) of their medians, with an interval by resampling groups."""
+    names = list(dict.fromkeys(groups))
+    means = np.array([np.median([v for v, g in zip(values, groups, strict=True) if g == name]) for name in names])
+    if len(means) < 2:
+        return Interval(float(means[0]) if len(means) else None)
     rng = np.random.default_rng(seed)
-    draws = np.median(values[rng.integers(len(values), size=(1000, len(values)))], axis=1)
-    return _interval(float(np.median(values)), draws)
+    draws = np.median(means[rng.integers(len(means), size=(1000, len(means)))], axis=1)
+    return _interval(float(np.median(means)), draws)
 
 
 @dataclass(frozen=True)
 class Monotone:
     """How monotone the means over seeds are along an axis.
 
-    ``probability``: of being strictly monotone in either direction, the means being known up to Student's t;
-    ``rank`` is the rank correlation of all runs with the axis. ``direction`` is +1 or -1.
+    ``probability``: of being strictly monotone in either direction, the means being known up to Student's t.
+    ``rising`` and ``falling`` are p-values of the hypotheses that the means never fall, and never rise. ``rank`` is the
+    rank correlation of the means with the axis, ``direction`` +1 or -1.
     """
 
     probability: float | None
+    rising: float | None
+    falling: float | None
     rank: Interval
     direction: int
+
+    @property
+    def verdict(self) -> bool | None:
+        """Monotone, not monotone (neither hypothesis can be upheld at 5 %), or not to be told."""
+        if self.probability is None or self.rising is None or self.falling is None:
+            return None
+        if self.probability >= 0.95:
+            return True
+        return False if max(self.rising, self.falling) < 0.05 else None
 
 
 def monotone(groups: Sequence[Array], seed: int = 0) -> Monotone:
     """Whether logarithms of ``groups`` (one array over seeds per value of the axis) are monotone in the mean.
 
     The spread between seeds is pooled over values. Without two seeds for some value, or with fewer than three
-    values, there is no probability.
+    values, nothing but the rank correlation is found. The p-values are those of the likelihood ratio against order
+    restrictions (Bartholomew 1959; Robertson, Wright and Dykstra 1988) at the least favorable point, simulated.
     """
-    logs = [np.log(g[g > 0]) for g in groups]
-    kept = [(i, g) for i, g in enumerate(logs) if len(g)]
-    x = np.concatenate([np.full(len(g), i) for i, g in kept]) if kept else np.zeros(0)
-    y = np.concatenate([g for _, g in kept]) if kept else np.zeros(0)
-    rng = np.random.default_rng(seed)
-    means = np.array([g.mean() for _, g in kept])
-    counts = np.array([len(g) for _, g in kept])
-    direction = 1 if len(means) < 2 or np.polyfit(np.arange(len(means)), means, 1)[0] >= 0 else -1
+    logs = [g for g in (np.log(g[g > 0]) for g in groups) if len(g)]
+    means = np.array([g.mean() for g in logs])
+    counts = np.array([len(g) for g in logs])
+    x = np.arange(len(means))
+    direction = 1 if len(means) < 2 or np.polyfit(x, means, 1)[0] >= 0 else -1
     free = int(counts.sum() - len(counts))
-    if len(kept) < 3 or free < 1:
-        return Monotone(None, Interval(spearman(x, y) if len(kept) > 1 else None), direction)
-    spread = np.sqrt(sum(((g - g.mean()) ** 2).sum() for _, g in kept) / free)
-    # One common draw of the variance: it is the same for all values.
-    scale = spread * np.sqrt(free / rng.chisquare(free, size=(_DRAWS, 1)))
-    drawn = means + rng.standard_normal((_DRAWS, len(means))) * scale / np.sqrt(counts)
+    if len(means) < 3 or free < 1:
+        value = spearman(x, means) if len(means) > 1 else float("nan")
+        return Monotone(None, None, None, Interval(None if np.isnan(value) else value), direction)
+    spread = max(float(np.sqrt(sum(((g - g.mean()) ** 2).sum() for g in logs) / free)), 1e-12)
+    rng = np.random.default_rng(seed)
+    noise = rng.standard_normal((_DRAWS, len(means))) / np.sqrt(counts)
+    # One draw of the variance for all values: it is pooled.
+    scale = np.sqrt(free / rng.chisquare(free, size=(_DRAWS, 1)))
+    drawn = means + spread * scale * noise
     steps = np.diff(drawn, axis=1)
     probability = float(max((steps > 0).all(1).mean(), (steps < 0).all(1).mean()))
-    ranks = _stratified(x, y, rng)
-    return Monotone(probability, _interval(spearman(x, y), ranks), direction)
+    null = noise * scale
+    p = {}
+    for sign in (1, -1):
+        observed = _misfit(sign * means[None] / spread, counts)[0]
+        p[sign] = float((1 + (_misfit(sign * null, counts) >= observed).sum()) / (1 + _DRAWS))
+    order = drawn.argsort(1).argsort(1)  # no ties: the draws are continuous
+    ranks = 12 * ((order - order.mean(1, keepdims=True)) * (x - x.mean())).sum(1) / (len(x) ** 3 - len(x))
+    return Monotone(probability, p[1], p[-1], _interval(spearman(x, means), ranks), direction)
 
 
-def _stratified(x: Array, y: Array, rng: np.random.Generator) -> Array:
-    """Rank correlations after resampling the runs within every value."""
-    parts = [np.flatnonzero(x == v) for v in np.unique(x)]
-    return np.array(
-        [spearman(x, y[np.concatenate([p[rng.integers(len(p), size=len(p))] for p in parts])]) for _ in range(1000)]
-    )
+def _misfit(rows: Array, weights: Array) -> Array:
+    """Weighted squared distance ``[R]`` of every row ``[R, V]`` from the nearest non-decreasing one."""
+    count = rows.shape[1]
+    sums = np.concatenate([np.zeros((len(rows), 1)), (rows * weights).cumsum(1)], 1)
+    mass = np.concatenate([[0], weights.cumsum()])
+    fitted = np.full_like(rows, -np.inf)
+    for i in range(count):  # the largest, over starts, of the smallest, over ends, mean of a stretch around i
+        for start in range(i + 1):
+            ends = np.arange(i, count) + 1
+            means = (sums[:, ends] - sums[:, [start]]) / (mass[ends] - mass[start])
+            fitted[:, i] = np.maximum(fitted[:, i], means.min(1))
+    return np.asarray((weights * (rows - fitted) ** 2).sum(1))
 
 
 def _interval(value: float, draws: Array) -> Interval:

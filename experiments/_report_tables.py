@@ -8,11 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ._report_claims import Claim
 from ._report_data import Array, Panel, Results, label_of
-from ._report_figures import curves_of, norm_ratio
+from ._report_figures import curves_of, norm_ratio, spaced
 
 Row = dict[str, Any]
 
@@ -56,15 +54,10 @@ def curve_rows(results: Results) -> list[Row]:
     for panel in results.panels:
         found = {name: curves_of(panel, name) for name in ("mean", "smooth", "q05", "q50", "q95", "boot_lo", "boot_hi")}
         for value, (k, _) in found["mean"].items():
-            for i in _spaced(k):
+            for i in spaced(k, 60).tolist():
                 row: Row = {"axis": panel.axis, "value": value, "dataset": panel.dataset, "k": int(k[i])}
                 rows.append(row | {n: float(c[value][1][i]) for n, c in found.items() if value in c})
     return rows
-
-
-def _spaced(k: Array) -> list[int]:
-    wanted = np.geomspace(k[0], k[-1], 60)
-    return sorted({int(np.abs(k - w).argmin()) for w in wanted})
 
 
 def term_rows(results: Results) -> list[Row]:
