@@ -42,7 +42,7 @@ class MeasureConfig:
     smooth: float = 0.995
     at_k: tuple[int, ...] = (8, 32, 128)
     radii: tuple[float, ...] = (0.01, 0.1, 1.0)
-    directions: int = 8
+    directions: int = 4
     term_samples: int = 256
     hessian: bool = True
     bounds: bool = True

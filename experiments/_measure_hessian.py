@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import dagh
+from dagh.bounds import report as bound_report
 from dagh.errors import DaghError
 
 #: Tolerance of eigenvalues, relative to ‖H‖.
-_TOLERANCE = 1e-5
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
 #: Products spent on the trace of H_F.
 _TRACE_PRODUCTS = 24
 #: Distance within which an element counts as near a kink.
 _NEAR = 1e-3
 #: Rows of the ladder, in order of how much they need to know.
-LADDER = ("P0", "P1", "a1", "a2", "a3", "b0", "b1", "b2", "b3", "c", "F_a", "F_b", "F_exact", "H.a3", "H.b2", "H.c")
+LADDER = ("P0", "P1", "a1", "a2", "a3", "b0", "b1", "b2", "b3", "c", "F_a", "F_b", "H.a3", "H.b2", "H.c")
 
 
 def hessian_scalars(graph: dagh.Graph, loss: str, x: Tensor, y: Tensor, seed: int) -> dict[str, Any]:
@@ -27,9 +27,9 @@ def hessian_scalars(graph: dagh.Graph, loss: str, x: Tensor, y: Tensor, seed: in
     ``outer_max`` is λ_max(H_O) = ‖H_O‖, exact from the dual, as are ``outer_trace``, ``outer_fro`` and ``outer_rank``;
     ``sample_outer_max`` and ``sample_outer_mean`` are those of ‖H_O‖ of single samples. ``max`` and ``min`` are the
     extreme eigenvalues of H, ``norm`` the larger of their magnitudes, ``functional_norm`` is ‖H_F‖ (Lanczos, residual
-    below 1e-5 ‖H‖). ``trace`` is tr H, exact where the diagonal blocks of H_F vanish, and else tr H_O plus an estimate
-    of tr H_F, with ``trace_error`` its standard error.
-    What did not converge is ``None``, and ``notes`` say why.
+    below 1e-4 of the norm in float32). ``trace`` is tr H, exact where the diagonal blocks of H_F vanish, and else
+    tr H_O plus an estimate of tr H_F, with ``trace_error`` its standard error. What did not converge is ``None``, and
+    ``notes`` say why.
     """
     gram = dagh.gram(graph, loss, x, y)
     found: dict[str, Any] = {"samples": len(x), "parameters": gram.size, "notes": []}
@@ -75,23 +75,20 @@ def _eigenvalue(op: dagh.HessianOperator, which: Any, seed: int, notes: list[str
     if not bool(torch.count_nonzero(op @ torch.ones(op.shape[0], dtype=op.dtype, device=op.device))):
         return 0.0  # a linear model: nothing bends, and Lanczos has nothing to start from
     try:
-        return float(op.eigsh(1, which, tol=_TOLERANCE, seed=seed).values[0])
+        return float(op.eigsh(1, which, tol=_TOLERANCE[op.dtype], seed=seed).values[0])
     except DaghError as error:
         notes.append(f"{which} of {op.part}: {error}")
         return None
 
 
-def bound_scalars(model: nn.Module, loss: str, x: Tensor, y: Tensor) -> dict[str, Any]:
+def bound_scalars(graph: dagh.Graph, loss: str, x: Tensor, y: Tensor) -> dict[str, Any]:
     """``{row: {"log": natural logarithm}}`` of the ladder, ``{"reason": why}`` where a bound does not apply."""
-    make = getattr(importlib.import_module("dagh.bounds"), "report", None)
-    if make is None:
-        return {}
-    report = make(model, loss, x, y, rows=LADDER)
-    found: dict[str, Any] = {}
-    for row in report.rows:
-        if row.id in LADDER:
-            found[row.id] = {"reason": row.reason} if row.log_value is None else {"log": float(row.log_value)}
-    return found
+    found = bound_report(graph, loss, x, y, rows=LADDER)
+    return {
+        row.id: {"reason": row.reason} if row.log_value is None else {"log": row.log_value}
+        for row in found.rows
+        if row.id in LADDER
+    }
 
 
 def kink_scalars(graph: dagh.Graph, loss: str, x: Tensor, y: Tensor) -> dict[str, Any]:

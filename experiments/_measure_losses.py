@@ -53,6 +53,11 @@ def _batches(x: Tensor, y: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]
     return zip(torch.split(x, size), torch.split(y, size), strict=True)
 
 
+def as_double(t: Tensor) -> Tensor:
+    """Floating-point numbers in float64; classes as they are."""
+    return t.double() if t.is_floating_point() else t
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     """Eval mode inside the context; every module's own mode afterward."""

@@ -11,6 +11,7 @@ and k are cumulative sums. H is the Hessian where it exists: where a sample chan
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ import dagh
 
 from ._measure_config import MeasureConfig
 from ._measure_line import Params, lines_along, unit_directions
-from ._measure_losses import sample_loss
+from ._measure_losses import as_double, sample_loss
 from ._measure_patterns import patterns
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -35,13 +36,13 @@ def terms(
 ) -> tuple[dict[str, Array], dict[str, Any]]:
     """Terms, prediction and measured difference at every k of ``config.at_k`` and R of ``config.radii``.
 
-    In the dtype of the graph's model: float64, where R is small. Arrays ``[K, R]``, means of absolute values over
-    orders and directions: ``terms_measured``, ``terms_zeroth``, ``terms_first``, ``terms_second``,
-    ``terms_second_outer``, ``terms_predicted``, ``terms_predicted_outer``, ``terms_remainder``,
-    ``terms_remainder_outer``; ``terms_level`` is the largest loss seen among the samples, over k + 1. Arrays ``[R]``:
-    ``terms_changed_samples`` (share of samples with another pattern) and ``terms_changed_units`` (share of units).
-    Arrays ``[K, R, S]`` of single pairs, signed: ``terms_pairs_measured`` and
-    ``terms_pairs_predicted``. The axes are ``terms_k`` and ``terms_radius``.
+    Losses are evaluated in float64, as their differences cancel; slopes and curvatures in the dtype of the graph's
+    model. Arrays ``[K, R]``, means of absolute values over orders and directions: ``terms_measured``,
+    ``terms_zeroth``, ``terms_first``, ``terms_second``, ``terms_second_outer``, ``terms_predicted``,
+    ``terms_predicted_outer``, ``terms_remainder``, ``terms_remainder_outer``; ``terms_level`` is the largest loss seen
+    among the samples, over k + 1. Arrays ``[R]``: ``terms_changed_samples`` (share of samples with another pattern)
+    and ``terms_changed_units`` (share of units). Arrays ``[K, R, S]`` of single pairs, signed:
+    ``terms_pairs_measured`` and ``terms_pairs_predicted``. The axes are ``terms_k`` and ``terms_radius``.
     """
     model, n = graph.model, len(x)
     at = np.array([k for k in config.at_k if k < n], dtype=np.int64)
@@ -50,7 +51,7 @@ def terms(
         return {}, {"reason": f"no k below the {n} samples used"}
     directions = unit_directions(model, config.directions, seed)
     lines, way, check = lines_along(graph, loss, x, y, directions)
-    moved, changed = _moved(model, loss, x, y, directions, radii)
+    start, moved, changed = _moved(model, loss, x, y, directions, radii)
     orders = _orders(n, config.shuffles, seed, x.device)
 
     def difference(v: Tensor) -> Tensor:
@@ -60,10 +61,10 @@ def terms(
         return torch.stack([(rows[:, k] - means[:, k - 1] / k) / (k + 1) for k in at.tolist()])
 
     r = torch.from_numpy(radii).to(x.device)[None, :, None, None]
-    zeroth = difference(torch.stack([v.loss for v in lines], 1))[:, None].expand(-1, len(radii), -1, -1)
-    first = r * difference(torch.stack([v.slope for v in lines], 1))[:, None]
-    second = r**2 / 2 * difference(torch.stack([v.curvature for v in lines], 1))[:, None]
-    outer = r**2 / 2 * difference(torch.stack([v.outer for v in lines], 1))[:, None]
+    zeroth = difference(start[:, None].expand(-1, len(lines)))[:, None].expand(-1, len(radii), -1, -1)
+    first = r * difference(torch.stack([v.slope.double() for v in lines], 1))[:, None]
+    second = r**2 / 2 * difference(torch.stack([v.curvature.double() for v in lines], 1))[:, None]
+    outer = r**2 / 2 * difference(torch.stack([v.outer.double() for v in lines], 1))[:, None]
     measured = torch.stack([difference(m) for m in moved], 1)
     predicted, by_outer = zeroth + first + second, zeroth + first + outer
     means = {
@@ -72,7 +73,7 @@ def terms(
         "remainder_outer": measured - by_outer,
     }  # fmt: skip
     arrays = {f"terms_{name}": v.abs().mean((2, 3)).cpu().numpy() for name, v in means.items()}
-    worst = torch.stack([m.max() for m in moved]).clamp(min=float(lines[0].loss.max())).cpu().numpy()
+    worst = torch.stack([m.max() for m in moved]).clamp(min=float(start.max())).cpu().numpy()
     arrays |= {
         "terms_k": at,
         "terms_radius": radii,
@@ -95,24 +96,26 @@ def terms(
 
 def _moved(
     model: nn.Module, loss: str, x: Tensor, y: Tensor, directions: list[Params], radii: Array
-) -> tuple[list[Tensor], tuple[Array, Array]]:
-    """Losses ``[N, D]`` at each R, and the shares of samples and of units with another pattern."""
+) -> tuple[Tensor, list[Tensor], tuple[Array, Array]]:
+    """Losses at θ* ``[N]``, at each R ``[N, D]``, and the shares of samples and of units with another pattern."""
     each = sample_loss(loss)
     samples, units = np.zeros(len(radii)), np.zeros(len(radii))
-    _, here = patterns(model, x)
+    model, x, y = copy.deepcopy(model).double(), as_double(x), as_double(y)
+    output, here = patterns(model, x)
+    first = each(output, y)
     start = {n: p.detach() for n, p in model.named_parameters()}
     losses: list[Tensor] = []
     for i, radius in enumerate(radii.tolist()):
         columns = []
         for direction in directions:
-            there = {n: p + radius * direction[n] if n in direction else p for n, p in start.items()}
+            there = {n: p + radius * direction[n].double() if n in direction else p for n, p in start.items()}
             output, mask = patterns(model, x, there)
             columns.append(each(output, y))
             other = _compare(here, mask)
             samples[i] += float((other > 0).double().mean()) / len(directions)
             units[i] += float(other.mean()) / len(directions)
         losses.append(torch.stack(columns, 1))
-    return losses, (samples, units)
+    return first, losses, (samples, units)
 
 
 def _compare(one: list[Tensor], two: list[Tensor]) -> Tensor:

@@ -332,6 +332,9 @@ def test_measure_gives_everything_and_changes_nothing(trained: tuple[nn.Module, 
     assert all(p.grad is None and p.dtype == torch.float32 for p in model.parameters())
     json.dumps(found.scalars)  # plain data
     assert found.scalars["hessian"]["outer_max"] > 0
+    for row in ("a3", "b2", "b3", "c"):
+        assert found.scalars["bounds"][row]["log"] >= np.log(found.scalars["hessian"]["outer_max"]) - 1e-4, row
+    assert "bias" in found.scalars["bounds"]["P0"]["reason"]
     assert found.scalars["terms"]["way"] == "forward"
     assert {"losses", "gradient", "curve", "hessian", "terms"} <= set(found.scalars["wall_s"])
     assert found.arrays["terms_k"].tolist() == [2, 8]
