@@ -171,7 +171,8 @@ def main() -> None:
         result["evaluation"].append(row)
         print(
             f"  C={C:2d}: paper's way {row['paper_s']:.1f} s "
-            f"(losses {row['losses_s']:.1f}, orders {row['orders_s']:.1f}), ours {row['ours_s']:.3f} s: {row['ratio']:.0f}×",
+            f"(losses {row['losses_s']:.1f}, orders {row['orders_s']:.1f}), "
+            f"ours {row['ours_s']:.3f} s: {row['ratio']:.0f}×",
             flush=True,
         )
     if not options.no_study:
