@@ -35,7 +35,8 @@ _TABLE: dict[str, Activation] = {
     "abs": _PIECEWISE,
     "neg": Activation(1.0, 0.0, homogeneous=True),
     "relu6": Activation(1.0, 0.0, smooth=False),
-    "hardsigmoid": Activation(1 / 6, 0.0, 0.5, smooth=False),
+    # PyTorch divides by 6 in single precision.
+    "hardsigmoid": Activation(0.16666668, 0.0, 0.5, smooth=False),
     "hardswish": Activation(1.5, 1 / 3, smooth=False),
     "tanh": Activation(1.0, 4 / (3 * math.sqrt(3))),
     "sigmoid": Activation(0.25, 1 / (6 * math.sqrt(3)), 0.5),
@@ -61,12 +62,11 @@ def activation(node: Any) -> Activation | None:
         return Activation(max(1.0, abs(float(node.arg("negative_slope")))), 0.0, smooth=False, homogeneous=True)
     if name in ("elu", "celu"):
         alpha = float(node.arg("alpha"))
-        factor = alpha if name == "elu" else 1.0
-        scales = [float(node.arg(k) or 1) for k in ("scale", "input_scale")] if name == "elu" else [1.0, 1 / alpha]
-        scale, inner = scales
-        slope = abs(scale) * max(1.0, abs(factor * inner))
-        smooth = math.isclose(factor * inner, 1.0)
-        return Activation(slope, abs(scale * factor * inner * inner) if name == "elu" else 1 / alpha, smooth=smooth)
+        scale, inner = (
+            (float(node.arg(k) or 1) for k in ("scale", "input_scale")) if name == "elu" else (1.0, 1 / alpha)
+        )
+        left = abs(alpha * inner)  # the slope just below 0, over scale
+        return Activation(abs(scale) * max(1.0, left), abs(scale) * left * abs(inner), smooth=math.isclose(left, 1.0))
     if name == "softplus":
         beta = float(node.arg("beta"))
         # Beyond the threshold PyTorch returns x itself; the jump of the slope there is below e^-threshold.
