@@ -83,10 +83,10 @@ def outer_norm(net: nn.Module, x: Tensor, loss: str) -> Tensor:
     jacobian = torch.stack(rows)
     gram = jacobian @ jacobian.T
     if loss == "cross_entropy":
-        p = torch.softmax(z, 0)
+        p = torch.softmax(z, 0).clamp(min=1e-300)
         factor = torch.diag(p.sqrt()) - torch.outer(p, p.sqrt())
         gram = factor.T @ gram @ factor
-    return torch.linalg.eigvalsh(gram)[-1]
+    return torch.linalg.eigvalsh(gram)[-1] if bool(torch.isfinite(gram).all()) else gram.sum() * math.nan
 
 
 def ascend(net: nn.Module, x: Tensor, loss: str, steps: int, limits: list[float]) -> Tensor:
@@ -99,7 +99,7 @@ def ascend(net: nn.Module, x: Tensor, loss: str, steps: int, limits: list[float]
         norm = outer_norm(net, x, loss)
         if norm.item() > best:
             best, kept = norm.item(), [p.detach().clone() for p in [*parameters, x]]
-        if norm.item() <= 0:
+        if not 0 < norm.item() < math.inf:
             break
         optimizer.zero_grad()
         (-norm.log()).backward()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from dagh.errors import LossError, ReductionError
 
@@ -123,6 +123,27 @@ def curvature_of(
     reason = "the curvature of the loss is unbounded" if math.isinf(sup) else ""
     centered = name == "cross_entropy" and parts == 1 and classes > 1
     return Curvature(sup, None if slope is None else slope * math.sqrt(parts) * weight, centered, reason)
+
+
+def for_targets(known: Curvature, loss: Any, targets: Any) -> Curvature:
+    """The constants for targets outside the range that the suprema assume.
+
+    Cross-entropy with target masses Σq scales with the largest of them, and its gradient is bounded for q ≥ 0 only;
+    that of binary cross-entropy for targets in [0, 1]; hinge losses scale with the size of their targets.
+    """
+    name = loss if isinstance(loss, str) else _module_name(loss)
+    if known.sup is None or not isinstance(targets, Tensor) or not targets.dtype.is_floating_point:
+        return known
+    low, high = float(targets.min()), float(targets.abs().max())
+    if name == "cross_entropy":
+        mass = max(1.0, float(targets.sum(min(1, targets.dim() - 1)).abs().max()))
+        slope = known.slope * mass if known.slope is not None and low >= 0 else None
+        return replace(known, sup=known.sup * mass, slope=slope)
+    if name == "squared_hinge":
+        return replace(known, sup=known.sup * max(1.0, high) ** 2)
+    if name == "bce_with_logits" and (low < 0 or high > 1):
+        return replace(known, slope=None)
+    return known
 
 
 def _module_name(loss: Any) -> str | None:

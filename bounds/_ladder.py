@@ -127,11 +127,14 @@ class LocalNorms:
 
     def __init__(self, structure: Structure) -> None:
         self.structure = structure
+        self._known: dict[tuple[Use, bool], Log | None] = {}
 
     def of(self, use: Use, bias: bool = False) -> Log | None:
         """For one use; with the bias of the same layer taken together if ``bias``."""
-        found = input_norm(self.structure, use, bias)
-        return None if found is None else times(log_tensor(found), use.log_lipschitz)
+        if (use, bias) not in self._known:
+            found = input_norm(self.structure, use, bias)
+            self._known[use, bias] = None if found is None else times(log_tensor(found), use.log_lipschitz)
+        return self._known[use, bias]
 
 
 def b2(problem: Problem, advance: Callable[[], None] | None = None) -> Value:

@@ -87,7 +87,7 @@ def text(value: float | None, digits: int = 3) -> str:
     if not math.isfinite(value):
         return "∞" if value > 0 else "nan"
     decimal = value / math.log(10)
-    if -3 <= decimal < 5:
+    if -3 <= decimal < 3:
         return f"{math.exp(value):.{digits}g}"
     exponent = math.floor(decimal)
     mantissa = f"{10 ** (decimal - exponent):.{digits - 1}f}"

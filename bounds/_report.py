@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 import dagh
 from dagh.errors import DaghError, ReductionError, ShapeError, UnknownNameError
 
-from ._curvature import curvature_of
+from ._curvature import curvature_of, for_targets
 from ._foreign import foreign_statements, foreign_value
 from ._ladder import Problem
 from ._logs import text
@@ -227,6 +227,8 @@ def _prepare(
     structure = Structure(state, tuple(graph.trainable))
     weight = float(state.weights.max()) * state.samples if has_data else None
     constants = curvature_of(loss, tuple(structure.program.output.shape), weight, curvature)
+    if curvature is None:
+        constants = for_targets(constants, loss, targets)
     norms = _norms(structure)
     largest = max(norms, default=0.0)
     note = "largest ‖x‖ of the batch" if has_data else "‖x‖ of the example"

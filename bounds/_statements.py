@@ -143,8 +143,7 @@ _ALL = (
     ),
     Statement(
         "a5", "multipliers", "ours, after Fazlyab et al. (2019)",
-        "valid for chains of activations with slopes in [0, 1] and disjoint max-pooling; "
-        "at most a3 with exact layer norms",
+        "valid for chains of activations with slopes in [0, 1] and disjoint max-pooling; at most a3 of exact norms",
         "a3 with ‖T_q D … D T_p‖² ≤ λ_max(M_p), M_p = T_pᵀ Λ (2Λ − M_{p+1})⁻¹ Λ T_p, any diagonal 2Λ ≻ M_{p+1}",
     ),
     Statement(

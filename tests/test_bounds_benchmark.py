@@ -30,7 +30,8 @@ def test_the_benchmark_writes_a_table_a_picture_and_its_claims(monkeypatch: pyte
 
 def test_a_claim_that_fails_says_so() -> None:
     found = {state: dict.fromkeys(bounds_looseness.ROWS, 1e6) for state in bounds_looseness.STATES}
-    assert all(line.endswith("NOT met") for line in bounds_looseness.verdicts(found))
+    records = [{"state": state, "log_ratio": {"a3": 20.0}} for state in bounds_looseness.STATES]
+    assert all(line.endswith("NOT met") for line in bounds_looseness.verdicts(found, records))
 
 
 def test_the_example_ends_in_a_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

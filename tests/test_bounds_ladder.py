@@ -56,8 +56,10 @@ def check(found: BoundReport, truth: dict[str, float]) -> int:
     return count
 
 
-@pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(
+    ("name", "seed"),
+    [*((name, 0) for name in NETS), *((name, 1) for name in ("head", "overlap", "residual", "tokens"))],
+)
 def test_no_bound_is_below_the_truth(name: str, seed: int) -> None:
     model, x, y = build(name, seed, spread=0.7 * seed)
     assert check(report(model, "cross_entropy", x, y), norms(model, x, y)) >= 6
@@ -113,6 +115,19 @@ def test_samples_that_do_not_count_make_the_others_count_more() -> None:
     model, x, y = build("head", 3, samples=4)
     y[1:] = -100
     check(report(model, "cross_entropy", x, y), norms(model, x, y))
+
+
+def test_targets_outside_the_usual_range() -> None:
+    model, x, _ = build("head", 3)
+    z = model.model(x).detach()
+    for q in (3 * torch.softmax(torch.randn_like(z), 1), torch.randn_like(z)):
+        check(report(model, "cross_entropy", x, q), norms(model, x, q))
+    signs = 4 * torch.randn_like(z).sign()
+
+    def hinge(o: Tensor, t: Tensor) -> Tensor:
+        return torch.relu(1 - t * o).square().mean()
+
+    check(report(model, "squared_hinge", x, signs), norms(model, x, signs, hinge))
 
 
 def test_several_positions_with_a_class_each() -> None:

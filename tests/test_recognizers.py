@@ -25,6 +25,7 @@ from dagh.architectures import (
     architecture_line,
     recognize,
 )
+from dagh.bounds import STATEMENTS
 
 
 def found(model: nn.Module, *inputs: Tensor) -> dict[str, list[Match]]:
@@ -136,7 +137,7 @@ def test_a_published_statement_needs_its_own_family(model: nn.Module, printed: s
     assert {s for s in statements if s.startswith("P.")} == printed
     corrected = {s for s in statements if s.startswith("C.")} - {"C.L5"}
     assert corrected == {s.replace("P.", "C.") for s in printed}
-    assert {"b2", "b3", "c"} <= statements
+    assert {"b2", "b3", "c"} <= statements <= set(STATEMENTS)
     assert ("C.L5" in statements) == (isinstance(model, ConvNet2d) and model.P > 0)
 
 
