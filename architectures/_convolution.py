@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from dagh import Graph
 
+from ._family import Family
 from ._plugins import Match
 from ._walk import Walk
 
@@ -54,6 +56,8 @@ class ConvolutionChain:
 
     Between two convolutions may stand elementwise activations, normalizations, poolings and paddings. A node
     that several operations use, or an operation on two tensors that both depend on the input, ends a chain.
+    Dimensions: ``L`` (one less than the convolutions), ``C``, ``k``, ``d`` or ``m`` and ``n`` (sizes after the first
+    one), and ``l``, ``k_pool`` where there is pooling.
     """
 
     name: str
@@ -63,7 +67,8 @@ class ConvolutionChain:
 
     def match(self, graph: Graph) -> list[Match]:
         """Every maximal chain, in the order of the computation."""
-        walk = Walk(graph)
+        walk = Walk.of(graph)
+        family = Family.of(walk)
         taken: set[str] = set()
         found = []
         for node in walk.order:
@@ -71,7 +76,8 @@ class ConvolutionChain:
                 continue
             layers, path = self._follow(walk, node)
             taken.update(path)
-            found.append(Match(self.name, tuple(layers), walk.sources(node)[0], path[-1]))
+            statements = family.chain_statements()
+            found.append(Match(self.name, tuple(layers), walk.sources(node)[0], path[-1], _dims(layers), statements))
         return found
 
     def _follow(self, walk: Walk, node: str) -> tuple[list[ConvolutionLayer], list[str]]:
@@ -99,6 +105,22 @@ class ConvolutionChain:
             path += [*pending, following]
             pending = []
         return layers, path
+
+
+def _dims(layers: list[ConvolutionLayer]) -> dict[str, Any]:
+    """The paper's names: L hidden layers of L + 1, the most channels and the widest kernel, the sizes of layer 1."""
+    dims: dict[str, Any] = {
+        "L": len(layers) - 1,
+        "C": max(max(layer.channels_in, layer.channels_out) for layer in layers),
+        "k": max(max(layer.kernel) for layer in layers),
+    }
+    first = layers[0].size_after
+    dims |= dict(zip({1: ("d",), 2: ("m", "n")}.get(len(first), ()), first, strict=False))
+    pooled = [i for i, layer in enumerate(layers, start=1) if layer.pooling]
+    if pooled:
+        kernels = [k for layer in layers for p in layer.pooling for k in p.kernel or ()]
+        dims |= {"l": tuple(pooled), "k_pool": max(kernels, default=None)}
+    return dims
 
 
 def _layer(walk: Walk, node: str) -> ConvolutionLayer:

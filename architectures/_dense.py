@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from dagh import Graph
 
+from ._family import Family
 from ._plugins import Match
 from ._walk import Walk
 
@@ -28,6 +29,7 @@ class DenseHead:
     """Recognizes the chain of linear layers that ends in the model's output.
 
     Elementwise activations may stand between the layers, and a softmax or log-softmax after the last one.
+    Dimensions: ``P`` layers, ``h`` the largest width (of the flattened input too), ``K`` outputs.
     """
 
     name: str
@@ -36,7 +38,7 @@ class DenseHead:
 
     def match(self, graph: Graph) -> list[Match]:
         """The head, or nothing where the output is not that of a linear layer on vectors."""
-        walk = Walk(graph)
+        walk = Walk.of(graph)
         output = graph.program.output.name
         layers: list[DenseLayer] = []
         node: str | None = output
@@ -51,7 +53,14 @@ class DenseHead:
             elif not walk.is_shape_change(node) or layers:
                 break
             node = walk.before(node)
-        return [Match(self.name, tuple(layers), source, output)] if layers else []
+        if not layers:
+            return []
+        widths = [layers[0].features_in, *(layer.features_out for layer in layers)]
+        dims = {"P": len(layers), "h": max(widths), "K": layers[-1].features_out}
+        family = Family.of(walk)
+        whole = not family.convolutions  # a multilayer perceptron: the head is all there is
+        statements = family.chain_statements() if whole else family.head_statements()
+        return [Match(self.name, tuple(layers), source, output, dims, statements)]
 
     def _closes(self, walk: Walk, node: str, layers: list[DenseLayer]) -> bool:
         return not layers and walk.operation(node) in {"softmax", "_softmax", "log_softmax", "_log_softmax"}

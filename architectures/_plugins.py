@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,12 +23,17 @@ class Match:
 
     ``layers`` come in the order of the computation, each with the plug-in's ``fields`` as attributes;
     ``source`` is the node that feeds the first layer, ``sink`` the last node that belongs to the match.
+    ``dims`` are the dimensions by the names of the literature (``L``, ``C``, ``k``, …). ``statements`` are the
+    bounds whose assumptions on the structure the match meets: keys of ``dagh.bounds.STATEMENTS``, or
+    ``dagh.bounds.Statement`` objects of the plug-in's own.
     """
 
     architecture: str
     layers: tuple[Any, ...]
     source: str
     sink: str
+    dims: Mapping[str, Any] = field(default_factory=dict)
+    statements: tuple[Any, ...] = ()
 
 
 @runtime_checkable

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from functools import cached_property
 from typing import Any
 
 import networkx as nx
@@ -10,6 +12,8 @@ from dagh import Graph
 
 _CONVOLUTIONS = {"convolution", "conv1d", "conv2d", "conv3d"}
 _SHAPE_CHANGES = {"reshape", "flatten", "view", "_unsafe_view", "squeeze"}
+_MOVES = _SHAPE_CHANGES | {"unsqueeze", "transpose", "permute", "t", "expand", "clone", "contiguous"}
+_PRODUCTS = {"matmul", "bmm", "mm", "mv", "dot", "einsum", "linear", "baddbmm", "addmm"}
 _NORMALISATIONS = {
     "standardize",
     "standardize_fixed",
@@ -29,6 +33,50 @@ class Walk:
         inputs = [n for n in self.nx if self.kind(n) == "input"]
         self.data: set[str] = set(inputs).union(*(nx.descendants(self.nx, n) for n in inputs))
         self.order: list[str] = list(nx.topological_sort(self.nx))
+
+    @classmethod
+    def of(cls, graph: Graph) -> Walk:
+        """The walk of this graph, made once for all plug-ins."""
+        kept = _WALKS.get(graph)
+        if kept is None or kept[0] is not graph.program:
+            kept = _WALKS[graph] = (graph.program, cls(graph))
+            kept[1].graph = weakref.proxy(graph)
+        return kept[1]
+
+    @cached_property
+    def _positions(self) -> dict[str, int]:
+        return {n: i for i, n in enumerate(self.order)}
+
+    @cached_property
+    def _ancestors(self) -> dict[str, int]:
+        """For every node, the nodes it is computed from (itself among them) as bits."""
+        above: dict[str, int] = {}
+        for node in self.order:
+            bits = 1 << self._positions[node]
+            for p in self.nx.predecessors(node):
+                bits |= above[p]
+            above[node] = bits
+        return above
+
+    def reaches(self, first: str, second: str) -> bool:
+        """Whether ``second`` is ``first`` or computed from it."""
+        return bool(self._ancestors[second] >> self._positions[first] & 1)
+
+    def between(self, first: str, second: str) -> list[str]:
+        """Data nodes on the paths from ``first`` to ``second``, both included, in the order of the computation."""
+        low, high = self._positions[first], self._positions[second]
+        return [n for n in self.order[low : high + 1] if n in self.data and self._on_path(first, n, second)]
+
+    def _on_path(self, first: str, node: str, second: str) -> bool:
+        return self.reaches(first, node) and self.reaches(node, second)
+
+    def numel(self, node: str) -> int:
+        """Elements of one sample (of the whole batch where samples are coupled)."""
+        return self.graph.program.by_name[node].numel
+
+    def sizes(self, node: str) -> tuple[int, ...]:
+        """Shape with the sample axis in place, of length one."""
+        return tuple(self.graph.program.by_name[node].shape)
 
     def kind(self, node: str) -> str:
         return str(self.nx.nodes[node]["kind"])
@@ -82,6 +130,35 @@ class Walk:
         weight = self.argument(node, 1)
         return None if weight is None or weight in self.data else self.shape(weight)
 
+    def leaves(self, node: str) -> tuple[str, ...]:
+        """Parameters in ``node`` itself or in what it computes from parameters alone (reshaped, scaled)."""
+        found: dict[str, None] = {}
+        for parent in sorted(self.nx.predecessors(node), key=lambda p: self.positions(p, node)):
+            if self.kind(parent) == "parameter":
+                found[parent] = None
+            elif parent not in self.data:
+                found.update(dict.fromkeys(self.leaves(parent)))
+        return tuple(found)
+
+    def is_parametric(self, node: str) -> bool:
+        """A layer with weights: a product, convolution or scaling of data by something made of parameters."""
+        return len(self.sources(node)) == 1 and bool(self.leaves(node)) and self.is_weighted(node)
+
+    def is_weighted(self, node: str) -> bool:
+        """A matrix product or convolution, transposed ones included."""
+        return self.operation(node) in _PRODUCTS or "conv" in self.operation(node)
+
+    def is_product(self, node: str) -> bool:
+        """A matrix product of two tensors that are both data."""
+        return self.operation(node) in _PRODUCTS and len(self.sources(node)) == 2
+
+    def is_move(self, node: str) -> bool:
+        """Elements rearranged: reshaped, transposed."""
+        return self.operation(node) in _MOVES or self._is_full_slice(node)
+
+    def _is_full_slice(self, node: str) -> bool:
+        return self.operation(node) == "slice" and self.sizes(node) == self.sizes(self.sources(node)[0])
+
     def is_convolution(self, node: str, dims: int) -> bool:
         """A convolution over ``dims`` axes, not transposed, whose weight does not depend on the data."""
         return (
@@ -122,3 +199,6 @@ class Walk:
             and self.operation(node).partition("[")[0] not in {"sort", "topk", "cummax", "cummin", "kthvalue"}
             and self.shape(node) == self.shape(source)
         )
+
+
+_WALKS: weakref.WeakKeyDictionary[Graph, tuple[Any, Walk]] = weakref.WeakKeyDictionary()

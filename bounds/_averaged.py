@@ -28,7 +28,7 @@ from ._structure import MOVES, Absent
 _WORK = 2e10
 
 #: Activations whose slopes lie in [0, 1] everywhere, with σ(0) = 0.
-_AVERAGED = frozenset(("relu", "tanh", "atan", "relu6", "hardtanh", "clamp", "clamp_min"))
+AVERAGED = frozenset(("relu", "tanh", "atan", "relu6", "hardtanh", "clamp", "clamp_min"))
 
 #: Changes of shape that keep the order of elements.
 _RESHAPES = frozenset(("reshape", "view", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"))
@@ -156,5 +156,5 @@ def _check(layer: ChainLayer, last: bool) -> None:
         raise Absent(f"{len(names)} activations follow {layer.node.name!r}; one is needed")
     for node in layer.activations:
         known = activation(node)
-        if node.operation not in _AVERAGED or known is None or known.offset or known.slope > 1:
+        if node.operation not in AVERAGED or known is None or known.offset or known.slope > 1:
             raise Absent(f"{node.operation} is not known to have slopes in [0, 1] and σ(0) = 0")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ import dagh
 from dagh.errors import DaghError, ReductionError, ShapeError, UnknownNameError
 
 from ._curvature import curvature_of, for_targets
+from ._foreign import foreign_statements, foreign_value
 from ._ladder import Problem
 from ._logs import text
 from ._rows import EXACT, EXACT_PARAMETERS, ROWS, Work
-from ._statements import STATEMENTS, Needs, Origin, Part
+from ._statements import STATEMENTS, Needs, Origin, Part, Statement
 from ._structure import Absent, Structure
 
 
@@ -163,7 +164,7 @@ def report(
     curvature: float | None = None,
     memory_budget: int | str | None = None,
     exact_parameters: int = EXACT_PARAMETERS,
-    match: bool = False,
+    match: bool = True,
 ) -> BoundReport:
     """Every bound on the Hessian norms of a model that applies, on the mean loss over a batch.
 
@@ -180,15 +181,15 @@ def report(
         curvature: ``sup ‖∂²ℓ/∂z²‖`` of a loss that is not known by name.
         memory_budget: of the Gram matrices.
         exact_parameters: up to this many parameters ‖H‖ and ‖H_F‖ are found from eigenvalues.
-        match: ask the installed architecture plug-ins what they recognize (``report.matches``).
+        match: ask the installed architecture plug-ins what they recognize (``report.matches``), and give the bounds
+            that plug-ins of other packages bring along.
 
     Raises:
         ShapeError: neither inputs nor example. UnknownNameError: an unknown row. DaghError: as :func:`dagh.trace`.
     """
     wanted = list(ROWS) if rows is None else list(rows)
-    for row in wanted:
-        if row not in ROWS:
-            raise UnknownNameError.of("bound", row, ROWS)
+    if not match:
+        _check_rows(wanted, ROWS)
     for name, value in (("radius", radius), ("input_norm", input_norm), ("curvature", curvature)):
         if value is not None and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
             raise ReductionError(f"{name}={value!r}: expected a non-negative number")
@@ -201,8 +202,17 @@ def report(
         if exact in wanted:
             with contextlib.suppress(Absent):
                 work.value(exact)
-    found = [_row(work, row) for row in wanted]
-    matches = _matches(work.graph) if match else ()
+    matches = _matches(work.graph) if match and (rows is None or not set(wanted) <= set(ROWS)) else ()
+    foreign = foreign_statements(matches)
+    _check_rows(wanted, [*ROWS, *foreign])
+    for row, (statement, where) in foreign.items():
+        wanted += [row] if rows is None else []
+        try:
+            work.values[row] = foreign_value(work, statement, where)
+        except Absent as reason:
+            work.values[row] = reason
+    statements = {**STATEMENTS, **{row: statement for row, (statement, _) in foreign.items()}}
+    found = [_row(work, row, statements[row]) for row in wanted]
     return BoundReport(type(work.graph.model).__name__, tuple(found), info, matches)
 
 
@@ -268,8 +278,13 @@ def _norms(structure: Structure) -> list[float]:
     return [float(v) for n in inputs for v in structure.value(n).double().flatten(1).norm(dim=1)]
 
 
-def _row(work: Work, row: str) -> BoundRow:
-    statement = STATEMENTS[row]
+def _check_rows(wanted: Sequence[str], known: Collection[str]) -> None:
+    for row in wanted:
+        if row not in known:
+            raise UnknownNameError.of("bound", row, known)
+
+
+def _row(work: Work, row: str, statement: Statement) -> BoundRow:
     value = reason = ratio = None
     layers: dict[str, float] = {}
     try:

@@ -16,6 +16,7 @@ from dagh.errors import DaghError
 from . import _averaged as averaged
 from . import _functional as functional
 from . import _ladder as ladder
+from . import _multipliers as multipliers
 from . import _published as paper
 from ._chain import Chain, chain_of
 from ._ladder import Dual, Problem, Value
@@ -193,6 +194,7 @@ ROWS: dict[str, Callable[[Work], Value]] = {
     "a2": lambda work: ladder.a2(work.problem),
     "a3": lambda work: ladder.a3(work.problem),
     "a4": lambda work: averaged.a4(work.problem, work.chain),
+    "a5": lambda work: multipliers.a5(work.problem, work.chain),
     "b0": _at_data(ladder.b0),
     "b1": _at_data(ladder.b1),
     "b2": _at_data(ladder.b2),
@@ -218,4 +220,4 @@ ROWS: dict[str, Callable[[Work], Value]] = {
 EXACT = {"H_O": "c", "H_F": "F_exact", "H": "H.exact"}
 
 #: Rows that are cheap, whatever the network.
-WEIGHTS_ONLY = tuple(r for r in ROWS if r.startswith(("P", "C")) or r in ("a1", "a2", "a3", "a4", "F_a", "H.a3"))
+WEIGHTS_ONLY = tuple(r for r in ROWS if r.startswith(("P", "C")) or r in ("a1", "a2", "a3", "a4", "a5", "F_a", "H.a3"))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Origin = Literal["printed", "corrected", "ours"]
 Needs = Literal["weights", "data", "exact"]
@@ -15,7 +15,12 @@ PAPER = "ConvNets Landscape Convergence: Hessian-Based Analysis of Matricized Ne
 
 @dataclass(frozen=True)
 class Statement:
-    """One statement: ``verdict`` says whether it is valid, and the counterexample where it is not."""
+    """One statement: ``verdict`` says whether it is valid, and the counterexample where it is not.
+
+    Architecture plug-ins of other packages attach statements of their own to a match, with ``bound``: from the
+    evaluated graph (:class:`dagh.State`) and the match it makes the natural logarithm of an upper bound on the norm
+    that ``part`` names, or raises an exception that says why there is none.
+    """
 
     id: str
     name: str
@@ -25,6 +30,7 @@ class Statement:
     needs: Needs = "weights"
     origin: Origin = "ours"
     part: Part = "H_O"
+    bound: Callable[[Any, Any], float] | None = None
 
 
 def _paper(where: str) -> str:
@@ -134,6 +140,12 @@ _ALL = (
         "a4", "averaged activations", "ours, after Combettes and Pesquet (2020)",
         "valid for chains of activations with slopes in [0, 1]",
         "a3 with ‖T_q D … D T_p‖ ≤ 2^{p-q} Σ over cuts of Π ‖T_b … T_a‖",
+    ),
+    Statement(
+        "a5", "multipliers", "ours, after Fazlyab et al. (2019)",
+        "valid for chains of activations with slopes in [0, 1] and disjoint max-pooling; "
+        "at most a3 with exact layer norms",
+        "a3 with ‖T_q D … D T_p‖² ≤ λ_max(M_p), M_p = T_pᵀ Λ (2Λ − M_{p+1})⁻¹ Λ T_p, any diagonal 2Λ ≻ M_{p+1}",
     ),
     Statement(
         "b0", "inputs at x", "ours", "valid",

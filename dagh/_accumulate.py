@@ -96,7 +96,7 @@ class Accumulator:
         ``x`` [n, i_a], ``y`` [n, i_b], ``core`` [n, rows, o_b], ``jacobian`` [n, rows, i_b], ``adjoint`` [n, o_b].
         """
         if not self.structured(*key):
-            self._add_dense(key, x, y, core, jacobian, adjoint, rows, window)
+            self.add_dense_layers(key, x, y, core, jacobian, adjoint, rows, window)
             return
         sizes, n = self.request.sizes, self.samples
         o_a, o_b = sizes[key[0]] // x.shape[1], sizes[key[1]] // y.shape[1]
@@ -115,7 +115,7 @@ class Accumulator:
             held.jacobian[window, rows] += jacobian
             held.adjoint[window] = adjoint
 
-    def _add_dense(
+    def add_dense_layers(
         self,
         key: Pair,
         x: Tensor,
@@ -126,6 +126,7 @@ class Accumulator:
         rows: slice,
         window: slice,
     ) -> None:
+        """As :meth:`add_layers`, written out; without ``keep``, ``n`` may count anything that is summed over."""
         given = core if core is not None else jacobian
         assert given is not None
         n, b, i = given.shape[0], given.shape[1], x.shape[1]

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from dagh import _contract, _outer, _sweep
 from dagh._accumulate import Accumulator
-from dagh._ir import Node
+from dagh._bridge import Crossing, build, cross, unit_vectors
 from dagh._outer_blocks import add_outer
 from dagh._plan import CACHE, Column, Plan
 from dagh._request import Request, itemsize
 from dagh._rules._conv import Convolution
 from dagh._state import State
+from dagh._sweep import Tangents
 
 #: Smallest working memory the chunking aims for.
 _FLOOR = 32 * 2**20
@@ -33,8 +34,10 @@ def assemble(
         if "outer" in parts:
             _add_outer(part_state, request, plan, parts["outer"], window)
         if "functional" in parts:
+            crossings = {v: build(part_state, bridge) for v, bridge in plan.bridges.items()}
             for column in plan.columns:
-                _add_column(part_state, request, plan, column, parts["functional"], window, keep, working)
+                crossing = None if column.via is None else crossings[column.via]
+                _add_column(part_state, request, plan, column, crossing, parts["functional"], window, keep, working)
 
 
 # -- chunks ----------------------------------------------------------------------------------------
@@ -51,6 +54,7 @@ def _windows(state: State, request: Request, plan: Plan, parts: tuple[str, ...],
         per_sample = max(per_sample, factor_columns * (4 * widest + dense))
     if "functional" in parts:
         per_sample = max(per_sample, *(3 * c.unit for c in plan.columns), 1)
+        per_sample += sum(b.elements for b in plan.bridges.values())
     step = max(1, min(state.samples, working // (per_sample * size)))
     for start in range(0, state.samples, step):
         yield slice(start, min(start + step, state.samples))
@@ -90,23 +94,28 @@ def _add_column(
     request: Request,
     plan: Plan,
     column: Column,
+    crossing: Crossing | None,
     result: Accumulator,
     window: slice,
     keep: bool,
     working: int,
 ) -> None:
-    per_sample = keep or column.basis == "activation"
+    per_sample = keep or column.basis in ("activation", "input")
     step = column.step(state.samples, working, itemsize(state.weights.dtype))
     for start in range(0, column.width, step):
         part = slice(start, min(start + step, column.width))
-        tangents, found = _sweep_column(state, column, part, per_sample)
+        tangents, found = _sweep_column(state, column, crossing, part, per_sample)
         if column.basis == "activation":
             _add_activation(state, plan, column, tangents, found, result, window, part)
             continue
+        if column.basis == "input":
+            _add_inputs(state, column, found, result, window, part)
+            continue
         for leaf, row in column.pairs:
-            h = found.get(column.targets[row])
-            if h is None:
+            target = column.targets[row]
+            if target not in found:
                 continue
+            h = found.dense(target)
             if keep and h.shape[0] == 1:
                 h = h.expand(state.samples, *h.shape[1:])
             if not per_sample and h.shape[0] > 1:
@@ -120,57 +129,96 @@ def _add_column(
 
 
 def _sweep_column(
-    state: State, column: Column, part: slice, per_sample: bool
-) -> tuple[_sweep.Tangents, dict[Node, Tensor]]:
-    like, width = state.values[column.seed], part.stop - part.start
-    channelwise = column.basis == "channel"
-    if channelwise and column.gate is not None:
-        seed = Convolution().seed_channels(state.call(column.gate.node), column.gate.argument)[:, part]
+    state: State, column: Column, crossing: Crossing | None, part: slice, per_sample: bool
+) -> tuple[Tangents, Tangents]:
+    call = state.call(column.seed)
+    if column.basis == "channel" and column.gate is not None:
+        seed = Convolution().seed_channels(call, column.gate.argument)[:, part]
     else:
-        eye = torch.zeros(width, column.seed.numel, dtype=like.dtype, device=like.device)
         # A range of a layer's outputs, for all of its rows: what is summed over the rows must be together.
         outputs = slice(part.start // column.order, part.stop // column.order)
-        chosen = torch.arange(column.seed.numel).reshape(column.order, -1)[:, outputs].flatten()
-        eye[torch.arange(width), chosen] = 1
-        seed = eye.reshape(1, width, *column.seed.shape)
+        chosen = torch.arange(column.seed.numel // column.copies).reshape(column.order, -1)[:, outputs].flatten()
+        seed = unit_vectors(column.seed, column.copies, chosen, state.values[column.seed])
+    if column.basis == "input":
+        n = state.samples
+        start = {column.seed: seed.expand(n, *seed.shape[1:])}
+        return Tangents({}), _sweep.pull_back(state, start, list(column.targets.values()), keep=per_sample)
+    channelwise = column.copies > 1
     tangents = _sweep.push_forward(state, {column.seed: seed}, column.within, column.held, channelwise=channelwise)
     targets = list(column.targets.values())
-    return tangents, _sweep.pull_back(state, {}, targets, tangents=tangents, curved=column.curved, keep=per_sample)
+    if crossing is None:
+        return tangents, _sweep.pull_back(state, {}, targets, tangents=tangents, curved=column.curved, keep=per_sample)
+    beyond = cross(state, column, crossing, tangents, per_sample)
+    here = [t for t in targets if t not in column.after]
+    start = Tangents({v: beyond[v] for v in [crossing.node] if v in beyond}, beyond.channelwise & {crossing.node})
+    found = _sweep.pull_back(state, start, here, tangents=tangents, curved=column.curved, keep=per_sample)
+    for node in column.after:
+        if node in beyond:
+            found[node] = beyond[node]
+    found.channelwise |= beyond.channelwise & column.after
+    return tangents, found
 
 
 def _add_activation(
     state: State,
     plan: Plan,
     column: Column,
-    tangents: _sweep.Tangents,
-    found: dict[Node, Tensor],
+    tangents: Tangents,
+    found: Tangents,
     result: Accumulator,
     window: slice,
     part: slice,
 ) -> None:
     """Apply the layers' inputs: directions of ``z`` become directions of W (or b)."""
-    n, order = state.samples, column.order
+    n, gate = state.samples, column.gate
+    assert gate is not None
 
     def whole(t: Tensor) -> Tensor:
         """``[n, rows, outputs, d]``."""
         t = _sweep.matrices(t.expand(n, *t.shape[1:]))
-        return t.reshape(n, order, -1, t.shape[2])
+        return t.reshape(n, gate.rows, -1, t.shape[2])
 
-    outputs = slice(part.start // order, part.stop // order)
+    outputs = slice(part.start // column.order, part.stop // column.order)
     for leaf, row in column.pairs:
-        gate, target = plan.layers[leaf], column.targets[row]
-        x = _outer.layer_inputs(state, gate)  # [n, T, i]
-        h = found.get(target)
-        other = plan.layers.get(row)
+        x = _outer.layer_inputs(state, plan.layers[leaf])  # [n, T, i]
+        target, other = column.targets[row], plan.layers.get(row)
         if other is None or target is not other.node:
-            if h is not None:
-                _contract.add_rows(result, (leaf, row), x, whole(h), outputs, window)
+            if target in found:
+                _contract.add_rows(result, (leaf, row), x, whole(found.dense(target)), outputs, window)
             continue
         y = _outer.layer_inputs(state, other)
         into, delta = other.node.inputs[0], state.adjoints.get(other.node)
-        path = whole(tangents[into]) if other.argument == 1 and into in tangents and delta is not None else None
-        if h is None and path is None:
+        crosses = other.argument == 1 and into in tangents and delta is not None
+        if target not in found and not crosses:
             continue
         adjoint = None if delta is None else delta.expand(n, *delta.shape[1:]).reshape(n, other.rows, -1)
-        core = None if h is None else whole(h)
+        apart = (target not in found or target in found.channelwise) and (not crosses or into in tangents.channelwise)
+        if apart and column.copies == gate.rows == other.rows:
+            core, path = (
+                bundles[node].expand(n, *bundles[node].shape[1:]) if present else None
+                for bundles, node, present in ((found, target, target in found), (tangents, into, crosses))
+            )
+            _contract.add_tokens(result, (leaf, row), x, y, core, path, adjoint, outputs, window)
+            continue
+        core = whole(found.dense(target)) if target in found else None
+        path = whole(tangents.dense(into)) if crosses else None
         _contract.add_layers(result, (leaf, row), x, y, core, path, adjoint, outputs, window)
+
+
+def _add_inputs(state: State, column: Column, found: Tangents, result: Accumulator, window: slice, part: slice) -> None:
+    """``δ_o ∂x_i``: a linear layer's own curvature, from the derivatives of its inputs (summed over its rows)."""
+    gate, n = column.gate, state.samples
+    assert gate is not None
+    delta = state.adjoints[gate.node]
+    delta = delta.expand(n, *delta.shape[1:]).reshape(n, gate.rows, -1)
+    members = slice(part.start // gate.rows, part.stop // gate.rows)
+    for leaf, row in column.pairs:
+        if column.targets[row] not in found:
+            continue
+        h = found.dense(column.targets[row])
+        h = h.expand(n, *h.shape[1:]).reshape(n, gate.rows, members.stop - members.start, -1)
+        if result.keep:
+            piece = torch.einsum("nto,ntip->noip", delta, h).flatten(1, 2)
+        else:
+            piece = (delta.flatten(0, 1).T @ h.flatten(0, 1).flatten(1)).reshape(-1, h.shape[3])
+        result.add_channels(leaf, row, piece, delta.shape[2], members, window)

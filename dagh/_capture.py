@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from dagh import _written_out
 from dagh.errors import CaptureError, DaghError
 
 aten = torch.ops.aten
@@ -114,7 +115,8 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
     for cell in cells:
         if cell in defaults:
             table[cell] = defaults[cell]
-    table.update(get_decompositions([aten.multi_margin_loss, aten.multilabel_margin_loss_forward]))
+    table.update(get_decompositions([aten.multi_margin_loss]))
+    table.update(_written_out.table())
     return table
 
 

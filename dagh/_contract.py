@@ -53,6 +53,41 @@ def add_layers(
         result.add(*pair, _contract(x, path, adjoint, result.keep, swap=True), where, window)
 
 
+def add_tokens(
+    result: Accumulator,
+    pair: Pair,
+    x: Tensor,
+    y: Tensor,
+    core: Tensor | None,
+    path: Tensor | None,
+    adjoint: Tensor | None,
+    outputs: slice,
+    window: slice,
+) -> None:
+    """As :func:`add_layers`, where no row of the one layer is connected with another row of the other one.
+
+    ``core`` ``[n, O, 1, T, o']`` and ``path`` ``[n, O, 1, T, i']`` hold each row's own part: every row is a sample.
+    """
+    (n, t), width = x.shape[:2], outputs.stop - outputs.start
+    if result.keep:
+        i = x.shape[2]
+        pieces = []
+        if core is not None:
+            core = core.reshape(n, width, t, -1)
+            pieces.append(torch.einsum("nota,nti,ntb->noiab", core, x, y).reshape(n, width * i, -1))
+        if path is not None and adjoint is not None:
+            path = path.reshape(n, width, t, -1)
+            pieces.append(torch.einsum("notb,nti,nta->noiab", path, x, adjoint).reshape(n, width * i, -1))
+        result.add(*pair, sum(pieces[1:], start=pieces[0]), slice(outputs.start * i, outputs.stop * i), window)
+        return
+
+    def rows(bundle: Tensor | None) -> Tensor | None:
+        return None if bundle is None else bundle.reshape(n, width, t, -1).transpose(1, 2).flatten(0, 1)
+
+    flat = None if adjoint is None or path is None else adjoint.flatten(0, 1)
+    result.add_dense_layers(pair, x.flatten(0, 1), y.flatten(0, 1), rows(core), rows(path), flat, outputs, window)
+
+
 def _contract(x: Tensor, middle: Tensor, y: Tensor, keep: bool, *, swap: bool) -> Tensor:
     """``Σ x[n,t,i] middle[n,t,o,(t',a)] y[n,t',b]`` as ``[(n,) o·i, a·b]``; ``swap``: columns ``b·a``."""
     n, t, o = middle.shape[:3]

@@ -67,8 +67,9 @@ def hessian(
         reduction: ``"mean"``: the loss as PyTorch would average it (a module's own ``reduction``, a callable's own
             value); ``"sum"`` over samples; ``"none"``: one Hessian per sample, blocks ``[N, p_a, p_b]``.
         kinks: what to take where the Hessian does not exist: ``"torch"``, ``"left"``, ``"right"``, a slope, a dict or
-            function of nodes; ``"direction"``, ``"mean"``, ``"min_norm"``, ``"min_norm_block"``, ``"raise"``, or
-            ``"enumerate"`` (the result is then a :class:`~dagh.LimitingSet`); see :class:`~dagh.AtKinks` and the docs.
+            function of nodes; ``"direction"``, ``"mean"``, ``"min_norm"``, ``"min_norm_block"``, ``"box"``,
+            ``"raise"``, or ``"enumerate"`` (the result is then a :class:`~dagh.LimitingSet`); see
+            :class:`~dagh.AtKinks` and the docs.
         memory_budget: bytes for results and work, a number or ``"2GiB"`` (default: half of the free memory).
         plan: a plan made for the same graph and request, e.g. another matrix's ``H.plan``.
         output: which output to differentiate, when the model returns several.

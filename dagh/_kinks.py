@@ -11,6 +11,7 @@ from rich.table import Table
 
 from dagh._ir import Node
 from dagh._rules import rule_for
+from dagh._rules._switches import Switch
 from dagh.errors import ReductionError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class NodeInfo:
 
 
 #: Operations that copy one of several elements: a choice is a rule among equals.
-_COPYING = ("max_pool", "amax", "amin", "max", "min")
+_COPYING = ("max_pool", "adaptive_max_pool", "amax", "amin", "max", "min")
 
 
 def _copies(node: Node) -> bool:
@@ -134,7 +135,10 @@ class KinkTable:
         for node in state.program:
             if node.op is None:
                 continue
-            sites = state.rule(node).kinks(state.call(node))
+            rule = state.rule(node)
+            if isinstance(rule, Switch) and not state.active(node):
+                continue  # a mask made of the data alone
+            sites = rule.kinks(state.call(node))
             if sites is None or sites.margin.numel() == 0:
                 continue
             margin = sites.margin.nan_to_num(nan=float("inf"))

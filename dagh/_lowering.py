@@ -169,6 +169,9 @@ class Builder:
             if self.dropout_seed is not None and packet in ("dropout", "native_dropout"):
                 out = self.drop(bound["input"], p)
                 return [out, None] if packet == "native_dropout" else out
+        if packet == "rrelu" and not bound["training"]:
+            slope = (float(bound["lower"]) + float(bound["upper"])) / 2
+            return self.emit(torch.ops.aten.leaky_relu.default, bound["self"], slope)
         raise self.refused(origin.name)
 
     def drop(self, x: Node, p: float) -> Node:

@@ -21,7 +21,7 @@ from dagh._ir import Node, Program
 from dagh._memory import human
 from dagh._request import Pair, itemsize
 
-Basis = Literal["parameter", "activation", "channel"]
+Basis = Literal["parameter", "activation", "channel", "input"]
 
 #: Largest bundle formed at once: beyond it fresh memory costs more than the arithmetic on it.
 CACHE = 8 * 2**20
@@ -37,6 +37,8 @@ class Gate:
     """Output channels of a convolution; 0 for a linear layer."""
     rows: int = 1
     """Rows per sample to which a linear layer is applied."""
+    tokens: int = 1
+    """Length of axis 1, along which a linear layer acts row by row."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -62,6 +64,8 @@ class Column:
     order: int
     """Directions come in groups of this many: the rows of a layer's output, which are summed together."""
     seed: Node
+    copies: int
+    """Channels or tokens that one direction stands for, as long as each stays by itself."""
     within: frozenset[Node]
     held: frozenset[Node]
     curved: frozenset[Node]
@@ -74,6 +78,12 @@ class Column:
     """Elements held per sample and direction."""
     largest: int
     """Elements of the largest bundle per sample and direction."""
+    paths: list[Node] = field(default_factory=list)
+    """Inputs of the layers whose outputs are targets: nodes whose tangents are read at the end."""
+    via: Node | None = None
+    """Where the sweep stops, and the bridge from there on takes over."""
+    after: frozenset[Node] = frozenset()
+    """Targets that the bridge reaches."""
 
     @property
     def rows(self) -> list[int]:
@@ -85,6 +95,28 @@ class Column:
         cached = CACHE // max(1, self.largest * samples * size)
         step = max(1, min(self.width, fits, cached))
         return min(self.width, max(self.order, step // self.order * self.order))
+
+
+@dataclass(frozen=True)
+class Bridge:
+    """Derivatives by the directions of one node, shared by the sweeps that stop there (:mod:`dagh._meeting`)."""
+
+    node: Node
+    copies: int
+    width: int
+    within: frozenset[Node]
+    held: frozenset[Node]
+    curved: frozenset[Node]
+    targets: tuple[Node, ...]
+    paths: tuple[Node, ...]
+    elements: int
+    """Numbers held per sample."""
+    largest: int
+    """Elements of the largest bundle per sample and direction, at most."""
+
+    def step(self, samples: int, size: int) -> int:
+        """Directions swept at once."""
+        return max(1, min(self.width, CACHE // max(1, self.largest * samples * size)))
 
 
 @dataclass
@@ -120,6 +152,7 @@ class Plan:
     dtype: torch.dtype
     program: Program = field(repr=False)
     functional: bool
+    bridges: dict[Node, Bridge] = field(default_factory=dict, repr=False)
     device: str = "cpu"
     keep: bool = False
     parts: tuple[str, ...] = ("outer", "functional")
@@ -223,6 +256,7 @@ class Plan:
             dense = sum(self.sizes[i] for i in leaves if i not in self.gates)
             pulled = min(CACHE, n * self.outer_rows * self.widest * size)
             work.append(n * self.outer_rows * 2 * dense * size + 4 * pulled)
+        total += n * sum(b.elements for b in self.bridges.values())
         for c in self.columns:
             step = c.step(n, self.budget or 1 << 62, size)
             work.append(step * n * (c.unit + 2 * c.largest) * size)

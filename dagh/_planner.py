@@ -8,69 +8,17 @@ counted in the same unit, and the cheapest taken; pairs with the same columns an
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Mapping
 
-import numpy as np
-
-from dagh._costs import PASS, node_cost, node_flops, node_moved
+from dagh._costs import node_cost, node_flops, node_moved
 from dagh._ir import Node, Program
-from dagh._plan import Basis, Column, Gate, Plan
+from dagh._meeting import meet
+from dagh._plan import Bridge, Column, Plan
+from dagh._pricing import Key, Option, Sweeps, gate_of
 from dagh._request import Pair, Request
 from dagh._rules import rule_for
-from dagh._structure import curved_pairs, reach, structure
+from dagh._structure import reach, structure
 from dagh.errors import ReductionError
-
-
-def gate_of(program: Program, leaf: Node) -> Gate | None:
-    """The layer that is the leaf's only user: a linear one, or a plain convolution."""
-    users = program.users[leaf]
-    if leaf.op is not None or len(users) != 1 or users[0].inputs.count(leaf) != 1:
-        return None
-    node = users[0]
-    argument = node.inputs.index(leaf)
-    if argument == 0 or not node.inputs[0].batched:
-        return None
-    if node.key == "aten.linear.default" and node.inputs[0].numel and node.inputs[1].op is None:
-        return Gate(node, argument, rows=node.inputs[0].numel // node.inputs[0].shape[-1])
-    if node.key == "dagh.convolution" and int(node.arg("groups")) == 1 and not node.arg("transposed"):
-        return Gate(node, argument, channels=node.shape[1])
-    return None
-
-
-class _Reach:
-    """Ancestry of a program's nodes as Boolean arrays, and what each node costs."""
-
-    def __init__(self, program: Program) -> None:
-        n = len(program.nodes)
-        self.program = program
-        self.above = np.eye(n, dtype=bool)  # [v, u]: u is v or an ancestor of v
-        for node in program:
-            for parent in node.inputs:
-                self.above[node.index] |= self.above[parent.index]
-        self.numel = np.array([v.numel for v in program])
-        self.cost = np.array([node_cost(v) for v in program])
-        self.flops = np.array([node_flops(v) for v in program])
-        self.moved = np.array([node_moved(v) for v in program])
-        self.batched = np.array([v.batched for v in program], dtype=bool)
-        self._thin: dict[Node, np.ndarray[Any, Any]] = {}
-
-    def nodes(self, mask: np.ndarray[Any, Any]) -> frozenset[Node]:
-        return frozenset(self.program.nodes[i] for i in np.flatnonzero(mask))
-
-    def thin(self, seed: Node) -> np.ndarray[Any, Any]:
-        """Nodes up to which tangents of a convolution's weights, seeded at its output, stay in their channel."""
-        if seed not in self._thin:
-            below, thin = self.above[:, seed.index], np.zeros(len(self.program.nodes), dtype=bool)
-            thin[seed.index] = True
-            for i in np.flatnonzero(below):
-                node = self.program.nodes[i]
-                if node is seed:
-                    continue
-                moving = [p.index for p in node.inputs if below[p.index]]
-                thin[i] = bool(thin[moving].all()) and rule_for(node).keeps_channels(node)
-            self._thin[seed] = thin
-        return self._thin[seed]
 
 
 def make_plan(
@@ -92,10 +40,11 @@ def make_plan(
     layers = {i: g for i, g in gates.items() if not g.channels}
     needed = [p for p in request.pairs if kinds[p][1]] if functional else []
     columns: list[Column] = []
+    bridges: dict[Node, Bridge] = {}
     alternatives: dict[Pair, dict[str, float]] = {}
     chosen_routes: dict[Pair, str] = {}
     if needed:
-        sweeps = _Sweeps(program, request, bits, gates)
+        sweeps = Sweeps(program, request, bits, gates)
         options = {pair: sweeps.alternatives(*pair) for pair in needed}
         alternatives = {
             pair: {sweeps.label(leaf, basis): price for (leaf, _, basis), price in found.items()}
@@ -106,6 +55,7 @@ def make_plan(
             _share(sweeps, options, picked)
         chosen_routes = {p: sweeps.label(leaf, basis) for p, (leaf, _, basis) in picked.items()}
         columns = [sweeps.column(pairs, key[1]) for key, pairs in sorted(_gathered(sweeps, picked).items())]
+        columns, bridges = meet(sweeps, columns)
     fallbacks = sorted({n.operation for n in program if n.op is not None and bits[n] and not rule_for(n).closed_form})
     labels = {pair: _LABELS[outer, inner] for pair, (outer, inner) in kinds.items()}
     return Plan(
@@ -130,20 +80,22 @@ def make_plan(
         dtype=program.output.dtype,
         program=program,
         functional=functional,
+        bridges=bridges,
     )
 
 
+#: Requests with more pairs than this are not searched for shared sweeps.
+_SHARED = 400
 _LABELS = {(False, False): "zero", (True, False): "H_O", (False, True): "H_F", (True, True): "H_O+H_F"}
-_Option = tuple[int, int, Basis]
 
 
 def _choose(
-    options: dict[_Option, float],
-    sweeps: _Sweeps,
+    options: dict[Option, float],
+    sweeps: Sweeps,
     names: tuple[str, ...],
     pair: Pair,
     routes: Mapping[tuple[str, str], str],
-) -> _Option:
+) -> Option:
     i, j = pair
     wanted = routes.get((names[i], names[j])) or routes.get((names[j], names[i]))
     if wanted is None:
@@ -155,214 +107,63 @@ def _choose(
     raise ReductionError(f"no route {wanted!r} for the block {names[i]!r} x {names[j]!r}; its routes: {known}")
 
 
-def _gathered(sweeps: _Sweeps, picked: Mapping[Pair, _Option]) -> dict[_Key, list[Pair]]:
+def _gathered(sweeps: Sweeps, picked: Mapping[Pair, Option]) -> dict[Key, list[Pair]]:
     """(leaf, row) pairs by the sweep that forms them."""
-    gathered: dict[_Key, list[Pair]] = {}
+    gathered: dict[Key, list[Pair]] = {}
     for leaf, row, basis in picked.values():
         gathered.setdefault(sweeps.key(leaf, basis), []).append((leaf, row))
     return gathered
 
 
-def _share(sweeps: _Sweeps, options: Mapping[Pair, dict[_Option, float]], picked: dict[Pair, _Option]) -> None:
-    """Move pairs to sweeps that are made anyway, as long as the total falls."""
+def _share(sweeps: Sweeps, options: Mapping[Pair, dict[Option, float]], picked: dict[Pair, Option]) -> None:
+    """Move pairs to sweeps that are made anyway, one at a time or all those of a sweep, as long as the total falls."""
     if len(picked) > _SHARED:
         return
     gathered = {key: set(pairs) for key, pairs in _gathered(sweeps, picked).items()}
     costs = {key: sweeps.total(pairs, key[1]) for key, pairs in gathered.items()}
+
+    def best(pair: Pair, limit: float) -> tuple[Option | None, float]:
+        here, found = sweeps.key(picked[pair][0], picked[pair][2]), None
+        for option in options[pair]:
+            there = sweeps.key(option[0], option[2])
+            if there == here:
+                continue
+            added = sweeps.total(gathered.get(there, set()) | {option[:2]}, option[2]) - costs.get(there, 0.0)
+            if added < limit:
+                found, limit = option, added
+        return found, limit
+
+    def move(pair: Pair, option: Option) -> None:
+        leaf, row, basis = picked[pair]
+        here, there = sweeps.key(leaf, basis), sweeps.key(option[0], option[2])
+        gathered[here].discard((leaf, row))
+        gathered.setdefault(there, set()).add(option[:2])
+        for key in (here, there):
+            costs[key] = sweeps.total(gathered[key], key[1])
+        picked[pair] = option
+
     for _ in range(2):
         moved = False
         for pair, (leaf, row, basis) in list(picked.items()):
             here = sweeps.key(leaf, basis)
-            left = gathered[here] - {(leaf, row)}
-            saved = costs[here] - sweeps.total(left, basis)
-            best, extra = None, saved * (1 - 1e-9)
-            for option in options[pair]:
-                there = sweeps.key(option[0], option[2])
-                if there == here:
-                    continue
-                added = sweeps.total(gathered.get(there, set()) | {option[:2]}, option[2]) - costs.get(there, 0.0)
-                if added < extra:
-                    best, extra = option, added
-            if best is None:
+            saved = costs[here] - sweeps.total(gathered[here] - {(leaf, row)}, basis)
+            option, _ = best(pair, saved * (1 - 1e-9))
+            if option is not None:
+                move(pair, option)
+                moved = True
+        for here in sorted(gathered, key=lambda k: costs[k]):
+            # What its pairs share keeps a sweep alive although each of them would be cheap elsewhere.
+            members = [p for p, option in picked.items() if sweeps.key(option[0], option[2]) == here]
+            before, total = {p: picked[p] for p in members}, sum(costs.values())
+            for pair in members:
+                option, _ = best(pair, float("inf"))
+                if option is None:
+                    break
+                move(pair, option)
+            if members and sum(costs.values()) < total * (1 - 1e-9):
+                moved = True
                 continue
-            there = sweeps.key(best[0], best[2])
-            gathered[here], costs[here] = left, costs[here] - saved
-            gathered[there] = gathered.get(there, set()) | {best[:2]}
-            costs[there] = costs.get(there, 0.0) + extra
-            picked[pair], moved = best, True
+            for pair, option in before.items():
+                move(pair, option)
         if not moved:
             return
-
-
-#: Requests with more pairs than this are not searched for shared sweeps.
-_SHARED = 400
-_Key = tuple[int, Basis, int]
-
-
-class _Sweeps:
-    """The sweeps that can form a pair of leaves, priced."""
-
-    def __init__(self, program: Program, request: Request, bits: dict[Node, int], gates: dict[int, Gate]) -> None:
-        assert program.loss is not None
-        self.program, self.request, self.bits, self.gates = program, request, bits, gates
-        self.reach = _Reach(program)
-        useful = self.reach.above[program.loss.index]
-        met = [
-            (v.index, v.inputs[i].index, v.inputs[j].index)
-            for v in program
-            if v.op is not None and v.part == "model" and useful[v.index]
-            for i, j in curved_pairs(v)
-        ]
-        # Curved nodes, with the argument that rows leave by and the one that tangents enter by.
-        self.met = np.array(met, dtype=int).reshape(-1, 3).T
-
-    def label(self, leaf: int, basis: Basis) -> str:
-        """Name of a route: the basis and whose columns."""
-        return f"{basis} columns of {self.request.names[leaf]}"
-
-    def key(self, leaf: int, basis: Basis) -> _Key:
-        """What pairs must agree on to share a sweep: weight and bias share the outputs of their layer."""
-        return self.seed(leaf, basis).index, basis, -1 if basis == "activation" else leaf
-
-    def total(self, pairs: Collection[Pair], basis: Basis) -> float:
-        """Operations per sample of one sweep for several (leaf, row) pairs."""
-        if not pairs:
-            return 0.0
-        leaf = next(iter(pairs))[0]
-        width, copies = self.shape(leaf, basis)
-        rows = sorted({row for _, row in pairs})
-        total = width * self._cost(self.seed(leaf, basis), self._regions(leaf, basis, rows), basis, copies)
-        if basis == "activation":
-            total += sum(self._contraction(leaf, row) for leaf, row in pairs)
-        return total
-
-    def alternatives(self, i: int, j: int) -> dict[_Option, float]:
-        """Every way to form the pair, with its price per sample."""
-        options: dict[_Option, float] = {}
-        for leaf, row in dict.fromkeys([(i, j), (j, i)]):
-            for basis in self.bases(leaf, row):
-                options[leaf, row, basis] = self.price(leaf, row, basis)
-        return options
-
-    def bases(self, leaf: int, row: int) -> list[Basis]:
-        """The bases in which the columns of a leaf can be swept for its block with ``row``."""
-        gate = self.gates.get(leaf)
-        if gate is None or self._before(row, gate):
-            return ["parameter"]  # a row at or before the layer would need the layer's own curvature
-        if not gate.channels:
-            return ["activation", "parameter"]
-        return ["channel", "parameter"] if gate.channels > 1 else ["parameter"]
-
-    def seed(self, leaf: int, basis: Basis) -> Node:
-        """The node at which the sweep starts."""
-        return self.request.leaves[leaf] if basis == "parameter" else self.gates[leaf].node
-
-    def shape(self, leaf: int, basis: Basis) -> tuple[int, int]:
-        """Number of directions swept, and channels that each stands for."""
-        numel = self.request.leaves[leaf].numel
-        if basis == "channel":
-            channels = self.gates[leaf].channels
-            return numel // channels, channels
-        return (self.gates[leaf].node.numel if basis == "activation" else numel), 1
-
-    def price(self, leaf: int, row: int, basis: Basis) -> float:
-        """Operations per sample of sweeping ``leaf``'s tangents to get its block with ``row``."""
-        return self.total([(leaf, row)], basis)
-
-    def _contraction(self, leaf: int, row: int, passes: float = PASS) -> float:
-        """Applying the inputs of the layers to what a sweep in activations found."""
-        gate, sizes = self.gates[leaf], self.request.sizes
-        if not self._linear(row):
-            return 2.0 * gate.rows * sizes[leaf] * sizes[row] + passes * gate.node.numel * sizes[row]
-        other = self.gates[row]
-        terms = 2.0 if other.argument == 1 and self.reach.above[other.node.inputs[0].index, gate.node.index] else 1.0
-        if gate.rows == other.rows == 1:  # kept per sample: the large product waits until the block is asked for
-            return terms * passes * gate.node.numel * max(other.node.numel, other.node.inputs[0].numel)
-        spread = sizes[leaf] * other.node.numel
-        return terms * (2.0 * other.rows * sizes[leaf] * sizes[row] + (2.0 * gate.rows + passes) * spread)
-
-    def _linear(self, row: int) -> bool:
-        gate = self.gates.get(row)
-        return gate is not None and not gate.channels
-
-    def target(self, basis: Basis, row: int) -> Node:
-        """Where the rows of a leaf are taken: at its layer's output, if both layers are linear."""
-        return self.gates[row].node if basis == "activation" and self._linear(row) else self.request.leaves[row]
-
-    def _before(self, row: int, gate: Gate) -> bool:
-        leaf = self.request.leaves[row]
-        if leaf.op is not None:
-            return bool(self.reach.above[gate.node.index, leaf.index])
-        return bool(self.bits[gate.node.inputs[0]] >> row & 1)
-
-    def _regions(self, leaf: int, basis: Basis, rows: list[int]) -> tuple[Any, Any, Any, Any]:
-        """Masks: nodes whose tangents are needed, those kept, the curved nodes that matter, nodes on the way back."""
-        above, seed = self.reach.above, self.seed(leaf, basis)
-        below = above[:, seed.index]
-        targets = [self.target(basis, r) for r in rows]
-        reachable: Any = above[:, [t.index for t in targets]].any(1)
-        meeting, held, entry = (np.zeros(len(below), dtype=bool) for _ in range(3))
-        node, row_side, column_side = self.met
-        active = reachable[row_side] & below[column_side] & (node != seed.index)
-        meeting[node[active]] = held[column_side[active]] = entry[row_side[active]] = True
-        for r, target in zip(rows, targets, strict=True):
-            if target is not self.request.leaves[r] and self.gates[r].argument == 1:
-                into = target.inputs[0].index  # the path to a later layer's input meets that layer's adjoint
-                held[into] |= below[into]
-        within = above[held].any(0) & below
-        back = above[entry].any(0) & reachable
-        return within, held, meeting, back
-
-    def _cost(
-        self, seed: Node, regions: tuple[Any, Any, Any, Any], basis: Basis, copies: int, cost: Any = None
-    ) -> float:
-        """Price per sample and direction (or any other figure per node, summed alike)."""
-        within, _, meeting, back = regions
-        cost = self.reach.cost if cost is None else cost
-        forward = cost * np.where(self.reach.thin(seed), 1, copies) if basis == "channel" else cost
-        own = forward[seed.index] if within[seed.index] else 0.0
-        curve = copies * cost
-        if basis == "channel":
-            thin = self.reach.thin(seed)
-            for u in np.flatnonzero(meeting):
-                if all(thin[p.index] for p in self.program.nodes[u].inputs if self.reach.above[p.index, seed.index]):
-                    curve = curve.copy()
-                    curve[u] = cost[u]
-        return float(forward[within].sum() - own + curve[meeting].sum() + copies * cost[back].sum())
-
-    def column(self, pairs: list[Pair], basis: Basis) -> Column:
-        """The sweep for several (leaf, row) pairs with the same seed and basis."""
-        leaves, rows = sorted({leaf for leaf, _ in pairs}), sorted({row for _, row in pairs})
-        seed, (width, copies) = self.seed(leaves[0], basis), self.shape(leaves[0], basis)
-        regions = self._regions(leaves[0], basis, rows)
-        within, held, meeting, back = regions
-        spread = np.full(len(self.program.nodes), copies)
-        if basis == "channel":
-            spread[self.reach.thin(seed)] = 1
-        size = self.reach.numel * spread
-        largest = int(
-            max(size[within].max(initial=1), (self.reach.numel * copies)[back & self.reach.batched].max(initial=1))
-        )
-        unit = int(size[held].sum()) + 2 * largest
-        targets = {r: self.target(basis, r) for r in rows}
-        gate = None if basis == "parameter" else self.gates[leaves[0]]
-        order = 1
-        cost = self.total(pairs, basis)
-        if basis == "activation" and gate is not None:
-            order = gate.rows
-            unit += sum({t: t.numel for t in targets.values()}.values())
-            # The inputs of a layer with several rows per sample multiply what was found, before the rows are summed.
-            fan = max(self.gates[leaf].node.inputs[0].shape[-1] for leaf in leaves) / order
-            into = [t.inputs[0].numel for r, t in targets.items() if t is not self.request.leaves[r]]
-            largest = max(largest, int(fan * max([*into, *(t.numel for t in targets.values())])))
-        nodes = self.reach.nodes
-        flops = width * self._cost(seed, regions, basis, copies, self.reach.flops)
-        moved = width * self._cost(seed, regions, basis, copies, self.reach.moved)
-        if basis == "activation":
-            flops += sum(self._contraction(leaf, row, passes=0.0) for leaf, row in pairs)
-            moved += sum(self._contraction(leaf, row) for leaf, row in pairs) / PASS
-        return Column(
-            leaves=leaves, basis=basis, gate=gate, pairs=pairs, targets=targets, width=width, order=order, seed=seed,
-            within=nodes(within), held=nodes(held), curved=nodes(meeting),
-            cost=cost, flops=flops, moved=moved, unit=unit, largest=largest,
-        )  # fmt: skip

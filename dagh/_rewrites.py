@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dagh._ir import Node
 from dagh._lowering import Builder
+from dagh._rules._binary import at_least, at_most
 from dagh._rules._robust import huber, smooth_l1
 
 aten = torch.ops.aten
@@ -213,3 +214,94 @@ def _masked_assignment(b: Builder, a: dict[str, Any]) -> Any:
     if isinstance(value, Node) and len(value.shape) > len(x.shape):
         value = b.emit(aten.reshape.default, value, [])
     return b.emit(aten.where.self, mask, value, x)
+
+
+@rewrite("aten.absolute")
+def _absolute(b: Builder, a: dict[str, Any]) -> Any:
+    return b.emit(aten.abs.default, a["self"])
+
+
+@rewrite("aten.clip")
+def _clip(b: Builder, a: dict[str, Any]) -> Any:
+    if isinstance(a["min"], Node) or isinstance(a["max"], Node):
+        return _clamp_between(b, a)
+    return b.emit(aten.clamp.default, a["self"], a["min"], a["max"])
+
+
+@rewrite("aten.max.other", "aten.min.other")
+def _larger(b: Builder, a: dict[str, Any]) -> Any:
+    return b.emit(aten.maximum.default if a["__name__"] == "max" else aten.minimum.default, a["self"], a["other"])
+
+
+@rewrite("aten.aminmax")
+def _aminmax(b: Builder, a: dict[str, Any]) -> Any:
+    x = a["self"]
+    axes = list(range(len(x.shape))) if a["dim"] is None else [int(a["dim"])]
+    return [b.emit(op.default, x, axes, a["keepdim"]) for op in (aten.amin, aten.amax)]
+
+
+@rewrite("aten.clamp.Tensor", "aten.clamp_min.Tensor", "aten.clamp_max.Tensor")
+def _clamp_between(b: Builder, a: dict[str, Any]) -> Any:
+    """``min(max(x, low), high)``, each with PyTorch's own choice at a tie."""
+    x, low, high = a["self"], a.get("min"), a.get("max")
+    x = x if low is None else b.emit(at_least, x, low)
+    return x if high is None else b.emit(at_most, x, high)
+
+
+@rewrite("aten.threshold")
+def _threshold(b: Builder, a: dict[str, Any]) -> Any:
+    """With a jump at the threshold: a choice by comparison."""
+    if a["threshold"] == a["value"]:
+        return NotImplemented
+    above = b.emit(aten.gt.Scalar, a["self"], a["threshold"])
+    return b.emit(aten.where.ScalarOther, above, a["self"], a["value"])
+
+
+@rewrite("aten.hardshrink")
+def _hardshrink(b: Builder, a: dict[str, Any]) -> Any:
+    inside = b.emit(aten.le.Scalar, b.emit(aten.abs.default, a["self"]), a["lambd"])
+    return b.emit(aten.where.ScalarSelf, inside, 0.0, a["self"])
+
+
+@rewrite("aten.softshrink")
+def _softshrink(b: Builder, a: dict[str, Any]) -> Any:
+    """``x`` moved towards zero by λ, and no further: ``relu(x - λ) - relu(-x - λ)``, for λ ≥ 0."""
+    up = b.emit(aten.relu.default, b.emit(aten.sub.Tensor, a["self"], a["lambd"]))
+    minus = b.emit(aten.neg.default, a["self"])
+    down = b.emit(aten.relu.default, b.emit(aten.sub.Tensor, minus, a["lambd"]))
+    return b.emit(aten.sub.Tensor, up, down)
+
+
+@rewrite("aten.linalg_vector_norm", "aten.norm.ScalarOpt_dim", "aten.norm.Scalar")
+def _polyhedral_norm(b: Builder, a: dict[str, Any]) -> Any:
+    """Norms of order 1 and ±∞ by the operations that have ties."""
+    x, order = a["self"], a["ord"] if "ord" in a else a["p"]
+    if order is None or a.get("dtype") is not None or abs(float(order)) not in (1.0, float("inf")) or order == -1:
+        return NotImplemented
+    dim = a.get("dim")
+    axes = list(range(len(x.shape))) if dim is None or dim == [] else [dim] if isinstance(dim, int) else list(dim)
+    size, keep = b.emit(aten.abs.default, x), bool(a.get("keepdim", False))
+    if float(order) == 1.0:
+        return b.emit(aten.sum.dim_IntList, size, axes, keep)
+    return b.emit(aten.amax.default if float(order) > 0 else aten.amin.default, size, axes, keep)
+
+
+@rewrite("aten.msort")
+def _msort(b: Builder, a: dict[str, Any]) -> Any:
+    return b.emit(aten.sort.default, a["self"], 0)[0]
+
+
+@rewrite("aten.quantile.scalar")
+def _quantile(b: Builder, a: dict[str, Any]) -> Any:
+    """Two neighbors of the sorted numbers, linearly interpolated."""
+    x, dim = a["self"], a["dim"]
+    if a["interpolation"] != "linear" or (dim is None and a["keepdim"]) or not x.shape:
+        return NotImplemented
+    if dim is None:
+        x, dim = b.emit(aten.reshape.default, x, [-1]), 0
+    ordered = b.emit(aten.sort.default, x, dim)[0]
+    position = float(a["q"]) * (x.shape[dim] - 1)
+    low, high = (b.emit(aten.select.int, ordered, dim, k) for k in (int(position), -int(-position // 1)))
+    step = b.emit(aten.mul.Tensor, b.emit(aten.sub.Tensor, high, low), position - int(position))
+    out = b.emit(aten.add.Tensor, low, step)
+    return b.emit(aten.unsqueeze.default, out, dim) if a["keepdim"] else out

@@ -12,7 +12,7 @@ from dagh._lowering import Builder
 from dagh._rewrites import REWRITES, Rewrite, aten, rewrite
 from dagh._rules._conv import convolution
 from dagh._rules._normalize import standardize, standardize_fixed
-from dagh._rules._select import max_pool
+from dagh._rules._select import adaptive_max_pool, max_pool
 
 
 def _ints(value: Any, rank: int) -> list[int]:
@@ -64,9 +64,15 @@ def _pool(b: Builder, a: dict[str, Any], rank: int) -> Any:
 def _max_pool_of(rank: int, with_indices: bool) -> Rewrite:
     def apply(b: Builder, a: dict[str, Any]) -> Any:
         out = _pool(b, a, rank)
-        return [out, None] if with_indices else out
+        return [out, _indices(b, a)] if with_indices else out
 
     return apply
+
+
+def _indices(b: Builder, a: dict[str, Any]) -> Any:
+    """Second output of a pooling operation, integers; left out of the graph where nothing uses it."""
+    op = getattr(aten, a["__name__"]).default
+    return b.emit(op, *(v for k, v in a.items() if k != "__name__"))[1]
 
 
 for _rank in (1, 2, 3):
@@ -76,12 +82,17 @@ for _rank in (1, 2, 3):
 
 def _adaptive_max(rank: int) -> Rewrite:
     def apply(b: Builder, a: dict[str, Any]) -> Any:
-        space, out = a["self"].shape[-rank:], _ints(a["output_size"], rank)
-        if any(s % o for s, o in zip(space, out, strict=True)):
-            return NotImplemented
-        kernel = [s // o for s, o in zip(space, out, strict=True)]
-        settings = {"kernel_size": kernel, "stride": kernel, "padding": 0, "dilation": 1, "ceil_mode": False}
-        return [_pool(b, {"self": a["self"], **settings}, rank), None]
+        x, out = a["self"], _ints(a["output_size"], rank)
+        space = x.shape[-rank:]
+        if not any(s % o for s, o in zip(space, out, strict=True)):
+            kernel = [s // o for s, o in zip(space, out, strict=True)]
+            settings = {"kernel_size": kernel, "stride": kernel, "padding": 0, "dilation": 1, "ceil_mode": False}
+            return [_pool(b, {"self": x, **settings}, rank), _indices(b, a)]
+        unbatched = len(x.shape) == rank + 1
+        if unbatched:
+            x = b.emit(aten.unsqueeze.default, x, 0)
+        pooled = b.emit(adaptive_max_pool, x, output_size=out)
+        return [b.emit(aten.squeeze.dim, pooled, 0) if unbatched else pooled, _indices(b, a)]
 
     return apply
 

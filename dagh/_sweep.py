@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from dagh._ir import Node
+from dagh._rules import Call, Rule
 
 if TYPE_CHECKING:
     from dagh._state import State
@@ -164,41 +165,26 @@ def pull_back(
     tangents: Tangents | None = None,
     curved: Collection[Node] = (),
     keep: bool = False,
-) -> Bundle:
+) -> Tangents:
     """Rows of every node of ``wanted``.
 
-    ``start`` holds the rows to begin with; curvature is added at the nodes of ``curved``, along ``tangents``. Rows of
-    nodes that do not depend on the sample are summed over samples unless ``keep``.
+    ``start`` holds the rows to begin with (channel-diagonal ones, if a :class:`Tangents` says so); curvature is added
+    at the nodes of ``curved``, along ``tangents``. Rows of nodes that do not depend on the sample are summed over
+    samples unless ``keep``. Rows stay channel-diagonal as long as all that is added to them is.
     """
     tangents = Tangents({}) if tangents is None else tangents
-    rows: dict[Node, Tensor | Scaled] = {}
+    rows = _Rows(state, keep)
     route = state.program.descendants(list(wanted))
-
-    def add(node: Node, row: Tensor | Scaled) -> None:
-        samples = state.values[node].shape[0]
-        if isinstance(row, Scaled):
-            if samples > 1 and node not in rows:
-                rows[node] = row
-                return
-            row = row.value()
-        if samples == 1 and row.shape[0] > 1 and not keep:
-            row = row.sum(0, keepdim=True)
-        elif samples > 1 and row.shape[0] == 1:
-            row = row.expand(samples, *row.shape[1:])
-        rows[node] = whole(node, rows[node]) + row if node in rows else row
-
-    def whole(node: Node, row: Tensor | Scaled) -> Tensor:
-        row, samples = written_out(row), state.values[node].shape[0]
-        return row.expand(samples, *row.shape[1:]) if samples > 1 and row.shape[0] == 1 else row
-
-    for node, row in start.items():
-        add(node, row)
+    for node in start:
+        rows.add(node, start[node], isinstance(start, Tangents) and node in start.channelwise)
     wanted = set(wanted)
-    found: Bundle = {}
+    found = Tangents({})
     for node in reversed(state.program.nodes):
-        current = rows.pop(node, None)
+        current, thin = rows.pop(node)
         if node in wanted and current is not None:
-            current = found[node] = whole(node, current)
+            current = found[node] = rows.whole(node, current)
+            if thin:
+                found.channelwise.add(node)
         if node.op is None or node not in route:
             continue
         args = [i for i, p in enumerate(node.inputs) if p in route and p.dtype.is_floating_point]
@@ -206,46 +192,118 @@ def pull_back(
             continue
         rule, call = state.rule(node), state.call(node)
         if current is not None:
+            keeps = thin and rule.keeps_channels(node)
+            dense = None
             for i in args:
+                parent = node.inputs[i]
                 factor = rule.scaling(call, i)
                 if factor is not None:
-                    add(node.inputs[i], Scaled.by(current, factor))
+                    rows.add(parent, Scaled.by(current, factor), thin)
                     continue
-                current = whole(node, current)
-                add(node.inputs[i], rule.vjp(call, current, i, keep))
+                current = rows.whole(node, current)
+                if keeps and parent.batched:
+                    rows.put(parent, rule, call, current, i, True)
+                    continue
+                if dense is None:
+                    dense = expand_channels(current) if thin else current
+                if parent.batched:
+                    rows.put(parent, rule, call, dense, i, False)
+                    continue
+                rows.add(parent, rule.vjp(call, dense, i, keep))
         if node in curved and rule.curved(node):
             delta = state.adjoints.get(node)
             if delta is not None:
-                for i, row in _curve(state, node, delta, tangents, args, keep).items():
-                    add(node.inputs[i], row)
+                for i, row, packed in _curve(state, node, delta, tangents, args, keep):
+                    rows.add(node.inputs[i], row, packed)
     return found
+
+
+class _Rows:
+    """The rows that have arrived at each node so far."""
+
+    def __init__(self, state: State, keep: bool) -> None:
+        self.state, self.keep = state, keep
+        self._rows: dict[Node, Tensor | Scaled] = {}
+        self._packed: set[Node] = set()
+        self._own: set[Node] = set()  # bundles that nobody else holds
+
+    def pop(self, node: Node) -> tuple[Tensor | Scaled | None, bool]:
+        """The rows of a node, and whether they are channel-diagonal."""
+        packed = node in self._packed
+        self._packed.discard(node)
+        self._own.discard(node)
+        return self._rows.pop(node, None), packed
+
+    def whole(self, node: Node, row: Tensor | Scaled) -> Tensor:
+        """Written out, one for every sample of the node."""
+        row, samples = written_out(row), self.state.values[node].shape[0]
+        return row.expand(samples, *row.shape[1:]) if samples > 1 and row.shape[0] == 1 else row
+
+    def put(self, node: Node, rule: Rule, call: Call, cotangent: Tensor, arg: int, packed: bool) -> None:
+        """Add what ``rule`` pulls back to one of its arguments, in place where it concerns a part of that alone."""
+        shape = (*cotangent.shape[:2], *node.shape)
+        if node not in self._rows and rule.copies_part:
+            self._rows[node] = cotangent.new_zeros(shape)
+            self._own.add(node)
+            if packed:
+                self._packed.add(node)
+        held = self._rows.get(node)
+        fits = node in self._own and packed == (node in self._packed)
+        if rule.copies_part and fits and isinstance(held, Tensor) and held.shape == shape:
+            rule.place(call, held).add_(cotangent)
+            return
+        self.add(node, rule.vjp(call, cotangent, arg, self.keep), packed)
+
+    def add(self, node: Node, row: Tensor | Scaled, packed: bool = False) -> None:
+        """Add to what a node has; channel-diagonal rows (``packed``) are spread out where others are not."""
+        samples, before = self.state.values[node].shape[0], self._rows.get(node)
+        if before is None:
+            if packed:
+                self._packed.add(node)
+            if isinstance(row, Scaled) and samples > 1:
+                self._rows[node] = row
+                return
+        elif packed != (node in self._packed):
+            if packed:
+                row = expand_channels(written_out(row))
+            else:
+                self._packed.discard(node)
+                before = expand_channels(written_out(before))
+        row = written_out(row)
+        if samples == 1 and row.shape[0] > 1 and not self.keep:
+            row = row.sum(0, keepdim=True)
+        row = self.whole(node, row)
+        self._own.discard(node)
+        self._rows[node] = row if before is None else self.whole(node, before) + row
 
 
 def _curve(
     state: State, node: Node, delta: Tensor, tangents: Tangents, args: list[int], keep: bool
-) -> dict[int, Tensor]:
-    """``Σ_q [M]_{p,q} J_q t`` at one node."""
+) -> list[tuple[int, Tensor, bool]]:
+    """``Σ_q [M]_{p,q} J_q t`` at one node: arguments, their rows, and whether these are channel-diagonal."""
     rule, call = state.rule(node), state.call(node)
     pairs = rule.pairs(node)
     if pairs is not None:
         args = [i for i in args if any(a == i and node.inputs[j] in tangents for a, j in pairs)]
     moving = [p for p in node.inputs if p in tangents]
     if not moving or not args:
-        return {}
+        return []
     if moving == [node.inputs[0]] and node.inputs[0] in tangents.channelwise:
         found = rule.curvature_channels(call, delta, tangents[node.inputs[0]], keep)
         if found is not None:
-            return {i: row for i, row in found.items() if i in args}
+            return [(i, row, False) for i, row in found.items() if i in args]
+    out: list[tuple[int, Tensor, bool]] = []
     if all(p in tangents.channelwise for p in moving) and rule.keeps_channels(node):
-        rank, channels = len(node.shape), node.shape[1]
-        shapes = [node.inputs[i].shape for i in args]
-        if all(len(shape) == rank and shape[1] == channels for shape in shapes):
-            # Each channel's rows depend on that channel alone: packed bundles in, packed rows out.
-            packed = {i: tangents[p] for i, p in enumerate(node.inputs) if p in tangents}
-            rows = rule.curvature(call, delta, packed, args, keep)
-            return {i: expand_channels(row) for i, row in rows.items()}
+        # Each channel's rows depend on that channel alone: packed bundles in, packed rows out.
+        thin = [i for i in args if node.inputs[i].batched]
+        packed = {i: tangents[p] for i, p in enumerate(node.inputs) if p in tangents}
+        if thin:
+            out = [(i, row, True) for i, row in rule.curvature(call, delta, packed, thin, keep).items()]
+        args = [i for i in args if not node.inputs[i].batched]
+        if not args:
+            return out
     incoming = {i: tangents.dense(p) for i, p in enumerate(node.inputs) if p in tangents}
-    return rule.curvature(call, delta, incoming, args, keep)
+    return out + [(i, row, False) for i, row in rule.curvature(call, delta, incoming, args, keep).items()]
 
 
 def adjoints(state: State) -> dict[Node, Tensor]:

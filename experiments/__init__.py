@@ -1,15 +1,27 @@
-"""Data sets, and how the mean loss changes as samples are added."""
+"""Data sets, how the mean loss changes as samples are added, and studies of it over many trained networks."""
 
+from ._cifar import load_cifar10
+from ._config import StudyConfig
 from ._convergence import LossDifferences, loss_differences
 from ._datasets import Dataset, MissingPackageError, load_digits, load_idx, load_mnist, load_npz
+from ._store import RunRecord, Store, StoreError
+from ._studies import load_study
+from ._validate import ConfigError
 
 __all__ = [
+    "ConfigError",
     "Dataset",
     "LossDifferences",
     "MissingPackageError",
+    "RunRecord",
+    "Store",
+    "StoreError",
+    "StudyConfig",
+    "load_cifar10",
     "load_digits",
     "load_idx",
     "load_mnist",
     "load_npz",
+    "load_study",
     "loss_differences",
 ]

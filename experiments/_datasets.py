@@ -104,8 +104,8 @@ def load_mnist(root: str | Path, split: Literal["train", "test"] = "train", limi
     return Dataset(x, torch.from_numpy(labels[:limit]).to(torch.long))
 
 
-def load_npz(path: str | Path) -> Dataset:
-    """The arrays ``x`` and ``y`` of an ``.npz`` file; pickled objects are refused.
+def load_npz(path: str | Path, names: tuple[str, str] = ("x", "y")) -> Dataset:
+    """The arrays ``x`` and ``y`` of an ``.npz`` file, or those of other names; pickled objects are refused.
 
     Returns:
         x and y: double precision where stored so, other floating-point types in single precision, integer
@@ -116,11 +116,11 @@ def load_npz(path: str | Path) -> Dataset:
         ShapeError: x and y have different numbers of samples.
     """
     arrays = read_npz(Path(path))
-    absent = [name for name in ("x", "y") if name not in arrays]
+    absent = [name for name in names if name not in arrays]
     if absent:
         held = ", ".join(sorted(arrays)) or "nothing"
         raise FileFormatError(f"{path} has no array named {absent[0]!r}; it holds {held}")
-    x, y = (_tensor(arrays[name], f"{path}: array {name!r}") for name in ("x", "y"))
+    x, y = (_tensor(arrays[name], f"{path}: array {name!r}") for name in names)
     if not x.dim() or not y.dim() or len(x) != len(y):
         raise ShapeError(f"{path}: x of shape {tuple(x.shape)} and y of shape {tuple(y.shape)} differ in axis 0")
     return Dataset(x, y)

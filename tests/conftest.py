@@ -14,6 +14,7 @@ torch.set_num_threads(1)
 logging.getLogger("torch.__trace").propagate = False
 
 MARKERS = {
+    "ray": "needs the optional package ray",
     "slow": "takes more than a few seconds; run with -m slow",
     "gpu": "needs a CUDA device",
     "transformers": "needs the optional package transformers",
@@ -31,6 +32,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         absent["gpu"] = "no CUDA device"
     if importlib.util.find_spec("transformers") is None:
         absent["transformers"] = "transformers is not installed; pip install 'dagh[hf]'"
+    if importlib.util.find_spec("ray") is None:
+        absent["ray"] = "ray is not installed; pip install 'dagh[ray]'"
     for item in items:
         for name, reason in absent.items():
             if name in item.keywords:

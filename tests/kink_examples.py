@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,19 @@ class Function(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.f(self, x)
+
+
+class Together(nn.Module):
+    """Many functions, each at parameters ``z.i`` of its own, all times ``v``: one trace for all of them."""
+
+    def __init__(self, functions: Sequence[Callable[[Tensor], Tensor]], at: Sequence[Any], v: float = 2.0) -> None:
+        super().__init__()
+        rows = [torch.as_tensor(values, dtype=torch.float64).reshape(1, -1) for values in at]
+        self.functions, self.z = functions, nn.ParameterList(rows)
+        self.v = nn.Parameter(torch.tensor(v, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([f(z).reshape(1, -1) for f, z in zip(self.functions, self.z, strict=True)], 1) * x * self.v
 
 
 @dataclass(frozen=True)

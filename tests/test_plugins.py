@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import sys
+import tomllib
 import warnings
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from click.testing import CliRunner
 from torch import Tensor, nn
 
 import dagh
+import dagh.bounds
 from dagh._cli import cli
 from dagh.architectures import Architecture, Match, PluginWarning, installed, recognize
 
@@ -57,7 +61,7 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path, **points: str) -> Non
 
 def test_ours_are_installed_through_the_entry_points() -> None:
     ours = {p.name: p for p in installed() if p.provider == f"dagh {dagh.__version__}"}
-    assert set(ours) == {"conv1d", "conv2d", "fc_head"}
+    assert set(ours) == {"conv1d", "conv2d", "pooling", "fc_head", "residual", "attention", "recurrent"}
     for plugin in ours.values():
         assert plugin.error is None
         assert isinstance(plugin.architecture, Architecture)
@@ -79,7 +83,7 @@ def test_a_convolutional_network_with_a_head() -> None:
         nn.Linear(5, 3, bias=False),
     )
     found = matches(model, 2, 8, 8)
-    assert set(found) == {"conv2d", "fc_head"}
+    assert set(found) == {"conv2d", "pooling", "fc_head"}
     (chain,) = found["conv2d"]
     assert chain.source == "input"
     first, second = chain.layers
@@ -111,7 +115,7 @@ def test_one_dimension_dilation_and_a_padding_of_its_own() -> None:
         nn.AdaptiveAvgPool1d(1),
     )
     found = matches(model, 1, 9)
-    assert set(found) == {"conv1d"}
+    assert set(found) == {"conv1d", "pooling"}
     first, second = found["conv1d"][0].layers
     assert (first.dilation, first.size_after, first.activation) == ((2,), (5,), "gelu")
     assert (second.padding, second.size_before, second.size_after) == ((0,), (7,), (5,))
@@ -212,3 +216,93 @@ def test_the_command_lists_working_and_broken_plugins(monkeypatch: pytest.Monkey
     assert {"conv1d", "conv2d", "fc_head"} <= set(rows)
     assert "any graph at all" in rows["everything"]
     assert "cannot be loaded: AttributeError" in rows["broken"]
+
+
+# -- the package of the documentation ---------------------------------------------------------------
+
+
+@pytest.fixture
+def documented(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """The package that the page shows, put on the path as an installer would; returns its lines."""
+    page = (Path(__file__).resolve().parents[1] / "docs" / "howto" / "plugins.md").read_text()
+    project, module = re.findall(r"^```(?:toml|python)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)[:2]
+    metadata = tomllib.loads(project)["project"]
+    (tmp_path / "dagh_linear.py").write_text(module)
+    info = tmp_path / f"dagh_linear-{metadata['version']}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {metadata['name']}\nVersion: {metadata['version']}\n")
+    points = "".join(
+        f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in entries.items())
+        for group, entries in metadata["entry-points"].items()
+    )
+    (info / "entry_points.txt").write_text(points)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "dagh_linear", raising=False)
+    return [*project.splitlines(), *module.splitlines()]
+
+
+class Functional(nn.Module):
+    """The same structure without ``nn.Linear``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(3, 4, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.matrix)
+
+
+def test_the_documented_package_is_short_and_found_everywhere(documented: list[str], tmp_path: Path) -> None:
+    assert len([line for line in documented if line.strip()]) < 60
+    listed = CliRunner(env={"COLUMNS": "200"}).invoke(cli, ["architectures"]).output
+    assert "one linear layer from the input to the output" in listed
+    assert "dagh-linear 0.1" in listed
+    (tmp_path / "model.py").write_text("from torch import nn\n\nINPUT_SHAPE = (4,)\nmodel = nn.Linear(4, 3)\n")
+    shown = CliRunner(env={"COLUMNS": "200"}).invoke(cli, ["trace", str(tmp_path / "model.py")]).output
+    (line,) = [line for line in shown.splitlines() if "architecture" in line]
+    assert "linear_model (features=4, K=3)" in line
+    torch.manual_seed(0)
+    model, x, y = Functional(), torch.randn(6, 4, dtype=torch.float64), torch.randint(3, (6,))
+    report = dagh.bounds.report(model, "cross_entropy", x, y)
+    assert "linear_model" in {m.architecture for m in report.matches}
+    truth = dagh.gauss_newton(model, "cross_entropy", x, y).eigvalsh()[-1]
+    row = report["linear.1"]
+    assert (row.source, row.needs, row.reason) == ("Böhning (1992)", "data", None)
+    assert row.value is not None and row.ratio is not None
+    assert row.value >= truth
+    assert row.ratio == pytest.approx(row.value / float(truth))
+    one = dagh.bounds.report(model, "cross_entropy", x[:1], y[:1], rows=["linear.1", "c"])  # sharp on one sample
+    assert one["linear.1"].ratio == pytest.approx(1)
+
+
+def test_a_foreign_bound_without_data_or_that_fails_is_absent_with_the_reason(
+    documented: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(3, 4)
+    model = nn.Linear(4, 3)
+    assert dagh.bounds.report(model, example=x)["linear.1"].reason == "needs inputs and targets"
+    import dagh_linear
+
+    def broken(state: object, match: object) -> float:
+        raise ValueError("no\nsuch luck")
+
+    monkeypatch.setattr(dagh_linear, "SINGLE", dataclasses.replace(dagh_linear.SINGLE, bound=broken))
+    report = dagh.bounds.report(model, "cross_entropy", x, torch.tensor([0, 1, 2]), rows=["linear.1"])
+    assert report["linear.1"].reason == "ValueError: no such luck"
+    with pytest.raises(dagh.errors.UnknownNameError, match=r"linear\.2"):
+        dagh.bounds.report(model, "cross_entropy", x, torch.tensor([0, 1, 2]), rows=["linear.2"])
+
+
+def test_a_fact_that_fails_costs_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install(monkeypatch, tmp_path, everything="zoo_of_nets:EVERYTHING")
+    points = tmp_path / "zoo_of_nets-1.2.dist-info" / "entry_points.txt"
+    points.write_text("[dagh.facts]\nodd_one = zoo_of_nets:odd\nbad = zoo_of_nets:FAILING\nnone = zoo_of_nets:none\n")
+    (tmp_path / "zoo_of_nets.py").write_text(
+        f"{GOOD}\ndef odd(graph, state):\n    return f'loss\\n {{state.loss:.1f}}'\ndef none(graph, state): pass\n"
+    )
+    (tmp_path / "model.py").write_text("from torch import nn\nINPUT_SHAPE = (4,)\nmodel = nn.Linear(4, 3)\n")
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(cli, ["trace", str(tmp_path / "model.py")])
+    assert done.exit_code == 0, done.output
+    assert re.search(r"odd one +loss \d", done.output)
+    assert "fact 'bad' (zoo_of_nets:FAILING) is left out: TypeError" in done.output
+    assert not [line for line in done.output.splitlines() if line.startswith("│ none")]

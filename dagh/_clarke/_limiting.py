@@ -16,11 +16,12 @@ from dagh import _memory
 from dagh._blockmatrix import BlockMatrix
 from dagh._blocks import Block, DenseBlock, add_blocks
 from dagh._clarke._along import along, sample_patterns
+from dagh._clarke._box import box_of
 from dagh._clarke._completion import Branching, complete
 from dagh._clarke._hull import min_norm_weights, optimality_gap
 from dagh._clarke._policy import AtKinks, direction_of
 from dagh._clarke._search import Search
-from dagh._clarke._sites import Sites, find_sites, forced
+from dagh._clarke._sites import Sites, find_sites, forced, loss_jump
 from dagh._ir import Node
 from dagh._state import State
 from dagh.errors import KinkError, MemoryBudgetError
@@ -137,11 +138,11 @@ def find_patterns(state: State, leaves: Sequence[Node], at: AtKinks) -> Found:
     if at.samples is not None or any(site.ties.opaque for site in sites.live):
         count = at.samples or 256
         found, read = sample_patterns(sites, count, at.seed)
-        notes = [f"patterns along {count} random directions; others may exist"]
+        notes = [f"patterns along {count} random directions; others may exist", *indices_note(sites)]
         return Found(sites, found, "bound", notes, sampled=read)
     search = Search(sites, at.max_patterns, seed=at.seed)
     done = complete(sites, search.run(), at.seed)
-    notes, certainty = [], "exact"
+    notes, certainty = indices_note(sites), "exact"
     assert sites.reach is not None
     affine = sites.reach.affine()
     if search.rejected and not all(p in affine for s in sites.live for p in s.node.inputs):
@@ -155,6 +156,35 @@ def find_patterns(state: State, leaves: Sequence[Node], at: AtKinks) -> Found:
         certainty = "sampled"
         notes.append(f"{_count(done.sampled)} undecided to first order, settled by points nearby")
     return Found(sites, done.branchings, certainty, notes, len(done.equal), len(done.sampled))  # type: ignore[arg-type]
+
+
+def indices_note(sites: Sites) -> list[str]:
+    """A line on integers computed from numbers that move (``argmax``): they are taken as they are."""
+    reach = sites.reach
+    if reach is None:
+        return []
+    names = [
+        node.name
+        for node in sites.state.program
+        if node in reach.within
+        and not node.dtype.is_floating_point
+        and node.dtype != torch.bool
+        and reach.follows(node)
+    ]
+    return [f"indices computed from the data are taken as they are: {', '.join(names[:4])}"] if names else []
+
+
+def _refuse_jump(sites: Sites, branches: Sequence[Mapping[Node, Tensor]]) -> None:
+    """Raise :class:`~dagh.errors.KinkError` where the loss itself jumps: then nothing is a limit of Hessians here."""
+    steps = [site for site in sites.live if site.ties.levels is not None]
+    jump = loss_jump(sites.state, (forced(sites.state, sites.live, b) for b in branches)) if steps else 0.0
+    if jump:
+        node = steps[0].node
+        at = f" ({node.source})" if node.source else ""
+        raise KinkError(
+            f"the loss itself jumps here, by {jump:.3g}: {node.name!r}{at} stands at its threshold; move the point, or "
+            "take kinks='torch' for what PyTorch computes"
+        )
 
 
 def _count(ties: set[tuple[str, int]]) -> str:
@@ -171,6 +201,7 @@ def resolve(at: AtKinks, state: State, leaves: Sequence[Node], compute: Callable
         if not sites.live:
             return dict(compute(state))
         taken = along(sites, direction_of(at, state, sites))
+        _refuse_jump(sites, [taken.branch])
         info = {"policy": "direction", "ties": sites.live_ties, "read_off_nearby": taken.sampled}
         return _noted(compute(forced(state, sites.live, taken.branch)), info)
     if at.policy == "raise":
@@ -179,7 +210,11 @@ def resolve(at: AtKinks, state: State, leaves: Sequence[Node], compute: Callable
         return dict(compute(settle(at, state)))
     if state.per_sample:
         raise KinkError(f"kinks={at.policy!r} needs reduction='mean' or 'sum': patterns belong to the whole batch")
+    if at.policy == "box":
+        sites = find_sites(state, leaves)
+        return {part: middle for part, (middle, _) in box_of(sites, compute, at.max_patterns).items()}
     found = find_patterns(state, leaves, at)
+    _refuse_jump(found.sites, [b.branch for b in found.branchings])
     info = {
         "policy": at.policy,
         "patterns": len(found.branchings),

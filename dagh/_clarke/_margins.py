@@ -20,6 +20,7 @@ from dagh._rules._base import align, flat
 from dagh._rules._binary import Extremum
 from dagh._rules._extrema import Extreme
 from dagh._rules._select import MaxPool
+from dagh._rules._switches import Switch
 from dagh._state import State
 
 #: Elements per node whose gradients are formed: the nearest ones.
@@ -71,7 +72,7 @@ _Sides = list[tuple[Node, Tensor, Tensor]]
 def _sides(state: State, node: Node, sample: Tensor, element: Tensor) -> _Sides | None:
     """The margin as a signed sum of elements: ``(argument, places [K, c], weights [K, c])``."""
     rule, call = state.rule(node), state.call(node)
-    if isinstance(rule, Extremum):
+    if isinstance(rule, Extremum) or (isinstance(rule, Switch) and len(node.inputs) == 2):
         places = []
         for parent in node.inputs:
             grid = torch.arange(parent.numel, device=element.device).reshape(parent.shape)

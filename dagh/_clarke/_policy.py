@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dagh._ir import Node
     from dagh._state import State
 
-Policy = Literal["direction", "mean", "min_norm", "min_norm_block", "enumerate", "raise"]
+Policy = Literal["direction", "mean", "min_norm", "min_norm_block", "box", "enumerate", "raise"]
 Direction = str | Mapping[str, Tensor] | torch.optim.Optimizer
 
 
@@ -29,14 +29,15 @@ class AtKinks:
         policy: ``"direction"``: the Hessian just beside the point in one direction. ``"mean"``: the average over
             directions. ``"min_norm"``: the element of least Frobenius norm in the convex hull of the limiting Hessians.
             ``"min_norm_block"``: the same block by block (in general no element of that hull).
-            ``"enumerate"``: all limiting Hessians, as a :class:`~dagh.LimitingSet`. ``"raise"``: an error at a tie
-            that matters.
+            ``"box"``: the middle of an entrywise enclosure of every limiting Hessian, with its half width as
+            ``info["kinks"]["radius"]``. ``"enumerate"``: all limiting Hessians, as a :class:`~dagh.LimitingSet`.
+            ``"raise"``: an error at a tie that matters.
         direction: for ``"direction"``: ``"random"`` (Gaussian, from ``seed``), ``"step"`` (steepest descent, by
             PyTorch's own gradient), ``{name: tensor}`` (what is not named stands still), or an optimizer, whose next
             step is taken, on copies, with that gradient.
         samples: look along this many random directions instead of enumerating: patterns with a small share may be
             missed, so the set is a part of the whole, and the least norm over it an upper bound.
-        max_patterns: refuse to enumerate more.
+        max_patterns: refuse to enumerate more, or to form more Hessians for a box.
         seed: of random directions.
 
     Raises :class:`~dagh.errors.ReductionError` for an unknown policy or option.
@@ -106,7 +107,11 @@ def settle(at: AtKinks, state: State) -> State:
         return state
     if at.policy == "raise":
         raise KinkError(_where(state, sites.live_ties, [s.node for s in sites.live]))
-    return forced(state, sites.live, along(sites, direction_of(at, state, sites)).branch)
+    from dagh._clarke._limiting import _refuse_jump
+
+    branch = along(sites, direction_of(at, state, sites)).branch
+    _refuse_jump(sites, [branch])
+    return forced(state, sites.live, branch)
 
 
 def _where(state: State, ties: int, nodes: list[Node]) -> str:

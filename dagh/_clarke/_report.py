@@ -12,10 +12,11 @@ from torch import nn
 
 from dagh import _memory
 from dagh._blockmatrix import BlockMatrix
+from dagh._clarke._box import box_of
 from dagh._clarke._limiting import Certainty, Found, _flat, describe, find_patterns, gradient_of
 from dagh._clarke._margins import histogram, margins
 from dagh._clarke._policy import AtKinks
-from dagh._clarke._sites import Site
+from dagh._clarke._sites import Site, loss_jump
 from dagh._graph import Graph, Mode, trace
 from dagh._hessian import _matrices
 from dagh._objectives import Reduction
@@ -23,7 +24,7 @@ from dagh._planner import make_plan
 from dagh._prepare import Names, Prepared
 from dagh._request import Request, choose_names, choose_pairs
 from dagh._state import State
-from dagh.errors import KinkError
+from dagh.errors import KinkError, MemoryBudgetError
 
 #: Numbers that the Hessians of all patterns may fill when they are compared.
 _COMPARED = 2**25
@@ -65,6 +66,21 @@ class PatternRow:
 
 
 @dataclass(frozen=True)
+class BoxRow:
+    """Bounds that hold for every limiting Hessian, found or not, and every convex combination of them.
+
+    ``least_norm`` and ``largest_norm`` are of Frobenius norms, ``spread`` of Frobenius distances, ``eigenvalues`` an
+    interval that holds all; ``form`` is how the bounds were proven (``"affine"``, ``"pairs"``, ``"patterns"``).
+    """
+
+    least_norm: float
+    largest_norm: float
+    spread: float
+    eigenvalues: tuple[float, float] | None
+    form: str
+
+
+@dataclass(frozen=True)
 class KinkReport:
     """What meets at a point, and how near everything else is to a kink; printed in full by ``rich.print`` or ``str``.
 
@@ -76,8 +92,10 @@ class KinkReport:
             nearby), or ``"bound"`` (too many ties: random directions only, so that counts and differences are lower
             bounds).
         equal, sampled: ties between candidates that agree nearby; ties settled by points nearby.
+        loss_jump: distance of a pattern's loss from the loss here, 0 but where a comparison makes the loss jump.
         gradient_jump: largest distance between the gradients of two patterns.
         hessian_spread: largest Frobenius distance between their Hessians; ``None`` where those were not formed.
+        box: where the patterns may not be all there are, bounds on all; ``None`` where that takes too long as well.
         removable: neither differs: the function is twice differentiable here, whatever its spelling suggests.
         c11: every tie that matters is C^{1,1}: the Clarke generalized Hessian is defined.
         histogram: elements per bin of ``edges``: on a kink, then up to each edge.
@@ -93,8 +111,10 @@ class KinkReport:
     certainty: Certainty
     equal: int
     sampled: int
+    loss_jump: float
     gradient_jump: float
     hessian_spread: float | None
+    box: BoxRow | None
     removable: bool | None
     c11: bool
     histogram: tuple[int, ...]
@@ -203,7 +223,13 @@ def report(graph: Graph, state: State, chosen: Any, tol: float, max_patterns: in
     request = Request(names, leaves, choose_pairs(names, "all"))
     matrices = _hessians(graph, state, request, found)
     if matrices is None:
-        notes.append(f"Hessians not compared: {len(found.branchings)} of {request.total:,} × {request.total:,}")
+        size = f"{len(found.branchings)} of {request.total:,} × {request.total:,}"
+        notes.append(
+            f"Hessians neither compared nor bounded: {size}; fewer parameters (params=, --params) make it possible"
+        )
+    box = None
+    if found.certainty != "exact" and matrices is not None:
+        box = _box(graph, state, request, found, max_patterns, notes)
     gradients = [_vector(gradient_of(s, found.sites)) for s in found.states()]
     jump = _spread(np.stack(gradients))
     spread = None if matrices is None else _spread(_flat(matrices))
@@ -214,12 +240,13 @@ def report(graph: Graph, state: State, chosen: Any, tol: float, max_patterns: in
     )
     live = found.sites.live
     scale = max((r.gradient for r in rows), default=0.0), max((s for s in sizes if s is not None), default=0.0)
-    still = jump <= 1e-9 * max(scale[0], 1e-12)
+    broken = loss_jump(state, found.states()) if any(site.ties.levels is not None for site in live) else 0.0
+    still = not broken and jump <= 1e-9 * max(scale[0], 1e-12)
     return KinkReport(
         nodes, tol, state.samples, found.sites.ties, found.sites.live_ties, sum(n.near for n in nodes), rows,
-        found.certainty, found.equal, found.sampled, jump, spread,
+        found.certainty, found.equal, found.sampled, broken, jump, spread, box,
         None if spread is None and still else still and spread is not None and spread <= 1e-9 * max(scale[1], 1e-12),
-        all(bool(site.smooth[site.live].all()) for site in live), *counts, (*found.notes, *notes),
+        not broken and all(bool(site.smooth[site.live].all()) for site in live), *counts, (*found.notes, *notes),
     )  # fmt: skip
 
 
@@ -247,15 +274,30 @@ def _nodes(
     return tuple(rows), (histogram(all_margins), EDGES)
 
 
+def _box(graph: Graph, state: State, request: Request, found: Found, cap: int, notes: list[str]) -> BoxRow | None:
+    ready = _ready(graph, state, request)
+    try:
+        middle, _ = box_of(found.sites, lambda s: _matrices(("full",), s, ready, "mean"), cap)["full"]
+    except (KinkError, MemoryBudgetError) as error:
+        notes.append(f"no bounds: {str(error).partition(';')[0]}")
+        return None
+    made = middle.info["kinks"]
+    return BoxRow(*(made[k] for k in ("least_norm", "largest_norm", "spread", "eigenvalues", "form")))
+
+
 def _hessians(graph: Graph, state: State, request: Request, found: Found) -> list[BlockMatrix] | None:
     if len(found.branchings) * request.total**2 > _COMPARED:
         return None
+    ready = _ready(graph, state, request)
+    return [_matrices(("full",), forced, ready, "mean")["full"] for forced in found.states()]
+
+
+def _ready(graph: Graph, state: State, request: Request) -> Prepared:
     device = state.weights.device
     plan = replace(
         make_plan(state.program, request, samples=state.samples), dtype=state.weights.dtype, device=device.type
     )
-    ready = Prepared(graph, state, request, plan, _memory.budget_bytes(None, device))
-    return [_matrices(("full",), forced, ready, "mean")["full"] for forced in found.states()]
+    return Prepared(graph, state, request, plan, _memory.budget_bytes(None, device))
 
 
 def _vector(gradient: dict[str, Any]) -> Any:
@@ -270,4 +312,4 @@ def _spread(vectors: Any) -> float:
     return float(np.linalg.norm(vectors[i] - vectors[j]))
 
 
-__all__ = ["KinkNode", "KinkReport", "PatternRow", "kinks", "report"]
+__all__ = ["BoxRow", "KinkNode", "KinkReport", "PatternRow", "kinks", "report"]

@@ -32,6 +32,8 @@ def equality(dtype: torch.dtype) -> float:
 
 #: Numbers that the random directions may fill.
 _DIRECTIONS = 2**24
+#: Ties of the first node that are looked at before the search begins.
+_LOOKED_AT = 64
 
 
 @dataclass(eq=False)
@@ -80,6 +82,7 @@ class Search:
 
     def run(self) -> list[Piece]:
         """Every pattern that first order admits."""
+        self._refuse_early()
         everything = np.arange(len(self.directions_))
         self._site(0, {}, np.zeros((0, self.width)), everything, self.directions_[:1], [])
         if not all(piece.share > 0 for piece in self.pieces):
@@ -95,6 +98,22 @@ class Search:
         for piece in self.pieces:
             piece.share /= total
         return self.pieces
+
+    def _refuse_early(self) -> None:
+        """Refuse before any linear program where the random directions alone show too many patterns."""
+        site = self.live[0]
+        which = site.live.nonzero().squeeze(1)[:_LOOKED_AT]
+        if len(self.directions_) <= self.cap or len(which) < 2:
+            return
+        rows = candidate_rows(self.sites.state, site, which, self.sites.leaves)
+        merged = site.merged[which].cpu().numpy()
+        rates = np.where(merged[:, :, None], np.where(merged[:, :, None], rows, 0.0) @ self.directions_.T, -np.inf)
+        best = rates.max(1, keepdims=True)
+        # Equal gradients differ by rounding: the first candidate up to that counts.
+        first = (rates >= best - 100 * self.equal * np.abs(best).max()).argmax(1).astype(np.int16)
+        seen = len(np.unique(first, axis=1).T)
+        if seen > self.cap:
+            raise too_many(self.sites, f"more than {self.cap} patterns")
 
     # -- one site ----------------------------------------------------------------------------------
 
@@ -206,5 +225,5 @@ def too_many(sites: Sites, what: str) -> KinkError:
     """The refusal of an enumeration, with the ways out."""
     return KinkError(
         f"{sites.live_ties} ties that matter: {what}; ask for a sample, kinks=dagh.AtKinks(policy, samples=64), for "
-        "one branch, kinks='direction', or raise max_patterns"
+        "one branch, kinks='direction', for bounds, kinks='box', or raise max_patterns"
     )

@@ -44,6 +44,8 @@ def verdict(report: KinkReport) -> str:
     matter = f"{_n(report.ties, 'exact tie')}"
     if report.live_ties < report.ties:
         matter += f", {report.live_ties:,} of which {'matters' if report.live_ties == 1 else 'matter'}"
+    if report.loss_jump:
+        return f"{matter}: the loss itself jumps, by up to {number(report.loss_jump)}: no derivative of any kind"
     if report.removable:
         certain = "" if report.certainty == "exact" else " as far as seen"
         return f"{matter}, but all patterns agree{certain}: the Hessian exists; PyTorch's answer may be another"
@@ -87,6 +89,12 @@ def _facts(report: KinkReport) -> Table:
     grid.add_row(
         "spread of Hessians", f"{least if report.hessian_spread is not None else ''}{number(report.hessian_spread)}"
     )
+    if report.box is not None:
+        box = report.box
+        proven = f"‖H‖ in [{number(box.least_norm)}, {number(box.largest_norm)}], spread at most {number(box.spread)}"
+        if box.eigenvalues is not None:
+            proven += f", eigenvalues in [{number(box.eigenvalues[0])}, {number(box.eigenvalues[1])}]"
+        grid.add_row("bounds on all", f"{proven} (proven for every pattern, seen or not; by {box.form})")
     return grid
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -13,6 +13,7 @@ from dagh._clarke._reach import Reach
 from dagh._ir import Node
 from dagh._rules import Call, Ties
 from dagh._rules._base import flat
+from dagh._rules._generic import quiet_batching
 from dagh._state import State
 
 #: A branch for every tie of some nodes: node -> candidate, ``[K]``.
@@ -69,7 +70,7 @@ def find_sites(state: State, leaves: Collection[Node]) -> Sites:
     within = state.program.descendants(list(leaves)) & state.program.ancestors([state.program.loss])
     tied = []
     for node in state.program:
-        if node.op is not None and node in within and node.dtype.is_floating_point:
+        if node.op is not None and node in within:
             ties = state.rule(node).ties(state.call(node))
             if ties is not None:
                 tied.append((node, ties))
@@ -117,12 +118,17 @@ def rows_of(t: Tensor, sample: Tensor) -> Tensor:
 def forced(state: State, sites: Collection[Site], pattern: Pattern) -> State:
     """The same point with these branches taken at the ties; PyTorch's choice at nodes without an entry.
 
-    The branches lie among the values, under a stand-in node each: whatever cuts the samples cuts them too.
+    The branches lie among the values, under a stand-in node each: whatever cuts the samples cuts them too. A node that
+    jumps (a comparison) gets the values of its branches, and what is computed from it is computed anew.
     """
     values, branches = dict(state.values), dict(state.branches)
+    jumps: dict[Node, tuple[Site, Tensor]] = {}
     for site in sites:
         branch = pattern.get(site.node)
         if branch is None:
+            continue
+        if site.ties.levels is not None:
+            jumps[site.node] = site, site.ties.levels.gather(1, branch.unsqueeze(1)).squeeze(1)
             continue
         plain = Call(site.node, [state.values[p] for p in site.node.inputs], state.values[site.node])
         kink = state.rule(site.node).force(plain, site.ties, branch)
@@ -131,13 +137,42 @@ def forced(state: State, sites: Collection[Site], pattern: Pattern) -> State:
         )
         values[stand_in] = kink
         branches[site.node] = stand_in
+    if jumps:
+        _recompute(state, values, jumps)
     return replace(state, values=values, branches=branches)
+
+
+def _recompute(state: State, values: dict[Node, Tensor], jumps: Mapping[Node, tuple[Site, Tensor]]) -> None:
+    """Put the values of the branches in place, and follow them to the loss."""
+    changed: set[Node] = set()
+    with quiet_batching(), torch.no_grad():
+        for node in state.program:
+            if node.op is not None and any(p in changed for p in node.inputs):
+                value = state.rule(node).value(node, [values[p] for p in node.inputs])
+                if not torch.equal(value, values[node]):
+                    values[node] = value
+                    changed.add(node)
+            if node in jumps:
+                site, level = jumps[node]
+                value = flat(values[node]).clone()
+                value[site.ties.sample, site.ties.element] = level.to(value.dtype)
+                values[node] = value.reshape(values[node].shape)
+                changed.add(node)
+
+
+def loss_jump(state: State, made: Iterable[State]) -> float:
+    """How far the loss of a forced state is from that of the point: 0 but where the loss itself jumps."""
+    here = state.loss
+    most = max((abs(s.loss - here) for s in made), default=0.0)
+    each = state.values[state.program.loss].reshape(-1) * state.weights if state.program.loss is not None else None
+    size = 0.0 if each is None else float(each.abs().sum())
+    return most if most > 1e3 * torch.finfo(state.weights.dtype).eps * max(size, 1e-30) else 0.0
 
 
 def candidates(state: State, site: Site, values: Mapping[Node, Tensor]) -> Tensor:
     """Candidate values ``[K, C]`` of every tie, ``sign`` included and -inf where there is no candidate."""
     ties = site.ties
-    out = torch.empty(len(ties), len(ties.arg), dtype=state.values[site.node].dtype, device=ties.place.device)
+    out = torch.empty(len(ties), len(ties.arg), dtype=state.weights.dtype, device=ties.place.device)
     for c, arg in enumerate(ties.arg):
         if arg < 0:
             out[:, c] = ties.level

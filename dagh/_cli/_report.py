@@ -24,7 +24,10 @@ from dagh._state import State
 
 @dataclass(frozen=True)
 class Report:
-    """A traced model at a batch; ``depth``, ``collapse`` and ``hide`` shape the node table."""
+    """A traced model at a batch; ``depth``, ``collapse`` and ``hide`` shape the node table.
+
+    ``plugin_facts`` are lines of other packages, label and text.
+    """
 
     file: str
     graph: Graph
@@ -39,6 +42,7 @@ class Report:
     depth: int | None
     collapse: bool
     hide: tuple[str, ...]
+    plugin_facts: list[tuple[str, str]]
     more: tuple[str, ...] = ()
 
     @property
@@ -80,6 +84,7 @@ class Report:
             ("loss", f"{self.loss} = {self.state.loss:.6g}, mean over {self.samples} samples ({self.data})"),
             ("mode", graph.mode),
             ("samples", self._coupling()),
+            *self.plugin_facts,
         ]
         if graph.output_name not in ("", "output"):
             facts.insert(3, ("output", graph.output_name))
@@ -157,6 +162,7 @@ class Report:
             **graph,
             "loss": {"name": self.loss, "value": self.state.loss, "samples": self.samples, "data": self.data},
             "generic": self.generic,
+            "facts": dict(self.plugin_facts),
             "remarks": list(self.more),
             "blocks": self.blocks.as_json(),
             "kinks": [{"node": r.node, "operation": r.operation, **kink_json(r)} for r in self.kinks],

@@ -19,6 +19,7 @@ from dagh._clarke._warn import KinkWarning
 from dagh._cli import _output
 from dagh._cli._blocks import block_table, with_norms
 from dagh._cli._data import Batch, InputSpec, inputs_for, targets_for, tensors
+from dagh._cli._facts import plugin_facts
 from dagh._cli._group import UNTRACEABLE, Failure, complain
 from dagh._cli._load import Loaded, load, load_weights, on_path, users_code
 from dagh._cli._remarks import foreign_remarks
@@ -180,6 +181,7 @@ def _run(
             names, leaves = choose_names(state.program, graph.trainable, None, None)
             request = Request(names, leaves, choose_pairs(names, list(blocks) or "all"))
             table = block_table(state, request)
+            facts = plugin_facts(graph, state)
             if norms:
                 steps.start("norms of blocks")
                 with _budget_hint():
@@ -208,6 +210,7 @@ def _run(
             depth,
             collapse,
             hide,
+            facts,
             tuple(foreign_remarks(graph, loss, chosen.inputs, targets)),
         )
 

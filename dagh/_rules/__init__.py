@@ -11,8 +11,9 @@ from dagh._rules import (
     _normalize,
     _robust,
     _select,
+    _switches,
 )
 from dagh._rules._base import Call, KinkSites, Rule, Ties, has_rule, register_rule, registered, rule_for
 
 __all__ = ["Call", "KinkSites", "Rule", "Ties", "has_rule", "register_rule", "registered", "rule_for"]
-del _bilinear, _binary, _conv, _elementwise, _extrema, _linear_maps, _losses, _normalize, _robust, _select
+del _bilinear, _binary, _conv, _elementwise, _extrema, _linear_maps, _losses, _normalize, _robust, _select, _switches

@@ -58,6 +58,8 @@ class Ties:
     sign: float = 1.0
     opaque: bool = False
     """The largest candidate does not decide (sorting): branches are read off perturbed inputs."""
+    levels: Tensor | None = None
+    """``[K, C]``: for a node that jumps at its ties (a comparison), its value on each branch"""
 
     def __len__(self) -> int:
         return len(self.element)
@@ -106,6 +108,8 @@ class Rule:
     acts_per: Literal["element", "channel", "position", "sample"] = "sample"
     #: honours the user's choice at its kinks (``Call.kink``)
     takes_choice: bool = False
+    #: the value is a part of argument 0: cotangents are added into one bundle, instead of one full of zeros each
+    copies_part: bool = False
     #: a closed form, as opposed to the generic fallback
     closed_form: bool = True
     #: shown in the table of supported operations
@@ -132,6 +136,10 @@ class Rule:
         from dagh._rules import _generic
 
         return _generic.vjp(call, cotangent, arg)
+
+    def place(self, call: Call, bundle: Tensor) -> Tensor:
+        """For a rule that ``copies_part``: that part of a bundle of argument 0, as a view."""
+        raise NotImplementedError
 
     def curvature(
         self, call: Call, adjoint: Tensor, tangents: Tangents, args: Iterable[int], keep: bool
@@ -162,13 +170,11 @@ class Rule:
         return None
 
     def keeps_channels(self, node: Node) -> bool:
-        """Whether a change of one channel (axis 1) of the arguments changes that channel of the result alone."""
-        shape = node.shape
-        return (
-            self.acts_per in ("element", "channel")
-            and len(shape) >= 2
-            and all(len(p.shape) == len(shape) and p.shape[:2] == shape[:2] for p in node.inputs if p.batched)
-        )
+        """Whether a change of one channel (axis 1) of the arguments changes that channel of the result alone.
+
+        "Channel" is whatever stands on axis 1: tokens where shapes are ``[1, tokens, features]``.
+        """
+        return self.acts_per in ("element", "channel") and same_channels(node)
 
     def jvp_channels(self, call: Call, tangent: Tensor) -> Tensor | None:
         """``D t`` for a channel-diagonal tangent of argument 0: ``[N, b, m, C, …]`` to dense ``[N, C·b, *shape]``.
@@ -254,12 +260,15 @@ _CONSTANT = _NonDifferentiable()
 
 def rule_for(node: Node) -> Rule:
     """The rule of ``node``: exact overload, then packet, then the generic fallback."""
-    if node.op is None or not (node.dtype.is_floating_point or node.dtype.is_complex):
+    if node.op is None:
         return _CONSTANT
     rule = _RULES.get(node.key)
     if rule is None:
         packet, _, _ = node.key.rpartition(".")
         rule = _RULES.get(packet)
+    if not (node.dtype.is_floating_point or node.dtype.is_complex):
+        compares = rule is not None and node.dtype == torch.bool and rule.derivative == "kinked"
+        return rule if compares and rule is not None else _CONSTANT
     return rule or _FALLBACK
 
 
@@ -274,6 +283,14 @@ def registered() -> dict[str, Rule]:
 
 
 # -- helpers shared by the rules -------------------------------------------------------------------
+
+
+def same_channels(node: Node) -> bool:
+    """Whether axes 0 and 1 of the node are those of all its arguments that depend on the sample."""
+    shape = node.shape
+    return len(shape) >= 2 and all(
+        len(p.shape) == len(shape) and p.shape[:2] == shape[:2] for p in node.inputs if p.batched
+    )
 
 
 def align(t: Tensor, lead: int, rank: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dagh._ir import Node
-from dagh._rules._base import Call, DerivativeClass, Rule, Tangents, bundle, register_rule, unbroadcast
+from dagh._rules._base import Call, DerivativeClass, Rule, Tangents, bundle, register_rule, same_channels, unbroadcast
 from dagh._rules._generic import over_samples
 
 
@@ -97,6 +97,9 @@ class Linear(Rule):
     def pairs(self, node: Node) -> set[tuple[int, int]]:
         return {(0, 1), (1, 0)}
 
+    def keeps_channels(self, node: Node) -> bool:
+        return len(node.shape) >= 3 and same_channels(node)
+
     def jvp(self, call: Call, tangents: Tangents) -> Tensor:
         x, w = call.xs[0], call.xs[1]
         lead = (max(t.shape[0] for t in [*call.xs, *tangents.values()]), next(iter(tangents.values())).shape[1])
@@ -170,6 +173,18 @@ def _outer(s: Tensor, x: Tensor, keep: bool) -> Tensor:
     return (s.permute(1, 3, 0, 2).flatten(2) @ x.permute(1, 0, 2, 3).flatten(1, 2)).unsqueeze(0)
 
 
+def _times_bundle(fixed: Tensor, t: Tensor) -> Tensor:
+    """``fixed @ t`` for ``fixed`` ``[N, *lead, m, k]`` and every member of a bundle ``[N, B, *lead, k, p]``.
+
+    The members stand side by side in one product per sample: many small products are slow.
+    """
+    if t.shape[1] == 1 or fixed.shape[1:-2] != t.shape[2:-2]:
+        return bundle(fixed) @ t
+    t = t.movedim(1, -2)
+    out = fixed @ t.flatten(-2)
+    return out.reshape(*out.shape[:-1], *t.shape[-2:]).movedim(-2, 1)
+
+
 @register_rule("aten.matmul", "aten.mm", "aten.bmm")
 class MatMul(Rule):
     """Matrix product with broadcasting over leading axes (both arguments of rank two or more)."""
@@ -181,6 +196,9 @@ class MatMul(Rule):
 
     def pairs(self, node: Node) -> set[tuple[int, int]]:
         return {(0, 1), (1, 0)}
+
+    def keeps_channels(self, node: Node) -> bool:
+        return len(node.shape) >= 4 and same_channels(node)
 
     def _plain(self, node: Node) -> bool:
         return all(len(p.shape) >= 2 for p in node.inputs)
@@ -200,18 +218,17 @@ class MatMul(Rule):
             return _MULTILINEAR.jvp(call, tangents)
         terms = []
         if 0 in tangents:
-            terms.append(self._align(node, tangents[0], 2) @ bundle(self._align(node, call.xs[1], 1)))
+            fixed = self._align(node, call.xs[1], 1).mT
+            terms.append(_times_bundle(fixed, self._align(node, tangents[0], 2).mT).mT)
         if 1 in tangents:
-            terms.append(bundle(self._align(node, call.xs[0], 1)) @ self._align(node, tangents[1], 2))
+            terms.append(_times_bundle(self._align(node, call.xs[0], 1), self._align(node, tangents[1], 2)))
         return terms[0] if len(terms) == 1 else terms[0] + terms[1]
 
     def vjp(self, call: Call, cotangent: Tensor, arg: int, keep: bool) -> Tensor:
         if not self._plain(call.node):
             return super().vjp(call, cotangent, arg, keep)
-        return self._pull(call, cotangent, bundle(self._align(call.node, call.xs[1 - arg], 1)), arg)
-
-    def _pull(self, call: Call, s: Tensor, other: Tensor, arg: int) -> Tensor:
-        out = s @ other.transpose(-1, -2) if arg == 0 else other.transpose(-1, -2) @ s
+        other = self._align(call.node, call.xs[1 - arg], 1)
+        out = _times_bundle(other, cotangent.mT).mT if arg == 0 else _times_bundle(other.mT, cotangent)
         return unbroadcast(out, 2, call.node.inputs[arg].shape)
 
     def curvature(
@@ -219,11 +236,13 @@ class MatMul(Rule):
     ) -> dict[int, Tensor]:
         if not self._plain(call.node):
             return _MULTILINEAR.curvature(call, adjoint, tangents, args, keep)
-        return {
-            arg: self._pull(call, bundle(adjoint), self._align(call.node, tangents[1 - arg], 2), arg)
-            for arg in args
-            if 1 - arg in tangents
-        }
+        out = {}
+        for arg in args:
+            if 1 - arg in tangents:
+                t = self._align(call.node, tangents[1 - arg], 2)
+                row = _times_bundle(adjoint, t.mT) if arg == 0 else _times_bundle(adjoint.mT, t).mT
+                out[arg] = unbroadcast(row, 2, call.node.inputs[arg].shape)
+        return out
 
 
 _MULTILINEAR = Multilinear()

@@ -167,7 +167,17 @@ def _share(op: Any) -> float:
     return float(slope)
 
 
-@register_rule("aten.maximum", "aten.minimum", "aten.fmax", "aten.fmin")
+def at_least(input: Tensor, other: Tensor) -> Tensor:
+    """``clamp_min`` between tensors: at a tie PyTorch does not share as ``maximum`` does."""
+    return torch.clamp_min(input, other)
+
+
+def at_most(input: Tensor, other: Tensor) -> Tensor:
+    """``clamp_max`` between tensors."""
+    return torch.clamp_max(input, other)
+
+
+@register_rule("aten.maximum", "aten.minimum", "aten.fmax", "aten.fmin", "dagh.at_least", "dagh.at_most")
 class Extremum(_Binary):
     """Larger or smaller of two tensors; on ties λ gives the weight of ``other``."""
 
@@ -178,7 +188,7 @@ class Extremum(_Binary):
         return False
 
     def _sign(self, node: Node) -> float:
-        return 1.0 if "max" in node.operation else -1.0
+        return 1.0 if "max" in node.operation or node.operation == "at_least" else -1.0
 
     def _weight(self, call: Call) -> Tensor:
         a, b = (align(x, 1, len(call.node.shape)) for x in call.xs)

@@ -161,7 +161,7 @@ class Ordered(Selection):
 
     def _lines(self, node: Node, t: Tensor) -> Tensor:
         """``[N, …]`` with the axis of comparison last (one flat axis for the median of everything)."""
-        if node.operation == "median" and node.arg("dim") is None:
+        if node.operation in ("median", "nanmedian") and node.arg("dim") is None:
             return t.reshape(t.shape[0], -1)
         return t.movedim(1 + self._axis(node), -1) if t.dim() > 1 else t.unsqueeze(-1)
 
@@ -233,17 +233,10 @@ for _name in (
     "aten.topk.default[0]",
     "aten.median.dim[0]",
     "aten.median.default",
+    "aten.nanmedian.default",
+    "aten.nanmedian.dim[0]",
     "aten.kthvalue.default[0]",
     "aten.cummax.default[0]",
     "aten.cummin.default[0]",
 ):
     register_rule(_name)(Ordered())
-for _name in (
-    "aten.clamp.Tensor",
-    "aten.clamp_min.Tensor",
-    "aten.clamp_max.Tensor",
-    "aten.adaptive_max_pool1d.default[0]",
-    "aten.adaptive_max_pool2d.default[0]",
-    "aten.adaptive_max_pool3d.default[0]",
-):
-    register_rule(_name)(Selection())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dagh._ir import Node
-from dagh._rules._base import Call, Rule, Tangents, align, register_rule, unbroadcast
+from dagh._rules._base import Call, Rule, Tangents, align, register_rule, same_channels, unbroadcast
 from dagh._rules._generic import over_samples
 
 
@@ -145,6 +145,9 @@ class Permute(LinearMap):
             order.reverse()
         return order
 
+    def keeps_channels(self, node: Node) -> bool:
+        return len(node.shape) >= 2 and self._order(node)[:2] == [0, 1]
+
     def value(self, node: Node, xs: list[Tensor], kink: Any = None) -> Tensor:
         return xs[0].permute(0, *(d + 1 for d in self._order(node)))
 
@@ -177,6 +180,12 @@ class Expand(LinearMap):
 class Narrow(LinearMap):
     """One index, or a strided range of indices, along one axis."""
 
+    copies_part = True
+
+    def keeps_channels(self, node: Node) -> bool:
+        rank = len(node.inputs[0].shape)
+        return len(node.shape) >= 2 and int(node.arg("dim")) % rank >= 2
+
     def _take(self, node: Node, t: Tensor, lead: int) -> Tensor:
         size = node.inputs[0].shape
         dim = int(node.arg("dim")) % len(size)
@@ -196,6 +205,9 @@ class Narrow(LinearMap):
         self._take(call.node, full, 2).copy_(cotangent)
         return full
 
+    def place(self, call: Call, bundle: Tensor) -> Tensor:
+        return self._take(call.node, bundle, 2)
+
 
 @register_rule("aten.cat")
 class Concatenate(LinearMap):
@@ -203,6 +215,9 @@ class Concatenate(LinearMap):
 
     def _dim(self, node: Node) -> int:
         return int(node.arg("dim")) % len(node.shape)
+
+    def keeps_channels(self, node: Node) -> bool:
+        return self._dim(node) >= 2 and same_channels(node)
 
     def value(self, node: Node, xs: list[Tensor], kink: Any = None) -> Tensor:
         n = max(x.shape[0] for x in xs)

@@ -32,6 +32,9 @@ class Standardize(Rule):
     def _dims(self, node: Node, lead: int) -> list[int]:
         return [d % len(node.shape) + lead for d in node.arg("dims")]
 
+    def keeps_channels(self, node: Node) -> bool:
+        return min(self._dims(node, 0), default=0) >= 2
+
     def value(self, node: Node, xs: list[Tensor], kink: Any = None) -> Tensor:
         return standardize(xs[0], self._dims(node, 1), float(node.arg("eps")), bool(node.arg("center")))
 
@@ -114,6 +117,9 @@ class Softmax(Rule):
 
     def _dim(self, node: Node, lead: int) -> int:
         return int(node.arg("dim")) % len(node.shape) + lead
+
+    def keeps_channels(self, node: Node) -> bool:
+        return self._dim(node, 0) >= 2
 
     def value(self, node: Node, xs: list[Tensor], kink: Any = None) -> Tensor:
         return torch.softmax(xs[0], self._dim(node, 1))

@@ -15,6 +15,12 @@ from dagh.errors import ReductionError
 
 _POOL = {1: torch.nn.functional.max_pool1d, 2: torch.nn.functional.max_pool2d, 3: torch.nn.functional.max_pool3d}
 
+_ADAPTIVE: dict[int, Any] = {
+    1: torch.nn.functional.adaptive_max_pool1d,
+    2: torch.nn.functional.adaptive_max_pool2d,
+    3: torch.nn.functional.adaptive_max_pool3d,
+}
+
 
 def max_pool(
     input: Tensor,
@@ -134,12 +140,8 @@ class MaxPool(Rule):
 
     def _index(self, call: Call) -> Tensor:
         def compute() -> Tensor:
-            kernel, stride, padding, dilation = self._settings(call.node)
             x = call.xs[0]
-            _, index = _POOL[len(kernel)](
-                x.reshape(-1, *x.shape[2:]), kernel, stride, padding, dilation,
-                bool(call.arg("ceil_mode")), return_indices=True,
-            )  # fmt: skip
+            index = self._pooled(call, x.reshape(-1, *x.shape[2:]))
             index = index.reshape(x.shape[0], 1, *call.node.shape[:2], -1)
             if isinstance(call.kink, Tensor):
                 forced = call.kink.reshape(index.shape)
@@ -148,6 +150,13 @@ class MaxPool(Rule):
 
         result: Tensor = call.once("index", compute)
         return result
+
+    def _pooled(self, call: Call, x: Tensor) -> Tensor:
+        """PyTorch's index within the space of each window's maximum."""
+        kernel, stride, padding, dilation = self._settings(call.node)
+        settings = (kernel, stride, padding, dilation, bool(call.arg("ceil_mode")))
+        index: Tensor = _POOL[len(kernel)](x, *settings, return_indices=True)[1]
+        return index
 
     def jvp(self, call: Call, tangents: Tangents) -> Tensor:
         t = tangents[0].flatten(4)
@@ -201,3 +210,40 @@ class MaxPool(Rule):
 
     def force(self, call: Call, ties: Ties, branch: Tensor) -> Tensor:
         return copied(call, ties, branch)
+
+
+def adaptive_max_pool(input: Tensor, output_size: Sequence[int]) -> Tensor:
+    """Max-pooling of ``[M, C, *space]`` over windows that cover the space, of sizes that may differ by one."""
+    result: Tensor = _ADAPTIVE[len(output_size)](input, output_size)
+    return result
+
+
+@register_rule("dagh.adaptive_max_pool")
+class AdaptiveMaxPool(MaxPool):
+    """Max-pooling over windows of unequal size; ties as in max-pooling, without weights per window position."""
+
+    def flops(self, node: Node) -> int:
+        return node.inputs[0].numel
+
+    def _windows(self, call: Call) -> tuple[Tensor, Tensor]:
+        x = call.xs[0]
+        space, out = x.shape[3:], list(call.arg("output_size"))
+        axes = [
+            [torch.arange(i * s // o, -(-(i + 1) * s // o), device=x.device) for i in range(o)]
+            for s, o in zip(space, out, strict=True)
+        ]
+        grid = torch.arange(space.numel(), device=x.device).reshape(space)
+        rows = []
+        for cell in torch.cartesian_prod(*(torch.arange(o) for o in out)).reshape(-1, len(out)).tolist():
+            part = grid
+            for axis, i in enumerate(cell):
+                part = part.index_select(axis, axes[axis][i])
+            rows.append(part.flatten())
+        places = torch.nn.utils.rnn.pad_sequence(rows, padding_value=-1)
+        values = x.flatten(3)[..., places.clamp(min=0)].masked_fill(places < 0, float("-inf"))
+        return values, places.clamp(min=0)
+
+    def _pooled(self, call: Call, x: Tensor) -> Tensor:
+        out = list(call.arg("output_size"))
+        index: Tensor = _ADAPTIVE[len(out)](x, out, return_indices=True)[1]
+        return index

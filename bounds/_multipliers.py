@@ -1,0 +1,220 @@
+"""Row a5: products of layers with activations in between, bounded jointly by quadratic forms.
+
+Let ``w = D u`` with D diagonal, ``0 ≤ d_i ≤ 1``: the Jacobian of an activation with slopes in [0, 1], wherever it is
+taken. Then ``w_i (u_i − w_i) = d_i (1 − d_i) u_i² ≥ 0``, so for any symmetric M and diagonal Λ with ``2Λ ≻ M``
+
+    wᵀMw ≤ wᵀMw + 2 Σ_i λ_i w_i (u_i − w_i) = 2 wᵀΛu − wᵀ(2Λ − M)w ≤ uᵀ Λ (2Λ − M)⁻¹ Λ u,
+
+the last step being the maximum over all w. With ``u = T x`` the form goes on as ``M' = Tᵀ Λ (2Λ − M)⁻¹ Λ T`` through
+the layer before, and at the end ``‖T_q D ⋯ D T_p‖² ≤ λ_max(M')``. Every feasible Λ gives a bound: ``Λ = λ_max(M) I``
+at most the product of the norms, and a few steps of gradient descent a smaller one. Where max-pooling keeps one
+element per window, ``w_j² ≤ Σ_{i in window j} u_i²`` and any diagonal ``Λ ⪰ M`` serve instead.
+
+The inequalities are those of M. Fazlyab, A. Robey, H. Hassani, M. Morari and G. J. Pappas, "Efficient and Accurate
+Estimation of Lipschitz Constants for Deep Neural Networks", 2019 (there one semidefinite program); eliminated layer by
+layer they need linear algebra only, and stopping early costs tightness, not validity.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._activations import activation
+from ._averaged import AVERAGED
+from ._chain import Chain, ChainLayer, Pool, jacobian_of_step
+from ._ladder import Problem, Value, summed
+from ._logs import add, log
+from ._structure import MOVES, Absent
+
+#: Steps of gradient descent, and the sum of cubed widths (of all products) up to which they are taken.
+_STEPS, _WORK = 12, 4e8
+
+#: Room for rounding in the eigenvalue at the end, relative.
+_ROUNDING = 1e-10
+
+
+@dataclass
+class Step:
+    """A linear map ``[outputs, inputs]``; or an activation (no ``matrix``, no ``windows``) of ``width`` elements; or
+    max-pooling, with ``windows`` ``[outputs, inputs]`` one where an element belongs to a window.
+    """
+
+    width: int
+    matrix: Tensor | None = None
+    windows: Tensor | None = None
+
+
+def a5(problem: Problem, chain: Chain) -> Value:
+    """As :func:`a3`, with products of layers bounded jointly by optimized multipliers.
+
+    Raises :class:`Absent` where a layer is too large to be written out, or something other than an activation with
+    slopes in [0, 1] and σ(0) = 0, max-pooling or a linear map stands between layers.
+    """
+    steps = {node: step for node in chain.steps if (step := _step(chain, node)) is not None}
+    order = [node for node in chain.steps if node in steps]
+    places = {layer.node: order.index(layer.node) for layer in chain.layers}
+    output = chain.layers[-1].node.numel
+    unit = torch.eye(output, dtype=torch.float64, device=chain.layers[-1].weight.device)
+    form = unit - 1 / output if problem.curvature.centered else unit
+    biased = [layer for layer in chain.layers if layer.bias]
+    work = sum(step.width**3 for step in steps.values()) * (2 + len(biased)) * len(chain.layers) / 2
+    if work > _WORK:
+        raise Absent(f"the sum of cubed widths over all products is {work:.1e}, more than {_WORK:.0e}")
+    names = {(use.node, use.arg): name for name, uses in chain.structure.uses.items() for use in uses}
+
+    def joint(first: int, last: int, end: Tensor | None = None) -> float:
+        """Logarithm of the bound on the product of the steps ``first`` to ``last``."""
+        return gain([steps[node] for node in order[first : last + 1]], end)
+
+    blocks: dict[str, float] = {}
+    for layer in chain.layers:
+        place, facts = places[layer.node], layer.facts
+        after = joint(place + 1, len(order) - 1, form)
+        length = problem.log_input + joint(0, place - 1)
+        for other in biased:
+            if places[other.node] < place:
+                shift = 0.5 * log(other.facts.positions) + _bias(other, chain)
+                length = float(add(length, shift + joint(places[other.node] + 1, place - 1)))
+        if (layer.node, 1) in names:
+            blocks[names[layer.node, 1]] = after + 0.5 * log(facts.kt) + length
+        if (layer.node, 2) in names:
+            blocks[names[layer.node, 2]] = after + 0.5 * log(facts.positions)
+    return summed(blocks, problem.curvature.log_sup())
+
+
+def gain(steps: list[Step], end: Tensor | None = None, iterations: int = _STEPS) -> float:
+    """Logarithm of a bound on ``sup √(wᵀ M w)`` over ``‖u‖ ≤ 1``, w what ``steps`` make of u, M = ``end`` (default: I).
+
+    Activations are any diagonal matrices with entries in [0, 1], max-poolings any selections.
+    """
+    if end is None:
+        if not steps:
+            return 0.0
+        width = _outputs(steps[-1])
+        like = next((s.matrix if s.matrix is not None else s.windows for s in steps if s.matrix is not None), None)
+        end = torch.eye(width, dtype=torch.float64, device=None if like is None else like.device)
+    bends = [s for s in steps if s.matrix is None]
+    shape = [_outputs(s) for s in bends]
+    logs = [torch.zeros(n, dtype=end.dtype, device=end.device, requires_grad=True) for n in shape]
+    slack = [torch.zeros((), dtype=end.dtype, device=end.device, requires_grad=True) for _ in shape]
+    with torch.no_grad():
+        best = _value(steps, end, logs, slack, exact=True)
+    if bends and iterations and bool(best > 0):
+        optimizer = torch.optim.Adam([*logs, *slack], lr=0.1)
+        tops: dict[int, Tensor] = {}
+        leading = (math.inf, [*logs], [*slack])
+        for _ in range(iterations):
+            optimizer.zero_grad()
+            value = _value(steps, end, logs, slack, exact=False, tops=tops)
+            if not bool(torch.isfinite(value)):
+                break
+            if value.item() < leading[0]:
+                leading = (value.item(), [t.detach().clone() for t in logs], [t.detach().clone() for t in slack])
+            value.log().backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        with torch.no_grad():
+            best = min(best, _value(steps, end, leading[1], leading[2], exact=True))
+    return 0.5 * (log(float(best)) + _ROUNDING)
+
+
+def _value(
+    steps: list[Step], form: Tensor, logs: list[Tensor], slack: list[Tensor], *, exact: bool, tops: Any = None
+) -> Tensor:
+    """``λ_max`` of the form at the beginning; ``exact``: by eigenvalues, infinite where a multiplier is infeasible.
+
+    In the course of a descent largest eigenvalues come from a few power iterations, started where the last one ended.
+    """
+    k = len(logs)
+    for step in reversed(steps):
+        if step.matrix is not None:
+            form = step.matrix.mT @ form @ step.matrix
+            continue
+        k -= 1
+        scale = logs[k].exp()
+        root = scale.rsqrt()
+        least = _top(root[:, None] * form * root, exact, tops, k)
+        if not bool(least > 0):
+            form = form.new_zeros(step.width, step.width)
+            continue
+        if step.windows is not None:
+            form = torch.diag(step.windows.mT @ (least * (1 + _ROUNDING) * scale))
+            continue
+        multiplier = least * 0.5 * (1 + slack[k].exp()) * scale
+        factor, failed = torch.linalg.cholesky_ex(torch.diag(2 * multiplier) - form)
+        if int(failed):
+            return form.new_tensor(math.inf)
+        half = torch.linalg.solve_triangular(factor, torch.diag(multiplier), upper=False)
+        form = half.mT @ half
+    return _top(form, exact, tops, -1)
+
+
+def _top(form: Tensor, exact: bool, tops: Any, key: int) -> Tensor:
+    if exact:
+        found: Tensor = torch.linalg.eigvalsh((form + form.mT) / 2)[-1].clamp_min(0)
+        return found
+    with torch.no_grad():
+        vector = tops.get(key)
+        if vector is None or vector.shape[0] != form.shape[0]:
+            vector = torch.linalg.eigh((form + form.mT) / 2)[1][:, -1]
+        for _ in range(3):
+            vector = form @ vector
+            vector = vector / vector.norm().clamp_min(1e-300)
+        tops[key] = vector
+    rayleigh: Tensor = vector @ form @ vector
+    return rayleigh
+
+
+def _outputs(step: Step) -> int:
+    found = step.matrix if step.matrix is not None else step.windows
+    return step.width if found is None else found.shape[0]
+
+
+def _step(chain: Chain, node: Any) -> Step | None:
+    """What one operation of the chain does; None where it changes the shape only."""
+    known = activation(node)
+    if known is not None:
+        if node.operation not in AVERAGED or known.offset or known.slope > 1:
+            raise Absent(f"{node.operation} is not known to have slopes in [0, 1] and σ(0) = 0")
+        return Step(node.numel)
+    source = next(p for p in node.inputs if p in chain.structure.data)
+    device = chain.layers[-1].weight.device
+    if node.operation in MOVES:
+        order = torch.arange(source.numel, device=device)
+        moved = node.call([order.reshape(source.shape)]).reshape(-1)
+        if bool((moved == order).all()):
+            return None
+        return Step(source.numel, torch.eye(source.numel, dtype=torch.float64, device=device)[moved])
+    # Wider ones exceed the limit on the work by themselves; so large a matrix must not even be written out.
+    if max(node.numel, source.numel) ** 3 > _WORK:
+        raise Absent(f"{node.name!r} is a matrix of {node.numel:,} × {source.numel:,}, too large for multipliers")
+    if node.operation == "max_pool":
+        pool = next(
+            p for p in _pools(chain) if p.after == tuple(node.shape[2:]) and p.before == tuple(source.shape[2:])
+        )
+        return Step(source.numel, windows=_windows(pool, source, node).to(device))
+    return Step(source.numel, jacobian_of_step(chain.structure, node).double())
+
+
+def _pools(chain: Chain) -> list[Pool]:
+    return [pool for layer in chain.layers for pool in layer.pools if pool.kind == "max"]
+
+
+def _windows(pool: Pool, source: Any, node: Any) -> Tensor:
+    if not pool.plain:
+        raise Absent(f"the windows of {node.name!r} overlap or leave the image")
+    at = torch.zeros(node.numel, source.numel, dtype=torch.float64)
+    images = torch.arange(source.numel).reshape(source.shape)
+    taken = images
+    for axis, (kernel, stride) in enumerate(zip(pool.kernel, pool.stride, strict=True), start=2):
+        taken = taken.unfold(axis, kernel, stride)
+    at.scatter_(1, taken.reshape(node.numel, -1), 1.0)
+    return at
+
+
+def _bias(layer: ChainLayer, chain: Chain) -> float:
+    return log(float(chain.structure.value(layer.node.inputs[2]).norm()))

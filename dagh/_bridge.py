@@ -1,0 +1,113 @@
+"""Bridges at work: the derivatives by one node's directions, and tangents carried across by matrix products."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dagh import _sweep
+from dagh._ir import Node
+from dagh._plan import Bridge, Column
+from dagh._request import itemsize
+from dagh._state import State
+from dagh._sweep import Tangents
+
+
+@dataclass
+class Crossing:
+    """``rows``: derivatives of the adjoints of the bridge's targets; ``paths``: of the values of some nodes.
+
+    Bundles over the directions of the bridge's node; channel-diagonal ones (tokens) are marked as such.
+    """
+
+    node: Node
+    rows: Tangents
+    paths: Tangents
+
+
+def build(state: State, bridge: Bridge) -> Crossing:
+    """Sweep all directions of the bridge's node, a part at a time."""
+    like = state.values[bridge.node]
+    step = bridge.step(state.samples, itemsize(like.dtype))
+    pieces = []
+    for start in range(0, bridge.width, step):
+        part = torch.arange(start, min(start + step, bridge.width))
+        seed = unit_vectors(bridge.node, bridge.copies, part, like)
+        tangents = _sweep.push_forward(
+            state, {bridge.node: seed}, bridge.within, bridge.held, channelwise=bridge.copies > 1
+        )
+        rows = _sweep.pull_back(state, {}, bridge.targets, tangents=tangents, curved=bridge.curved, keep=True)
+        pieces.append((rows, tangents))
+    return Crossing(
+        bridge.node,
+        _joined([rows for rows, _ in pieces], bridge.targets, bridge.copies),
+        _joined([tangents for _, tangents in pieces], bridge.paths, bridge.copies),
+    )
+
+
+def unit_vectors(node: Node, copies: int, chosen: Tensor, like: Tensor) -> Tensor:
+    """Some of the basis of a node: ``[1, B, *shape]``, alike in each of the channels (tokens) it stands for."""
+    each, shape = node.numel // copies, node.shape
+    eye = torch.zeros(len(chosen), each, dtype=like.dtype, device=like.device)
+    eye[torch.arange(len(chosen)), chosen] = 1
+    if copies == 1:
+        return eye.reshape(1, len(chosen), *shape)
+    return eye.reshape(1, len(chosen), shape[0], 1, *shape[2:]).expand(-1, -1, -1, copies, *shape[2:])
+
+
+def _joined(pieces: list[Tangents], nodes: tuple[Node, ...], copies: int) -> Tangents:
+    """Bundles of several parts of the directions."""
+    out = Tangents({})
+    for node in nodes:
+        if node not in pieces[0]:
+            continue
+        if node in pieces[0].channelwise:
+            out.channelwise.add(node)
+            out[node] = torch.cat([p[node] for p in pieces], 1)
+            continue
+        # Spread out, a direction's channels come first: [N, copies · part, …].
+        parts = [p[node] for p in pieces]
+        apart = [t.reshape(t.shape[0], copies, -1, *t.shape[2:]) for t in parts]
+        out[node] = parts[0] if len(parts) == 1 else torch.cat(apart, 2).flatten(1, 2)
+    return out
+
+
+def cross(state: State, column: Column, crossing: Crossing, tangents: Tangents, per_sample: bool) -> Tangents:
+    """Rows of the column's targets beyond the bridge; tangents of the nodes it reads there are put into ``tangents``.
+
+    The returned rows include those at the bridge's own node, with which the sweep back starts.
+    """
+    found = Tangents({})
+    for node in [crossing.node, *column.after]:
+        if node in crossing.rows:
+            _carry(state, crossing, crossing.rows, node, tangents, found, per_sample or node.batched)
+    for node in column.paths:
+        if node in crossing.paths and node not in tangents:
+            _carry(state, crossing, crossing.paths, node, tangents, tangents, True)
+    return found
+
+
+def _carry(
+    state: State, crossing: Crossing, source: Tangents, node: Node, tangents: Tangents, into: Tangents, keep: bool
+) -> None:
+    v, n = crossing.node, state.samples
+    table = source[node].expand(n, *source[node].shape[1:])
+    if node in source.channelwise:
+        packed = v in tangents.channelwise
+        t = tangents[v]
+        t, b, c = t.expand(n, *t.shape[1:]), t.shape[1], v.shape[1]
+        left = t.reshape(n, b, c, -1).transpose(1, 2)
+        right = table.reshape(n, table.shape[1], c, -1).transpose(1, 2)
+        into[node] = (left @ right).transpose(1, 2).reshape(n, b, *node.shape)
+        if packed:
+            into.channelwise.add(node)
+        return
+    t = _sweep.matrices(tangents.dense(v))
+    t, table = t.expand(n, *t.shape[1:]), table.flatten(2)
+    if keep:
+        into[node] = (t @ table).reshape(n, t.shape[1], *node.shape)
+    else:
+        summed = t.transpose(0, 1).flatten(1) @ table.flatten(0, 1)
+        into[node] = summed.reshape(1, t.shape[1], *node.shape)

@@ -1,0 +1,83 @@
+"""Losses whose kernels hide their kinks or have no second derivative, written out in simpler operations.
+
+Each function has the signature of the ATen operation it stands for, and the same value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+def _reduced(each: Tensor, reduction: int) -> Tensor:
+    return each if reduction == 0 else each.mean() if reduction == 1 else each.sum()
+
+
+def l1_loss(self: Tensor, target: Tensor, reduction: int = 1) -> Tensor:
+    return _reduced((self - target).abs(), reduction)
+
+
+def hinge_embedding_loss(self: Tensor, target: Tensor, margin: float = 1.0, reduction: int = 1) -> Tensor:
+    apart = torch.where(target != 1, (margin - self).clamp_min(0), 0.0)
+    return _reduced(apart + torch.where(target != -1, self, 0.0), reduction)
+
+
+def margin_ranking_loss(
+    input1: Tensor, input2: Tensor, target: Tensor, margin: float = 0.0, reduction: int = 1
+) -> Tensor:
+    return _reduced((-target * (input1 - input2) + margin).clamp_min(0), reduction)
+
+
+def cosine_embedding_loss(
+    input1: Tensor, input2: Tensor, target: Tensor, margin: float = 0.0, reduction: int = 1
+) -> Tensor:
+    tiny = 1e-12  # PyTorch's own
+    size = ((input1 * input1).sum(-1) + tiny) * ((input2 * input2).sum(-1) + tiny)
+    cosine = (input1 * input2).sum(-1) / size.sqrt()
+    alike = torch.where(target == 1, 1 - cosine, 0.0)
+    return _reduced(alike + torch.where(target == -1, (cosine - margin).clamp_min(0), 0.0), reduction)
+
+
+def triplet_margin_loss(
+    anchor: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    margin: float = 1.0,
+    p: float = 2.0,
+    eps: float = 1e-6,
+    swap: bool = False,
+    reduction: int = 1,
+) -> Tensor:
+    def distance(a: Tensor, b: Tensor) -> Tensor:
+        size: Tensor = torch.linalg.vector_norm(a - b + eps, p, dim=-1)
+        return size
+
+    far = distance(anchor, negative)
+    if swap:
+        far = torch.minimum(far, distance(positive, negative))
+    return _reduced((margin + distance(anchor, positive) - far).clamp_min(0), reduction)
+
+
+def multilabel_margin_loss(self: Tensor, target: Tensor, reduction: int = 1) -> Tensor:
+    x, labels = (t if t.dim() > 1 else t.unsqueeze(0) for t in (self, target))
+    used = (labels < 0).cumsum(-1) == 0  # labels up to the first -1
+    index = labels.clamp(min=0)
+    wanted = torch.zeros_like(index).scatter_add(-1, index, used.to(index.dtype)) > 0
+    gap = (1 - x.gather(-1, index).unsqueeze(-1) + x.unsqueeze(-2)).clamp_min(0)
+    counted = used.unsqueeze(-1) & ~wanted.unsqueeze(-2)
+    each = torch.where(counted, gap, 0.0).sum((-1, -2)) / x.shape[-1]
+    return _reduced(each if self.dim() > 1 else each.squeeze(0), reduction)
+
+
+def table() -> dict[Any, Callable[..., Tensor]]:
+    """The function to trace in place of each operation."""
+    functions = (
+        l1_loss, hinge_embedding_loss, margin_ranking_loss, cosine_embedding_loss, triplet_margin_loss,
+        multilabel_margin_loss,
+    )  # fmt: skip
+    return {getattr(aten, f.__name__).default: f for f in functions}

@@ -1,0 +1,75 @@
+"""Networks of a study, by their configuration."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dagh.architectures import ConvNet1d, ConvNet2d
+
+from ._config import NetConfig
+from ._validate import ConfigError
+
+
+def build(config: NetConfig, shape: tuple[int, ...], classes: int) -> nn.Module:
+    """The network for inputs of ``shape`` (without the sample axis), with weights from torch's generator.
+
+    Raises:
+        ConfigError: the family does not take inputs of this shape.
+        ShapeError: a kernel or a pooling window does not fit what is left of the input.
+    """
+    if config.family == "mlp":
+        return _mlp(config, shape, classes)
+    dims = 1 if config.family == "conv1d" else 2
+    if len(shape) != dims + 1:
+        axes = "length" if dims == 1 else "rows, columns"
+        raise ConfigError(f"base.family={config.family!r} needs inputs [channels, {axes}]; these are {list(shape)}")
+    family = ConvNet1d if dims == 1 else ConvNet2d
+    net: nn.Module = family(
+        config.L,
+        config.C,
+        config.k,
+        size=shape[1] if dims == 1 else (shape[1], shape[2]),
+        in_channels=shape[0],
+        classes=classes,
+        pool_at=config.pool_at,
+        pool=config.pool,
+        k_pool=config.k_pool,
+        head=config.head,
+        stride=config.stride,
+        padding=config.padding,
+        dilation=config.dilation,
+        groups=config.groups,
+        bias=config.bias,
+        activation=config.activation,
+        padding_mode=config.padding_mode,
+    )
+    return net
+
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "sigmoid": nn.Sigmoid,
+    "softplus": nn.Softplus,
+    "elu": nn.ELU,
+}
+
+
+def _mlp(config: NetConfig, shape: tuple[int, ...], classes: int) -> nn.Module:
+    width, layers = 1, list[nn.Module]([nn.Flatten()])
+    for n in shape:
+        width *= n
+    for _ in range(config.L):
+        layers += [nn.Linear(width, config.C, bias=config.bias), _ACTIVATIONS[config.activation]()]
+        width = config.C
+    return nn.Sequential(*layers, nn.Linear(width, classes, bias=config.bias))
+
+
+def initialized(config: NetConfig, shape: tuple[int, ...], classes: int, seed: int, dtype: torch.dtype) -> nn.Module:
+    """The network with the initial weights of ``seed``: those of a fresh generator, whatever ran before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build(config, shape, classes).to(dtype)

@@ -1,0 +1,136 @@
+"""From a study to its runs, each with the key that its results are stored under."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dagh
+
+from ._config import DataConfig, NetConfig, StudyConfig, TrainConfig
+from ._measure_config import MeasureConfig
+from ._nets import build
+from ._sources import Source
+from ._validate import to_plain
+
+TRAIN_VERSION = 1
+"""Raised when training gives other numbers for the same configuration."""
+MEASURE_VERSION = 3
+"""Raised when measuring gives other numbers for the same weights."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trained and measured network.
+
+    ``points`` are the (axis, value) pairs of the study that it stands for: a value may be that of ``base``. ``key``
+    identifies configuration, data and code; ``train_key`` the part of them that the trained weights depend on.
+    """
+
+    net: NetConfig
+    train: TrainConfig
+    measure: MeasureConfig
+    source: DataConfig
+    data: dict[str, Any] = field(compare=False)
+    seed: int
+    key: str
+    train_key: str
+    points: tuple[tuple[str | None, Any], ...] = field(compare=False, default=())
+
+    @property
+    def group(self) -> str:
+        """The same for runs that differ in the seed alone."""
+        return _hash({"net": to_plain(self.net), "train": to_plain(self.train), "data": self.data})
+
+    @property
+    def label(self) -> str:
+        """For people: ``C=6 seed 1``."""
+        points = ", ".join(f"{axis}={value}" for axis, value in self.points if axis is not None)
+        return f"{points + ', ' if points else ''}seed {self.seed}"
+
+    def config(self) -> dict[str, Any]:
+        """Everything that ``config.json`` holds."""
+        axis, value = self.points[0] if self.points else (None, None)
+        return {
+            "key": self.key,
+            "train_key": self.train_key,
+            "axis": axis,
+            "value": value,
+            "points": [list(p) for p in self.points],
+            "seed": self.seed,
+            "net": to_plain(self.net),
+            "train": to_plain(self.train),
+            "measure": to_plain(self.measure),
+            "data": self.data,
+            "versions": _versions(),
+        }
+
+
+def expand(study: StudyConfig, sources: Callable[[DataConfig], Source]) -> list[Run]:
+    """All runs of a study, in the order of its axes, values and seeds, without repeats.
+
+    Raises:
+        DaghError: a data set cannot be loaded, or a network does not fit it.
+    """
+    found: dict[str, Run] = {}
+    pairs: list[tuple[str | None, Any]] = [(a, v) for a, values in study.axes.items() for v in values]
+    for axis, value in pairs or [(None, None)]:
+        point = study.at(axis, value)
+        source = sources(point.data)
+        _check(point.base, source)
+        for run in _runs(point, source):
+            before = found.get(run.key)
+            points = (*(before.points if before else ()), (axis, value))
+            found[run.key] = Run(**{**_fields(run), "points": points})
+    return list(found.values())
+
+
+def _check(net: NetConfig, source: Source) -> None:
+    """Build the network without memory for its weights, to refuse a study before it is begun."""
+    with torch.device("meta"):
+        build(net, source.shape, source.classes)
+
+
+def epochs(train: TrainConfig, data: str) -> int:
+    """Epochs of training: those asked for, else the paper's."""
+    if train.epochs is not None:
+        return train.epochs
+    return 15 if data == "cifar10" else 10
+
+
+def _runs(point: StudyConfig, source: Source) -> Iterable[Run]:
+    samples = {"train": len(source.split.train_x), "test": len(source.split.test_x)}
+    name = Path(point.data.name).stem if point.data.name.endswith(".npz") else point.data.name
+    data = {"name": name, **samples, "train_digest": source.train_digest, "test_digest": source.test_digest}
+    train = TrainConfig(**{**_fields(point.train), "epochs": epochs(point.train, point.data.name)})
+    settings = {k: v for k, v in to_plain(train).items() if k != "together"}
+    for seed in point.seeds:
+        weights = {
+            "net": to_plain(point.base),
+            "train": settings,
+            "data": source.train_digest,
+            "classes": source.classes,
+            "seed": seed,
+            "version": TRAIN_VERSION,
+        }
+        whole = {**weights, "measure": to_plain(point.measure), "test": source.test_digest, "versions": _versions()}
+        yield Run(point.base, train, point.measure, point.data, data, seed, _hash(whole), _hash(weights))
+
+
+def _versions() -> dict[str, Any]:
+    return {"dagh": dagh.__version__, "train": TRAIN_VERSION, "measure": MEASURE_VERSION}
+
+
+def _hash(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in value.__dataclass_fields__}

@@ -1,0 +1,155 @@
+"""Tables of a report: one row per run, one per value, one per k; as CSV, and Parquet where pyarrow is installed."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ._report_claims import Claim
+from ._report_data import Array, Panel, Results, label_of
+from ._report_figures import curves_of, norm_ratio, spaced
+
+Row = dict[str, Any]
+
+#: Columns of the summary: heading, path of the number, format.
+_SUMMARY = (
+    ("train loss", "train.loss", ".3g"),
+    ("test loss", "test.loss", ".3g"),
+    ("test accuracy", "test.accuracy", ".3f"),
+    ("level", "level", ".3g"),
+    ("slope", "slope", ".3f"),
+    ("‖H_O‖", "hessian.outer_max", ".3g"),
+    ("λ max", "hessian.max", ".3g"),
+    ("λ min", "hessian.min", ".3g"),
+    ("‖H_F‖", "hessian.functional_norm", ".3g"),
+    ("‖∇L‖", "gradient_norm", ".2g"),
+)
+
+
+def run_rows(results: Results) -> list[Row]:
+    """One row per run and axis: what identifies it, then every number of its results."""
+    rows = []
+    for panel in results.panels:
+        for value, runs in panel.runs.items():
+            for r in runs:
+                row: Row = {"axis": panel.axis, "value": value, "dataset": panel.dataset, "seed": r.seed, "key": r.key}
+                rows.append(row | dict(_numbers(r.scalars)))
+    return rows
+
+
+def _numbers(scalars: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float | str]]:
+    for name, value in scalars.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, str if prefix == "environment." else (int, float)) and not isinstance(value, bool):
+            yield f"{prefix}{name}", value
+
+
+def curve_rows(results: Results) -> list[Row]:
+    """The curves of every value, mean over seeds, at about sixty k."""
+    rows = []
+    for panel in results.panels:
+        found = {name: curves_of(panel, name) for name in ("mean", "smooth", "q05", "q50", "q95", "boot_lo", "boot_hi")}
+        for value, (k, _) in found["mean"].items():
+            for i in spaced(k, 60).tolist():
+                row: Row = {"axis": panel.axis, "value": value, "dataset": panel.dataset, "k": int(k[i])}
+                rows.append(row | {n: float(c[value][1][i]) for n, c in found.items() if value in c})
+    return rows
+
+
+def term_rows(results: Results) -> list[Row]:
+    """The terms of every run at every k and R."""
+    names = (
+        "measured", "zeroth", "first", "second", "second_outer", "predicted", "predicted_outer", "remainder",
+        "remainder_outer", "level",
+    )  # fmt: skip
+    rows = []
+    for panel in results.panels:
+        for r in panel:
+            if "terms_k" not in r.arrays:
+                continue
+            for i, k in enumerate(r.arrays["terms_k"].tolist()):
+                for j, radius in enumerate(r.arrays["terms_radius"].tolist()):
+                    row: Row = {
+                        "axis": panel.axis, "value": label_of(r.value), "dataset": panel.dataset, "seed": r.seed,
+                        "R": radius, "k": k,
+                    }  # fmt: skip
+                    row |= {n: float(r.arrays[f"terms_{n}"][i, j]) for n in names if f"terms_{n}" in r.arrays}
+                    row |= {
+                        n: float(r.arrays[f"terms_{n}"][j])
+                        for n in ("changed_samples", "changed_units")
+                        if f"terms_{n}" in r.arrays
+                    }
+                    rows.append(row)
+    return rows
+
+
+def claim_rows(claims: Sequence[Claim]) -> list[Row]:
+    """One row per claim."""
+    return [
+        {
+            "statement": c.statement, "source": c.source, "dataset": c.dataset, "test": c.test,
+            "estimate": c.estimate.value, "low": c.estimate.low, "high": c.estimate.high, "verdict": c.verdict,
+            "runs": c.runs, "note": c.note,
+        }
+        for c in claims
+    ]  # fmt: skip
+
+
+def summary(panel: Panel) -> tuple[list[str], list[list[str]]]:
+    """Heads and cells: mean and standard deviation over seeds, per value of the axis."""
+    used = [(head, panel.scalar(path), spec) for head, path, spec in _SUMMARY]
+    used = [(head, groups, spec) for head, groups, spec in used if any(len(g) for g in groups)]
+    ratios = [(f"{row} / ‖H_O‖", norm_ratio(panel, row)) for row in ("P0", "a3", "b2")]
+    ratios = [(head, groups) for head, groups in ratios if any(len(g) for g in groups)]
+    heads = [panel.label, "runs", *(head for head, _, _ in used), *(head for head, _ in ratios)]
+    cells = []
+    for i, (value, runs) in enumerate(panel.runs.items()):
+        row = [value, str(len(runs))]
+        row += [_mean(groups[i], spec) for _, groups, spec in used]
+        row += [_power(groups[i]) for _, groups in ratios]
+        cells.append(row)
+    return heads, cells
+
+
+def _mean(values: Array, spec: str) -> str:
+    if not len(values):
+        return "–"
+    spread = f" ± {values.std(ddof=1):.1g}" if len(values) > 1 else ""
+    return f"{values.mean():{spec}}{spread}"
+
+
+def _power(log10: Array) -> str:
+    if not len(log10):
+        return "–"
+    mean = float(log10.mean())
+    return f"{10**mean:.2g}" if mean < 4 else f"1e{mean:.0f}"
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> Path | None:
+    """Write rows, columns in the order of first appearance; nothing where there are none."""
+    if not rows:
+        return None
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with open(path, "w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def write_parquet(path: Path, rows: Sequence[Row]) -> Path | None:
+    """The same rows as Parquet; nothing without pyarrow."""
+    if not rows:
+        return None
+    try:
+        arrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+    except ImportError:
+        return None
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    table = arrow.table({c: [row.get(c) for row in rows] for c in columns})
+    parquet.write_table(table, path)
+    return path

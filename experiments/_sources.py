@@ -1,0 +1,161 @@
+"""Data sets by name: found, loaded, split, limited and identified by a digest."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dagh.errors import FileFormatError, ShapeError
+
+from ._cifar import is_cifar10, load_cifar10
+from ._config import DataConfig
+from ._datasets import Dataset, load_digits, load_mnist, load_npz, read_npz
+from ._measure_config import Split
+from ._validate import ConfigError, nearest
+
+DATA_ROOT = "DAGH_DATA"
+"""Environment variable with the folder of the data sets."""
+
+_TEST_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set ready for training.
+
+    ``train_digest`` and ``test_digest`` identify the samples: shapes, types and values.
+    """
+
+    name: str
+    split: Split
+    classes: int
+    train_digest: str
+    test_digest: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one input."""
+        return tuple(self.split.train_x.shape[1:])
+
+
+def load(config: DataConfig, root: Path | None = None) -> Source:
+    """The data set that ``config`` names.
+
+    Args:
+        config: the name, or the path of an ``.npz`` file with x, y and optionally x_test, y_test.
+        root: the folder of the data sets; the environment variable ``DAGH_DATA``, or ``data``, when absent.
+
+    Raises:
+        ConfigError: no such data set, or more samples asked for than there are.
+        FileFormatError: a file is missing or malformed; the message says where it was looked for.
+    """
+    train, test = _load(config.name, root)
+    parts = [
+        _limited(p, n, f"data.{which}") for p, n, which in ((train, config.train, "train"), (test, config.test, "test"))
+    ]
+    digests = [digest(p) for p in parts]
+    (x, y), (x_test, y_test) = parts
+    if x.shape[1:] != x_test.shape[1:]:
+        raise ShapeError(f"{config.name}: training inputs {list(x.shape[1:])}, test inputs {list(x_test.shape[1:])}")
+    return Source(config.name, Split(x, y, x_test, y_test), _classes(config.name, train, test), *digests)
+
+
+def _load(name: str, root: Path | None) -> tuple[Dataset, Dataset]:
+    if name in NAMED:
+        return NAMED[name](root)
+    path = Path(name)
+    if path.suffix == ".npz":
+        return _npz(path)
+    hint = nearest(name, list(NAMED))
+    raise ConfigError(f"no data set {name!r}, and it is not the path of an .npz file; {hint}")
+
+
+def _digits(root: Path | None) -> tuple[Dataset, Dataset]:
+    return _divided(load_digits())
+
+
+def _npz(path: Path) -> tuple[Dataset, Dataset]:
+    data = load_npz(path)
+    if not {"x_test", "y_test"} <= read_npz(path).keys():
+        return _divided(data)
+    return data, load_npz(path, ("x_test", "y_test"))
+
+
+def _idx(name: str) -> Callable[[Path | None], tuple[Dataset, Dataset]]:
+    def read(root: Path | None) -> tuple[Dataset, Dataset]:
+        folder = find(name, root)
+        return load_mnist(folder), load_mnist(folder, "test")
+
+    return read
+
+
+def _cifar10(root: Path | None) -> tuple[Dataset, Dataset]:
+    base = root_folder(root)
+    folder = base if not (base / "cifar10").is_dir() and is_cifar10(base) else find("cifar10", root)
+    return load_cifar10(folder), load_cifar10(folder, "test")
+
+
+NAMED: dict[str, Callable[[Path | None], tuple[Dataset, Dataset]]] = {
+    "digits": _digits,
+    "mnist": _idx("mnist"),
+    "fashion-mnist": _idx("fashion-mnist"),
+    "cifar10": _cifar10,
+}
+
+
+def root_folder(root: Path | None) -> Path:
+    """The folder of the data sets."""
+    return root if root is not None else Path(os.environ.get(DATA_ROOT, "data"))
+
+
+def find(name: str, root: Path | None) -> Path:
+    """The folder of the data set ``name`` under ``root``.
+
+    Raises:
+        FileFormatError: it is not there.
+    """
+    folder = root_folder(root)
+    if (folder / name).is_dir():
+        return folder / name
+    raise FileFormatError(
+        f"{name} is not at {folder / name}; give the folder that holds {name!r} with --data-root or {DATA_ROOT}, "
+        "or fetch it with --download"
+    )
+
+
+def _divided(data: Dataset) -> tuple[Dataset, Dataset]:
+    """A fifth of the samples, always the same ones, for testing."""
+    order = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(0))
+    n = len(order) - max(1, round(_TEST_SHARE * len(order)))
+    return Dataset(data.x[order[:n]], data.y[order[:n]]), Dataset(data.x[order[n:]], data.y[order[n:]])
+
+
+def _limited(data: Dataset, count: int | None, what: str) -> Dataset:
+    if count is None:
+        return data
+    if count > len(data.x):
+        raise ConfigError(f"{what}={count}, but there are only {len(data.x)} samples")
+    return Dataset(data.x[:count], data.y[:count])
+
+
+def _classes(name: str, *parts: Dataset) -> int:
+    for part in parts:
+        if part.y.dtype != torch.long or part.y.dim() != 1 or not part.x.is_floating_point():
+            raise ShapeError(f"{name}: expected floating-point x and one integer class per sample in y")
+        if int(part.y.min()) < 0:
+            raise ShapeError(f"{name}: classes must be numbered from 0, found {int(part.y.min())}")
+    return 1 + max(int(part.y.max()) for part in parts)
+
+
+def digest(data: Dataset) -> str:
+    """Sixteen hexadecimal digits that identify the samples."""
+    found = hashlib.sha256()
+    for tensor in data:
+        found.update(f"{tensor.dtype} {list(tensor.shape)};".encode())
+        found.update(tensor.contiguous().numpy().data)
+    return found.hexdigest()[:16]

@@ -1,0 +1,272 @@
+"""Reports on folders of results with known dependences, whole and in pieces."""
+
+from __future__ import annotations
+
+import csv
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from synthetic_results import write_results
+
+from dagh.errors import FileFormatError
+from dagh.experiments import _report_figures
+from dagh.experiments._datasets import MissingPackageError
+from dagh.experiments._report import report
+from dagh.experiments._report_claims import Claim, claims
+from dagh.experiments._report_data import label_of, load, number
+from dagh.experiments._report_figures import spaced
+from dagh.experiments._report_stats import Interval, _misfit, correlation, decide, median, monotone, spearman
+from dagh.experiments._store import StoreError
+
+pytest.importorskip("matplotlib")
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def verdicts(found: list[Claim], words: str) -> list[str]:
+    return [c.verdict for c in found if words in c.statement]
+
+
+# -- statistics ------------------------------------------------------------------------------------
+
+
+def seeds(means: list[float], count: int = 3, noise: float = 0.05, seed: int = 0) -> list[Any]:
+    rng = np.random.default_rng(seed)
+    return [m * np.exp(noise * rng.standard_normal(count)) for m in means]
+
+
+def test_spearman_is_the_one_of_scipy() -> None:
+    from scipy.stats import spearmanr
+
+    x, y = np.array([1.0, 2, 2, 5, 3, 9]), np.array([2.0, 1, 4, 4, 3, 8])
+    assert spearman(x, y) == pytest.approx(spearmanr(x, y).statistic)
+    assert np.isnan(spearman(x, np.ones(6)))
+
+
+def test_misfit_is_the_distance_from_isotonic_regression() -> None:
+    from scipy.optimize import isotonic_regression
+
+    rng = np.random.default_rng(0)
+    data, weights = rng.standard_normal((30, 6)), rng.integers(1, 4, 6)
+    expected = [float((weights * (row - isotonic_regression(row, weights=weights).x) ** 2).sum()) for row in data]
+    np.testing.assert_allclose(_misfit(data, weights), expected, atol=1e-12)
+
+
+def test_clear_shapes_are_told_apart() -> None:
+    assert monotone(seeds([1, 2, 3, 4])).verdict is True
+    assert monotone(seeds([4, 3, 2, 1])).verdict is True
+    assert monotone(seeds([4, 3, 2, 1])).direction == -1
+    assert monotone(seeds([1, 2, 3, 2, 1])).verdict is False
+    assert monotone(seeds([1, 2, 2.01, 3])).verdict is None  # a step lost in the spread
+
+
+def test_noise_alone_is_seldom_taken_for_a_shape() -> None:
+    """A constant is neither monotone nor not monotone: at most 5 % of verdicts, up to chance."""
+    said = [monotone(seeds([1.0] * 6, noise=0.1, seed=s)).verdict for s in range(60)]
+    assert sum(v is not None for v in said) <= 7
+
+
+@pytest.mark.parametrize("groups", [[], seeds([1, 2]), seeds([1, 2, 3], count=1), [np.array([]), np.array([1.0])]])
+def test_too_little_gives_no_verdict(groups: list[Any]) -> None:
+    found = monotone(groups)
+    assert found.verdict is None and found.probability is None
+
+
+def test_correlations_resample_nets_not_seeds() -> None:
+    """Thirty seeds of four nets are four nets: the interval is as wide as theirs."""
+    x, nets = np.repeat([1.0, 2, 3, 4], 30), np.repeat([0, 1, 2, 3], 30)
+    y = np.repeat([1.0, 3, 2, 4], 30) + 1e-3 * np.random.default_rng(0).standard_normal(120)
+    (found,) = correlation(x, nets.tolist(), y)
+    assert found.low is not None and found.low < 0.3
+    (few,) = correlation(x[nets < 3], nets[nets < 3].tolist(), y[nets < 3])
+    assert few.low is None
+    wide = median(np.repeat([1.0, 2, 9], 30), np.repeat([0, 1, 2], 30).tolist())
+    assert (wide.value, wide.low, wide.high) == (2, 1, 9)
+
+
+def test_verdicts_are_said_when_both_ends_agree() -> None:
+    assert decide(lambda v: v > 0, Interval(1, 0.5, 2)) == "holds"
+    assert decide(lambda v: v > 0, Interval(-1, -2, -0.5)) == "does not hold"
+    assert decide(lambda v: v > 0, Interval(0.5, -1, 2)) == "undecided"
+    assert decide(lambda v: v > 0, Interval(3)) == "undecided"
+
+
+# -- claims ----------------------------------------------------------------------------------------
+
+
+def test_claims_find_what_the_results_were_made_with(tmp_path: Path) -> None:
+    write_results(tmp_path / "C")
+    write_results(tmp_path / "L", "L", (1, 2, 3, 4, 5), level=lambda v: 1 + (v - 3) ** 2 / 4)
+    write_results(tmp_path / "k", "k", (2, 3, 4, 5), level=lambda v: v)
+    write_results(tmp_path / "p", "pool_at", ((1,), (2,), (3,)), level=lambda v: 1.0)
+    found = claims(load([tmp_path / n for n in ("C", "L", "k", "p")]))
+    assert verdicts(found, "monotone in the number of channels") == ["holds"]
+    assert verdicts(found, "not monotone in the number of layers") == ["holds"]
+    assert verdicts(found, "not monotone in the kernel size") == ["does not hold"]
+    assert verdicts(found, "monotone in the position of pooling") == ["undecided"]
+    assert verdicts(found, "the loss at the optimum orders") == ["holds"]
+    assert verdicts(found, "the Hessian norm orders") == ["does not hold"]
+    assert verdicts(found, "predominant") == ["holds"]
+    assert verdicts(found, "at R = 0.1") == ["holds"]
+    assert verdicts(found, "at R = 10") == ["does not hold"]
+    assert verdicts(found, "H ≈ H_O") == ["does not hold"]
+    assert verdicts(found, "published bound (P0) exceeds") == ["holds"]
+    assert verdicts(found, "follows the published bound along C") == ["holds"]
+
+
+def test_claims_are_made_by_data_set(tmp_path: Path) -> None:
+    write_results(tmp_path / "a")
+    write_results(tmp_path / "b", dataset="cifar10", level=lambda v: 1 + (v - 2.5) ** 2)
+    found = [c for c in claims(load([tmp_path / "a", tmp_path / "b"])) if "channels" in c.statement]
+    assert {c.dataset: c.verdict for c in found} == {"mnist": "holds", "cifar10": "does not hold"}
+
+
+def test_one_name_with_two_sizes_is_two_data_sets(tmp_path: Path) -> None:
+    write_results(tmp_path / "a", samples=400)
+    write_results(tmp_path / "b", samples=900)
+    assert load([tmp_path / "a", tmp_path / "b"]).datasets == ["mnist (400 samples)", "mnist (900 samples)"]
+
+
+# -- reports ---------------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.ids: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.links += [v for k in ("src", "href") if (v := found.get(k))]
+        self.ids += [v for v in [found.get("id")] if v]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_a_report_has_everything(tmp_path: Path) -> None:
+    write_results(tmp_path / "a")
+    written = report([tmp_path / "a"], tmp_path / "out")
+    assert all(p.stat().st_size > 100 for p in written)
+    names = {p.relative_to(tmp_path / "out").as_posix() for p in written}
+    figures = {f"figures/{n}-C-mnist.{e}" for n in ("curves", "hessian", "terms") for e in ("png", "pdf")}
+    assert figures | {"report.html", "report.md", "runs.csv", "curves.csv", "terms.csv", "claims.csv"} <= names
+    runs = rows(tmp_path / "out/runs.csv")
+    assert len(runs) == 12
+    assert float(runs[0]["hessian.outer_max"]) == pytest.approx(float(runs[0]["level"]) ** -2)
+    assert {r["environment.device_name"] for r in runs} == {"a machine"}
+    curves = rows(tmp_path / "out/curves.csv")
+    assert {r["value"] for r in curves} == {"2", "4", "6", "8"}
+    assert {r["k"] for r in curves} >= {"1", "399"}
+    terms = rows(tmp_path / "out/terms.csv")
+    assert len(terms) == 12 * 4
+    assert all(float(r["measured"]) > 0 and float(r["changed_samples"]) > 0 for r in terms)
+    page = Page((tmp_path / "out/report.html").read_text(encoding="utf-8"))
+    assert page.open == ["html"] or not page.open
+    outside = [link for link in page.links if not link.startswith(("data:image/png;base64,", "#"))]
+    assert not outside  # self-contained
+    assert {link[1:] for link in page.links if link[0] == "#"} <= set(page.ids)
+    text = (tmp_path / "out/report.md").read_text(encoding="utf-8")
+    linked = re.findall(r"\]\((figures/[^)]+)\)", text)
+    assert len(linked) == 3 and set(linked) <= names
+    assert "12 finished runs (4 nets, 3 seeds)" in text
+    assert not re.search(r"\bnan\b|\binf\b", text)
+
+
+def test_partial_results_make_a_report_that_says_so(tmp_path: Path) -> None:
+    write_results(
+        tmp_path / "a", failed=frozenset({(4, 1)}), missing=frozenset({(2, 0), (2, 1), (2, 2), (8, 2)}), seeds=(0, 1, 2)
+    )
+    report([tmp_path / "a"], tmp_path / "out")
+    text = (tmp_path / "out/report.md").read_text(encoding="utf-8")
+    assert "**1 run failed:**" in text
+    assert "C=4, seed 1, mnist: NonFiniteError: the loss of sample 0 is NaN" in text
+    assert "**4 runs missing:**" in text
+    assert "C=8, seed 2 (C-study)" in text
+    html = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert "1 run failed" in html and "4 runs missing" in html
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"seeds": (0,)},
+        {"values": (4,), "seeds": (0,), "bare": True},
+        {"axis": "activation", "values": ("relu", "tanh", "gelu"), "bare": True},
+        {"axis": "head", "values": ((), (8,), (8, 4)), "bare": True, "samples": 4},
+    ],
+    ids=["one seed", "one run", "names", "lists and few samples"],
+)
+def test_anything_that_finished_can_be_reported(tmp_path: Path, options: dict[str, Any]) -> None:
+    write_results(tmp_path / "a", **options)
+    report([tmp_path / "a"], tmp_path / "out")
+    text = (tmp_path / "out/report.md").read_text(encoding="utf-8")
+    assert not re.search(r"\bnan\b|\binf\b", text)
+    if options.get("seeds") == (0,) and len(options.get("values", (0, 0, 0))) > 2:
+        assert "one seed: no spread to compare with" in text
+
+
+def test_nothing_finished_is_refused_in_one_line(tmp_path: Path) -> None:
+    write_results(tmp_path / "a", values=(2,), seeds=(0,), failed=frozenset({(2, 0)}))
+    with pytest.raises(FileFormatError, match="no finished run to report on") as caught:
+        report([tmp_path / "a"], tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    write_results(tmp_path / "a", values=(2,), seeds=(0,), bare=True)
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(StoreError, match="cannot write to"):
+        report([tmp_path / "a"], tmp_path / "out")
+
+
+def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    write_results(tmp_path / "a", values=(2,), seeds=(0,), bare=True)
+    with pytest.raises(MissingPackageError, match=r"dagh\[plot\]"):
+        list(_report_figures.draw(load([tmp_path / "a"]).panels[0]))
+
+
+# -- pieces ----------------------------------------------------------------------------------------
+
+
+def test_numbers_are_found_by_path() -> None:
+    scalars = {
+        "hessian": {"max": 2, "min": None},
+        "bounds": {"H.b2": {"log": 3.0}, "c": {"reason": "no"}},
+        "bad": np.nan,
+    }
+    assert number(scalars, "hessian.max") == 2
+    assert number(scalars, "bounds.H.b2.log") == 3
+    absent = ("hessian.min", "hessian.max.deeper", "bounds.c.log", "bounds.P0.log", "bad", "none")
+    assert [number(scalars, p) for p in absent] == [None] * len(absent)
+
+
+@pytest.mark.parametrize(
+    ("value", "label"),
+    [(2, "2"), (2.0, "2"), ([3], "3"), ((8, 4), "8, 4"), ((), "none"), ("relu", "relu"), (0.1, "0.1")],
+)
+def test_values_have_short_names(value: Any, label: str) -> None:
+    assert label_of(value) == label
+
+
+def test_spaced_keeps_both_ends() -> None:
+    k = np.arange(1, 10_000)
+    found = spaced(k, 50)
+    assert (k[found[0]], k[found[-1]]) == (1, 9_999)
+    assert len(found) <= 50

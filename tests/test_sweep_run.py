@@ -1,0 +1,266 @@
+"""Sweeps from the first run to the last, through every accident."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sweep_helpers import METHOD, Started, count_work, sweep, write_study
+
+from dagh.experiments import _work
+from dagh.experiments._engines import Processes
+from dagh.experiments._runner import Options, Sweep, runs_of
+from dagh.experiments._store import Store
+from dagh.experiments._studies import load_study
+from dagh.experiments._work import Done, Failed, Step, Trained, Work
+
+
+class Nobody:
+    """A watcher that remembers how runs ended."""
+
+    def __init__(self) -> None:
+        self.ended: list[str] = []
+
+    def begin(self, total: int, done: int) -> None: ...
+    def step(self, step: Step) -> None: ...
+    def end(self, run: object, status: str, note: str, wall_s: float) -> None:
+        self.ended.append(status)
+
+    def say(self, text: str) -> None: ...
+
+
+def works(study: Path) -> list[Work]:
+    """Units of work of one run each."""
+    config = load_study(str(study))
+    return [
+        Work((run,), frozenset({run.key}), run.source, None, "cpu", 1, False, {}) for run in runs_of(config, Options())
+    ]
+
+
+def test_a_study_from_start_to_end(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = sweep("run", write_study(tmp_path), "--out", out)
+    assert done.exit_code == 0, done.output
+    assert done.output.splitlines()[0] == "4 runs"
+    assert done.output.splitlines()[-1] == f"4 runs done; results in {out}"
+    runs = Store(out).runs()
+    assert [(r.axis, r.value, r.seed, r.status) for r in runs] == [("C", c, s, "done") for c in (1, 2) for s in (0, 1)]
+    for run in runs:
+        assert run.config["key"] == run.key and run.dataset == "data"
+        assert 0 <= run.scalars["test"]["accuracy"] <= 1
+        assert run.arrays["mean"].shape == run.arrays["k"].shape
+        about = json.loads((out / "runs" / run.key / "result.json").read_text())["about"]
+        assert about["wall_s"] > 0 and about["versions"]["torch"] == torch.__version__
+    told = sweep("status", out).output
+    assert "4 of 4 runs done" in told
+    again = sweep("run", tmp_path / "tiny.toml", "--out", out)
+    assert again.output.splitlines()[-1] == f"0 runs done, 4 were done before; results in {out}"
+
+
+def test_same_seed_same_numbers(tmp_path: Path) -> None:
+    study = write_study(tmp_path)
+    for out in ("a", "b"):
+        torch.rand(7)  # whatever was drawn before
+        assert sweep("run", study, "--out", tmp_path / out).exit_code == 0
+    first, second = (Store(tmp_path / out).runs() for out in ("a", "b"))
+    assert [r.key for r in first] == [r.key for r in second]
+    for one, two in zip(first, second, strict=True):
+        assert one.scalars["train"] == two.scalars["train"]
+        np.testing.assert_array_equal(one.arrays["mean"], two.arrays["mean"])
+    assert first[0].scalars["train"] != first[1].scalars["train"]
+
+
+def test_resume_does_exactly_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    assert sweep("run", write_study(tmp_path), "--out", out).exit_code == 0
+    lines = (out / "manifest.jsonl").read_text().splitlines(keepends=True)
+    (out / "manifest.jsonl").write_text("".join([lines[0], lines[2]]))
+    missing = {json.loads(line)["key"] for line in (lines[1], lines[3])}
+    (out / "weights" / f"{Store(out).runs()[0].config['train_key']}.npz").unlink()  # of a run that is done
+    for key in missing:
+        train_key = json.loads((out / "runs" / key / "config.json").read_text())["train_key"]
+        (out / "weights" / f"{train_key}.npz").unlink()
+    counts = count_work(monkeypatch)
+    before = {r.key: r.scalars["train"] for r in Store(out).runs()}
+    done = sweep("resume", out)
+    assert done.output.splitlines()[-1].startswith("2 runs done, 2 were done before")
+    assert counts == {"train": 2, "measure": 2}
+    after = {r.key: r.scalars["train"] for r in Store(out).runs()}
+    assert after.keys() - before.keys() == missing
+    assert {k: after[k] for k in before} == before
+
+
+def test_measuring_anew_trains_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    assert sweep("run", write_study(tmp_path), "--out", out).exit_code == 0
+    losses = sorted(r.scalars["train"]["loss"] for r in Store(out).runs())
+    counts = count_work(monkeypatch)
+    assert sweep("resume", out, "--set", "measure.shuffles=5").exit_code == 0
+    assert counts == {"train": 0, "measure": 4}
+    assert Store(out).study().measure.shuffles == 5
+    fresh = Store(out).runs()[-4:]
+    assert {r.config["measure"]["shuffles"] for r in fresh} == {5}
+    assert sorted(r.scalars["train"]["loss"] for r in fresh) == losses
+    refused = sweep("run", tmp_path / "tiny.toml", "--out", out)
+    assert refused.exit_code == 2 and "holds a study with other settings" in refused.output
+
+
+def test_failed_runs_are_recorded_and_the_rest_goes_on(tmp_path: Path) -> None:
+    out, study = tmp_path / "out", write_study(tmp_path, a="C = [1, 2]->'train.lr' = [1e-3, 1e38]")
+    done = sweep("run", study, "--out", out)
+    assert done.exit_code == 1
+    assert "2 runs done, 2 failed" in done.output
+    failed = [r for r in Store(out).runs() if r.status == "failed"]
+    assert [(r.axis, r.value) for r in failed] == [("train.lr", 1e38)] * 2
+    assert "TrainingError" in (failed[0].error or "")
+    assert "Traceback" in (out / "runs" / failed[0].key / "error.txt").read_text()
+    told = sweep("status", out).output
+    assert "2 of 4 runs done" in told and "TrainingError" in told
+    assert sweep("resume", out).exit_code == 1  # tried again
+
+
+def test_shards_are_a_partition(tmp_path: Path) -> None:
+    study = write_study(tmp_path, a="C = [1, 2]->C = [1, 2, 3, 4, 5]")
+    whole = {r.key for r in runs_of(load_study(str(study)), Options())}
+    parts = [{r.key for r in runs_of(load_study(str(study)), Options(shard=(i, 3)))} for i in (1, 2, 3)]
+    assert set().union(*parts) == whole and sum(map(len, parts)) == len(whole) == 10
+    for i in (1, 2, 3):
+        assert sweep("run", study, "--out", tmp_path / "out", "--shard", f"{i}/3").exit_code == 0
+    assert Store(tmp_path / "out").finished() == whole
+    for wrong in ("0/3", "4/3", "1", "a/b"):
+        assert sweep("run", study, "--shard", wrong).exit_code == 2
+
+
+def test_seeds_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = write_study(tmp_path, a="epochs = 2->epochs = 2\ndtype = 'float64'")
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert sweep("run", study, "--out", alone).exit_code == 0
+    assert sweep("run", study, "--out", together, "--set", "train.together=always").exit_code == 0
+    one, two = Store(alone).runs(), Store(together).runs()
+    assert [r.key for r in one] == [r.key for r in two]
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_allclose(a.arrays["mean"], b.arrays["mean"], rtol=1e-9)
+    # What is missing of a group is trained with the whole group: the same bits.
+    before = {r.key: r.scalars["train"] for r in two}
+    lines = (together / "manifest.jsonl").read_text().splitlines(keepends=True)
+    (together / "manifest.jsonl").write_text("".join(lines[1:]))
+    for path in (together / "weights").iterdir():
+        path.unlink()
+    monkeypatch.setattr(_work, "train", None)
+    done = sweep("resume", together)
+    assert "1 runs done, 3 were done before" in done.output
+    assert {r.key: r.scalars["train"] for r in Store(together).runs()} == before
+
+
+def test_the_trial_is_remembered(tmp_path: Path) -> None:
+    study = write_study(tmp_path, a='"never"->"auto"')
+    out = tmp_path / "out"
+    first = sweep("run", study, "--out", out)
+    assert first.exit_code == 0 and first.output.count("ms a step alone") == 2
+    trials = Store(out).note("trials")
+    assert len(trials) == 2
+    (out / "manifest.jsonl").unlink()
+    again = sweep("resume", out)
+    assert "4 runs done" in again.output and "ms a step alone" not in again.output
+    assert Store(out).note("trials") == trials
+
+
+def test_a_dry_run_does_nothing(tmp_path: Path) -> None:
+    done = sweep("run", write_study(tmp_path), "--out", tmp_path / "out", "--dry-run")
+    assert done.exit_code == 0
+    assert "4 of 4 runs to do, on data (32 training, 8 test samples), 2 epochs each" in done.output
+    assert not (tmp_path / "out").exists()
+
+
+# -- processes -------------------------------------------------------------------------------------
+
+
+def test_a_worker_that_dies_gets_a_second_chance(tmp_path: Path) -> None:
+    engine, pending = Processes(1, METHOD), iter(works(write_study(tmp_path))[:2])
+    messages, deaths = [], 0
+    try:
+        for message in engine.run(lambda: next(pending, None)):
+            messages.append(message)
+            if isinstance(message, Step) and deaths < 1:
+                deaths += 1
+                os.kill(engine._workers[0].process.pid or 0, signal.SIGKILL)
+    finally:
+        engine.close()
+    assert deaths == 1
+    assert [type(m) for m in messages if not isinstance(m, Step)].count(Done) == 2
+    assert not any(isinstance(m, Failed) for m in messages)
+
+
+def test_a_worker_that_always_dies_costs_its_run_alone(tmp_path: Path) -> None:
+    study = write_study(tmp_path)
+    pending = iter(works(study)[:2])
+    engine, first, ended = Processes(1, METHOD), works(study)[0], []
+    try:
+        for message in engine.run(lambda: next(pending, None)):
+            if isinstance(message, Step) and message.label == first.label and engine._workers:
+                os.kill(engine._workers[0].process.pid or 0, signal.SIGKILL)
+            elif isinstance(message, (Done, Failed)):
+                ended.append(message)
+    finally:
+        engine.close()
+    assert [type(m) for m in ended] == [Failed, Done]
+    assert isinstance(ended[0], Failed) and "died 2 times, the last time with SIGKILL" in ended[0].error
+
+
+def test_killed_and_begun_twice_at_once(tmp_path: Path) -> None:
+    """kill -9 in the middle, then two sweeps of the same folder: every run is done once, nothing is left behind."""
+    out = tmp_path / "out"
+    study = write_study(tmp_path, a="C = [1, 2]->C = [1, 2, 3, 4]", b="epochs = 2->epochs = 30")
+    first = Started(tmp_path / "log", "run", study, "--out", out, "--workers", 0)
+    first.wait_for("[1/8]")
+    first.process.kill()
+    first.process.join()
+    done = Store(out).finished()
+    assert 1 <= len(done) < 8
+    both = [Started(tmp_path / f"log{i}", "resume", out, "--workers", 0) for i in (1, 2)]
+    assert [s.end() for s in both] == [0, 0]
+    lines = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+    assert len(lines) == len({line["key"] for line in lines}) == 8
+    assert {line["status"] for line in lines} == {"done"}
+    fresh = [int(s.log.read_text().splitlines()[-1].split(" runs done")[0]) for s in both]
+    assert sum(fresh) == 8 - len(done)
+
+
+def test_interrupted(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    study = write_study(tmp_path, a="epochs = 2->epochs = 100000")
+    going = Started(tmp_path / "log", "run", study, "--out", out, "--workers", 0)
+    going.wait_for("4 runs")
+    time.sleep(0.3)
+    os.kill(going.process.pid or 0, signal.SIGINT)
+    assert going.end() == 130
+    told = going.log.read_text()
+    assert f"interrupted; go on with: dagh sweep resume {out}" in told and "Traceback" not in told
+
+
+# -- one unit --------------------------------------------------------------------------------------
+
+
+def test_messages_of_a_unit(tmp_path: Path) -> None:
+    (work, *_) = works(write_study(tmp_path))
+    messages: list[object] = []
+    _work.execute(work, messages.append)
+    kinds = [type(m) for m in messages]
+    assert kinds[-1] is Done and kinds.count(Trained) == 1 and kinds[0] is Step
+
+
+def test_a_sweep_without_a_watcher_that_sees_it(tmp_path: Path) -> None:
+    study = load_study(str(write_study(tmp_path)))
+    watcher = Nobody()
+    engine = Processes(2, METHOD)
+    try:
+        outcome = Sweep(study, Store.create(tmp_path / "out", study), Options(threads=1), watcher).run(engine)
+    finally:
+        engine.close()
+    assert (outcome.done, outcome.failed, watcher.ended) == (4, 0, ["done"] * 4)
