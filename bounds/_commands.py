@@ -28,6 +28,9 @@ from ._rows import ROWS
 #: Above this many numbers, cotangents of all layers and samples together, the line in ``dagh trace`` leaves b2 out.
 _QUICK = 200_000_000
 
+#: Above this many parameters it gives a2 in place of a3, whose norms of layers take seconds.
+_FEW = 1_000_000
+
 
 @click.command("bounds")
 @click.argument("target", metavar="FILE[:ATTR]")
@@ -135,12 +138,13 @@ def summary(graph: dagh.Graph, loss: str, inputs: Any, targets: Any) -> str | No
     program = graph.program
     samples = max((x.shape[0] for x in _tensors(inputs)), default=1)
     numbers = sum(n.numel for n in program if n.op is not None) * samples * program.output.numel
-    rows = ["a3", "b2"] if numbers <= _QUICK else ["a3"]
+    scalars = sum(p.numel() for p in graph.parameters.values())
+    rows = ["a3" if scalars <= _FEW else "a2", *(["b2"] if numbers <= _QUICK else [])]
     try:
         found = report(graph, loss, inputs, targets, rows=rows)
     except DaghError:
         return None
-    known = {"a3": "from the weights", "b2": "at these data"}
+    known = {"a2": "from the weights", "a3": "from the weights", "b2": "at these data"}
     parts = [f"{text(row.log_value)} {known[row.id]}" for row in found.present]
     return f"bound on ‖H_O‖: {', '.join(parts)}; dagh bounds shows all" if parts else None
 
