@@ -33,8 +33,8 @@ _NOTES = (
     "and their steep fall near k = 1,000 are the filter's, not the net's.",
     "Monotone: the mean level is strictly monotone along the axis with probability 95 % or more. Not monotone: both "
     "“it never falls” and “it never rises” are rejected at 5 %. For the rest, “holds” and “does not hold” are said "
-    "where a 95 % interval is on one side. All else is undecided. Correlations over nets resample nets, not seeds. Several "
-    "claims are tested at once, without correction.",
+    "where a 95 % interval is on one side. All else is undecided. Correlations over nets resample nets, not seeds. "
+    "Several claims are tested at once, without correction.",
     "Norms of the Hessian are those of the mean loss over a fixed subsample of the training set; bounds are on the "
     "same quantity.",
 )
