@@ -12,6 +12,8 @@ from scipy.stats import rankdata
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _DRAWS = 4000
+#: Networks from which on there are intervals.
+_FEWEST = 4
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def correlation(x: Array, groups: Sequence[Any], *ys: Array, seed: int = 0) -> l
         return [*found, found[0] - found[1]] if len(found) == 2 else found
 
     point = all_of(np.arange(len(x)))
-    if len(names) < 4:
+    if len(names) < _FEWEST:
         return [Interval(None if np.isnan(v) else v) for v in point]
     rng = np.random.default_rng(seed)
     draws = np.array(
@@ -62,11 +64,11 @@ def correlation(x: Array, groups: Sequence[Any], *ys: Array, seed: int = 0) -> l
 
 
 def median(values: Array, groups: Sequence[Any], seed: int = 0) -> Interval:
-    """Median over groups (networks of one shape) of their medians, with an interval by resampling groups."""
+    """Median over groups (networks of one shape) of their medians, with an interval by resampling at least four."""
     names = list(dict.fromkeys(groups))
     means = np.array([np.median([v for v, g in zip(values, groups, strict=True) if g == name]) for name in names])
-    if len(means) < 2:
-        return Interval(float(means[0]) if len(means) else None)
+    if len(means) < _FEWEST:
+        return Interval(float(np.median(means)) if len(means) else None)
     rng = np.random.default_rng(seed)
     draws = np.median(means[rng.integers(len(means), size=(1000, len(means)))], axis=1)
     return _interval(float(np.median(means)), draws)

@@ -87,8 +87,9 @@ def test_correlations_resample_nets_not_seeds() -> None:
     assert found.low is not None and found.low < 0.3
     (few,) = correlation(x[nets < 3], nets[nets < 3].tolist(), y[nets < 3])
     assert few.low is None
-    wide = median(np.repeat([1.0, 2, 9], 30), np.repeat([0, 1, 2], 30).tolist())
-    assert (wide.value, wide.low, wide.high) == (2, 1, 9)
+    wide = median(np.repeat([1.0, 2, 4, 9], 30), nets.tolist())
+    assert (wide.value, wide.low, wide.high) == (3, 1, 9)
+    assert median(np.array([1.0, 2]), ["a", "b"]).low is None
 
 
 def test_verdicts_are_said_when_both_ends_agree() -> None:
