@@ -167,6 +167,7 @@ def _serve(pipe: Connection, parent: int) -> None:
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()
     with contextlib.suppress(EOFError, OSError):
         while True:

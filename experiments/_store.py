@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from dagh.errors import DaghError, FileFormatError
 
 from ._config import StudyConfig, read, to_toml
+from ._validate import to_plain
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Status = Literal["done", "failed"]
@@ -181,33 +182,43 @@ class Store:
         """Keys of the runs that are done."""
         return {key for key, status in self.status().items() if status == "done"}
 
-    def runs(self) -> list[RunRecord]:
-        """All finished and failed runs; a run that stands for several points of its study appears once for each.
+    def runs(self, superseded: bool = False) -> list[RunRecord]:
+        """The finished and failed runs of the study; one that stands for several of its points appears once for each.
+
+        Args:
+            superseded: also those of points that the study no longer has, and those that were run again later with
+                other settings or another version of the code.
 
         Raises:
             FileFormatError: a file of a run that the manifest calls done is damaged.
         """
-        return [record for line in self.manifest() for record in self._records(line)]
+        points: dict[str, tuple[dict[str, Any], Any]] = {}
+        for line in self.manifest():
+            for point in line.get("points") or [[None, None]]:
+                name = json.dumps([point, line["seed"], line["dataset"], line["key"] if superseded else ""])
+                points.pop(name, None)
+                points[name] = line, point
+        study = None if superseded or not self.study_file.is_file() else self.study()
+        return [self._record(line, *point) for line, point in points.values() if _asked(study, line["seed"], *point)]
 
-    def _records(self, line: dict[str, Any]) -> Iterator[RunRecord]:
+    def _record(self, line: dict[str, Any], axis: str | None, value: Any) -> RunRecord:
         folder = self.path / "runs" / line["key"]
         done = line["status"] == "done"
         config = _read_json(folder / "config.json")
         scalars = _read_json(folder / "result.json")["scalars"] if done else {}
         arrays = Arrays(folder / "arrays.npz")
-        for axis, value in line.get("points") or [[None, None]]:
-            yield RunRecord(
-                key=line["key"],
-                config=config,
-                axis=axis,
-                value=value,
-                seed=line["seed"],
-                dataset=line["dataset"],
-                status=line["status"],
-                scalars=scalars,
-                arrays=arrays,
-                error=line.get("error"),
-            )
+        return RunRecord(
+            key=line["key"],
+            config=config,
+            axis=axis,
+            value=value,
+            seed=line["seed"],
+            dataset=line["dataset"],
+            status=line["status"],
+            scalars=scalars,
+            arrays=arrays,
+            error=line.get("error"),
+        )
 
     def weights(self, train_key: str) -> dict[str, Array] | None:
         """The trained weights, or None where there are none that can be read."""
@@ -342,6 +353,13 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StoreError(f"cannot write to {path}: {error.strerror or error}") from error
+
+
+def _asked(study: StudyConfig | None, seed: int, axis: str | None, value: Any) -> bool:
+    """Whether a point belongs to the study as it is now."""
+    if study is None:
+        return True
+    return seed in study.seeds and (axis is None or to_plain(value) in to_plain(study.axes.get(axis, ())))
 
 
 def _put(path: Path, content: bytes) -> None:
