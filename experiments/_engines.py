@@ -66,6 +66,10 @@ class _Worker:
         self.pipe.send(work)
 
     def stop(self) -> None:
+        if self.work is None:  # it ends by itself, and cleans up
+            with contextlib.suppress(OSError):
+                self.pipe.send(None)
+            self.process.join(5)
         self.pipe.close()
         self.process.terminate()
         self.process.join(5)
@@ -172,6 +176,8 @@ def _serve(pipe: Connection, parent: int) -> None:
     with contextlib.suppress(EOFError, OSError):
         while True:
             work = pipe.recv()
+            if work is None:
+                return
             try:
                 execute(work, pipe.send)
             except OSError:
