@@ -4,7 +4,8 @@ from ._cifar import load_cifar10
 from ._config import StudyConfig
 from ._convergence import LossDifferences, loss_differences
 from ._datasets import Dataset, MissingPackageError, load_digits, load_idx, load_mnist, load_npz
-from ._store import RunRecord, Store, StoreError
+from ._records import RunRecord
+from ._store import Store, StoreError
 from ._studies import load_study
 from ._validate import ConfigError
 
