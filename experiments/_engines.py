@@ -66,6 +66,10 @@ class _Worker:
         self.pipe.send(work)
 
     def stop(self) -> None:
+        if self.work is None:  # it ends by itself, and cleans up
+            with contextlib.suppress(OSError):
+                self.pipe.send(None)
+            self.process.join(5)
         self.pipe.close()
         self.process.terminate()
         self.process.join(5)
@@ -167,10 +171,13 @@ def _serve(pipe: Connection, parent: int) -> None:
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()
     with contextlib.suppress(EOFError, OSError):
         while True:
             work = pipe.recv()
+            if work is None:
+                return
             try:
                 execute(work, pipe.send)
             except OSError:

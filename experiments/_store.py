@@ -9,9 +9,8 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -19,61 +18,14 @@ from filelock import FileLock, Timeout
 from dagh.errors import DaghError, FileFormatError
 
 from ._config import StudyConfig, read, to_toml
+from ._records import Array, Arrays, RunRecord, Status, read_json
+from ._validate import to_plain
 
-Array = np.ndarray[Any, np.dtype[Any]]
-Status = Literal["done", "failed"]
+__all__ = ["RunRecord", "Store", "StoreError"]
 
 
 class StoreError(DaghError):
     """Results could not be written; the message says why, and how to go on."""
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """One run at one point of its study.
-
-    ``axis`` and ``value`` are what the study varied; ``scalars`` is a nested table of numbers, empty for a failed run;
-    ``arrays`` are read from disk when one is first asked for.
-    """
-
-    key: str
-    config: dict[str, Any]
-    axis: str | None
-    value: Any
-    seed: int
-    dataset: str
-    status: Status
-    scalars: dict[str, Any]
-    arrays: Mapping[str, Array]
-    error: str | None = None
-
-
-class Arrays(Mapping[str, Array]):
-    """The arrays of an ``.npz`` file, read one by one when asked for."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._held: dict[str, Array] = {}
-
-    def _names(self) -> list[str]:
-        if not self._path.is_file():
-            return []
-        with np.load(self._path, allow_pickle=False) as file:
-            return list(file.files)
-
-    def __getitem__(self, name: str) -> Array:
-        if name not in self._held:
-            if not self._path.is_file():
-                raise KeyError(name)
-            with np.load(self._path, allow_pickle=False) as file:
-                self._held[name] = file[name]
-        return self._held[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names())
-
-    def __len__(self) -> int:
-        return len(self._names())
 
 
 class Store:
@@ -142,7 +94,7 @@ class Store:
     def note(self, name: str) -> dict[str, Any]:
         """A small table kept with the results (``NAME.json``), empty where there is none."""
         path = self.path / f"{name}.json"
-        return _read_json(path) if path.is_file() else {}
+        return read_json(path) if path.is_file() else {}
 
     def add_note(self, name: str, entries: Mapping[str, Any]) -> None:
         """Add entries to the table ``name``."""
@@ -181,33 +133,43 @@ class Store:
         """Keys of the runs that are done."""
         return {key for key, status in self.status().items() if status == "done"}
 
-    def runs(self) -> list[RunRecord]:
-        """All finished and failed runs; a run that stands for several points of its study appears once for each.
+    def runs(self, superseded: bool = False) -> list[RunRecord]:
+        """The finished and failed runs of the study; one that stands for several of its points appears once for each.
+
+        Args:
+            superseded: also those of points that the study no longer has, and those that were run again later with
+                other settings or another version of the code.
 
         Raises:
             FileFormatError: a file of a run that the manifest calls done is damaged.
         """
-        return [record for line in self.manifest() for record in self._records(line)]
+        points: dict[str, tuple[dict[str, Any], Any]] = {}
+        for line in self.manifest():
+            for point in line.get("points") or [[None, None]]:
+                name = json.dumps([point, line["seed"], line["dataset"], line["key"] if superseded else ""])
+                points.pop(name, None)
+                points[name] = line, point
+        study = None if superseded or not self.study_file.is_file() else self.study()
+        return [self._record(line, *point) for line, point in points.values() if _asked(study, line["seed"], *point)]
 
-    def _records(self, line: dict[str, Any]) -> Iterator[RunRecord]:
+    def _record(self, line: dict[str, Any], axis: str | None, value: Any) -> RunRecord:
         folder = self.path / "runs" / line["key"]
         done = line["status"] == "done"
-        config = _read_json(folder / "config.json")
-        scalars = _read_json(folder / "result.json")["scalars"] if done else {}
+        config = read_json(folder / "config.json")
+        scalars = read_json(folder / "result.json")["scalars"] if done else {}
         arrays = Arrays(folder / "arrays.npz")
-        for axis, value in line.get("points") or [[None, None]]:
-            yield RunRecord(
-                key=line["key"],
-                config=config,
-                axis=axis,
-                value=value,
-                seed=line["seed"],
-                dataset=line["dataset"],
-                status=line["status"],
-                scalars=scalars,
-                arrays=arrays,
-                error=line.get("error"),
-            )
+        return RunRecord(
+            key=line["key"],
+            config=config,
+            axis=axis,
+            value=value,
+            seed=line["seed"],
+            dataset=line["dataset"],
+            status=line["status"],
+            scalars=scalars,
+            arrays=arrays,
+            error=line.get("error"),
+        )
 
     def weights(self, train_key: str) -> dict[str, Array] | None:
         """The trained weights, or None where there are none that can be read."""
@@ -344,6 +306,13 @@ def _writing(path: Path) -> Iterator[None]:
         raise StoreError(f"cannot write to {path}: {error.strerror or error}") from error
 
 
+def _asked(study: StudyConfig | None, seed: int, axis: str | None, value: Any) -> bool:
+    """Whether a point belongs to the study as it is now."""
+    if study is None:
+        return True
+    return seed in study.seeds and (axis is None or to_plain(value) in to_plain(study.axes.get(axis, ())))
+
+
 def _put(path: Path, content: bytes) -> None:
     with open(path, "wb") as stream:
         stream.write(content)
@@ -366,16 +335,6 @@ def _sync(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FileFormatError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise FileFormatError(f"{path} is not a table")
-    return value
 
 
 def _plain(value: Any) -> Any:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,13 +124,26 @@ def report(folders: tuple[Path, ...], out: Path | None) -> None:
         click.echo(path)
 
 
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGTERM, which job schedulers send, ends a sweep as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _go(study: StudyConfig, store: Store, options: Options, how: How) -> None:
     """Run, say how it ended, and set the exit code."""
     if options.root is not None and remembered_root(store) != options.root:
         store.add_note("local", {"data_root": str(options.root)})
     engine = how.start(options)
     try:
-        with watching() as watcher:
+        with stoppable(), watching() as watcher:
             going = Sweep(study, store, options, watcher)
             try:
                 outcome = going.run(engine)

@@ -104,7 +104,8 @@ def test_measuring_anew_trains_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert sweep("resume", out, "--set", "measure.shuffles=5").exit_code == 0
     assert counts == {"train": 0, "measure": 4}
     assert Store(out).study().measure.shuffles == 5
-    fresh = Store(out).runs()[-4:]
+    fresh = Store(out).runs()
+    assert len(fresh) == 4 and len(Store(out).runs(superseded=True)) == 8
     assert {r.config["measure"]["shuffles"] for r in fresh} == {5}
     assert sorted(r.scalars["train"]["loss"] for r in fresh) == losses
     refused = sweep("run", tmp_path / "tiny.toml", "--out", out)
@@ -232,13 +233,14 @@ def test_killed_and_begun_twice_at_once(tmp_path: Path) -> None:
     assert sum(fresh) == 8 - len(done)
 
 
-def test_interrupted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted(tmp_path: Path, how: signal.Signals) -> None:
     out = tmp_path / "out"
     study = write_study(tmp_path, a="epochs = 2->epochs = 100000")
     going = Started(tmp_path / "log", "run", study, "--out", out, "--workers", 0)
     going.wait_for("4 runs")
     time.sleep(0.3)
-    os.kill(going.process.pid or 0, signal.SIGINT)
+    os.kill(going.process.pid or 0, how)
     assert going.end() == 130
     told = going.log.read_text()
     assert f"interrupted; go on with: dagh sweep resume {out}" in told and "Traceback" not in told

@@ -19,7 +19,7 @@ from dagh.experiments import _store
 from dagh.experiments._config import StudyConfig
 from dagh.experiments._store import Store, StoreError
 
-STUDY = StudyConfig(name="s")
+STUDY = StudyConfig(name="s", axes={"C": (2,), "L": (1,)}, seeds=(0, 3))
 
 
 def config(key: str, seed: int = 0, points: list[Any] | None = None) -> dict[str, Any]:
@@ -58,6 +58,17 @@ def test_the_last_word_on_a_run_counts(tmp_path: Path) -> None:
     assert not (tmp_path / "runs/k/error.txt").exists()
 
 
+def test_what_the_study_asks_for(tmp_path: Path) -> None:
+    """After a change of the study, or of the code, old results are kept and not shown."""
+    store = Store.create(tmp_path, STUDY)
+    for key, seed, point in (("a", 0, ["C", 2]), ("b", 0, ["C", 4]), ("c", 1, ["C", 2]), ("d", 0, ["C", 2])):
+        store.write_done(config(key, seed, [point]), {}, {}, {})
+    assert [r.key for r in store.runs()] == ["d"]
+    assert [r.key for r in store.runs(superseded=True)] == ["a", "b", "c", "d"]
+    store.change(StudyConfig(name="s", axes={"C": (4, 2)}, seeds=(0, 1)))
+    assert [r.key for r in Store(tmp_path).runs()] == ["b", "c", "d"]
+
+
 def test_weights(tmp_path: Path) -> None:
     store = Store.create(tmp_path, STUDY)
     assert store.weights("w") is None
@@ -92,7 +103,7 @@ def write_forever(folder: Path, name: str, ready: Any) -> None:
 
 def whole(store: Store) -> int:
     """The number of runs, every one of them read to its last byte."""
-    runs = store.runs()
+    runs = store.runs(superseded=True)
     for run in runs:
         assert run.scalars["i"] == run.value
         np.testing.assert_array_equal(run.arrays["a"], np.full(2000, run.value))
