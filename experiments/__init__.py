@@ -4,7 +4,10 @@ from ._cifar import load_cifar10
 from ._config import StudyConfig
 from ._convergence import LossDifferences, loss_differences
 from ._datasets import Dataset, MissingPackageError, load_digits, load_idx, load_mnist, load_npz
+from ._measure import Measurement, measure
+from ._measure_config import MeasureConfig, Split
 from ._records import RunRecord
+from ._report import report
 from ._store import Store, StoreError
 from ._studies import load_study
 from ._validate import ConfigError
@@ -13,8 +16,11 @@ __all__ = [
     "ConfigError",
     "Dataset",
     "LossDifferences",
+    "MeasureConfig",
+    "Measurement",
     "MissingPackageError",
     "RunRecord",
+    "Split",
     "Store",
     "StoreError",
     "StudyConfig",
@@ -25,4 +31,6 @@ __all__ = [
     "load_npz",
     "load_study",
     "loss_differences",
+    "measure",
+    "report",
 ]
