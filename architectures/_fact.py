@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from dagh import Graph, State
+from dagh import Graph
 
 from ._plugins import Match, recognize
 
 
-def architecture_line(graph: Graph, state: State | None = None) -> str | None:
-    """What the installed plug-ins recognize, on one line, each architecture once.
+def architecture_line(graph: Graph, *batch: Any) -> str | None:
+    """What the installed plug-ins recognize, on one line, each architecture once; the loss and its data do not matter.
 
     Returns:
         For instance ``conv2d (L=2, C=6, k=3, m=26, n=26); residual × 3 (depth=2, shortcut=identity/linear)``, where

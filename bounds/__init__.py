@@ -18,6 +18,7 @@ from ._differences import (
 )
 from ._layers import LayerFacts, convolution_facts, linear_facts
 from ._lipschitz import register_lipschitz
+from ._lower import norm_lower_bound
 from ._matricize import Matricized, matricize
 from ._published import Dims, composite, lemma2, lemma3, lemma4, lemma5, theorem1, theorem2
 from ._report import BoundReport, BoundRow, report
@@ -51,6 +52,7 @@ __all__ = [
     "loss_bound",
     "loss_curvature_bound",
     "matricize",
+    "norm_lower_bound",
     "register_lipschitz",
     "report",
     "spectral_norm",

@@ -146,7 +146,7 @@ def summary(graph: dagh.Graph, loss: str, inputs: Any, targets: Any) -> str | No
         return None
     known = {"a2": "from the weights", "a3": "from the weights", "b2": "at these data"}
     parts = [f"{text(row.log_value)} {known[row.id]}" for row in found.present]
-    return f"bound on ‖H_O‖: {', '.join(parts)}; dagh bounds shows all" if parts else None
+    return f"‖H_O‖ ≤ {', '.join(parts)}; dagh bounds shows all" if parts else None
 
 
 def _tensors(inputs: Any) -> list[torch.Tensor]:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from dagh import DaghError
 from dagh._cli import cli
-from dagh.bounds import convolution_facts, linear_facts
+from dagh.bounds import convolution_facts, linear_facts, norm_lower_bound
 from dagh.bounds._activations import activation
 from dagh.bounds._layers import dense_convolution, patches
+from dagh.errors import ReductionError, ShapeError
 
 SLACK = 1 + 1e-9
 
@@ -227,3 +228,27 @@ def test_trace_ends_with_a_line_about_bounds(file: str) -> None:
     done = run("trace", file, "--batch", "3")
     assert done.exit_code == 0, done.output
     assert "bound on ‖H_O‖:" in done.output and "from the weights" in done.output
+
+
+@pytest.mark.parametrize("stride, padding, groups", [(1, 0, 1), (2, 1, 1), (1, 2, 2)])
+def test_power_iteration_stays_below(stride: int, padding: int, groups: int) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(4, 4 // groups, 3, 3, dtype=torch.float64)
+
+    def apply(x: Tensor) -> Tensor:
+        return torch.nn.functional.conv2d(x, weight, stride=stride, padding=padding, groups=groups)
+
+    matrix = torch.func.jacrev(apply)(torch.zeros(1, 4, 6, 6, dtype=torch.float64)).reshape(-1, 4 * 36)
+    exact = float(torch.linalg.matrix_norm(matrix, 2))
+    values = [norm_lower_bound(apply, (1, 4, 6, 6), steps=steps) for steps in (0, 5, 200)]
+    assert values == sorted(values)
+    assert values[0] < 0.9 * exact
+    assert 0.98 * exact < values[-1] <= exact * (1 + 1e-12)
+
+
+def test_power_iteration_refuses() -> None:
+    assert norm_lower_bound(lambda x: 0 * x, (3,)) == 0.0
+    with pytest.raises(ReductionError, match="steps=-1"):
+        norm_lower_bound(lambda x: x, (3,), steps=-1)
+    with pytest.raises(ShapeError, match="no elements"):
+        norm_lower_bound(lambda x: x, (3, 0))

@@ -125,9 +125,9 @@ def test_readme_example_is_short() -> None:
 
 
 def test_how_to_pages_are_short() -> None:
-    """Adding an operation takes less than 40 lines, a plug-in less than 60."""
-    for name, limit in (("add_an_operation", 40), ("plugins", 60)):
-        blocks = [b for b in fenced(DOCS / "howto" / f"{name}.md") if b.language in ("python", "toml")]
+    """Adding an operation takes less than 40 lines, the package of a plug-in (its two files) less than 60."""
+    for name, limit, files in (("add_an_operation", 40, None), ("plugins", 60, 2)):
+        blocks = [b for b in fenced(DOCS / "howto" / f"{name}.md") if b.language in ("python", "toml")][:files]
         assert sum(bool(line.strip()) for block in blocks for line in block.text.splitlines()) < limit
 
 

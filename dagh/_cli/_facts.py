@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from importlib.metadata import entry_points
+from typing import Any
 
 from dagh._cli._group import complain, one_line
 from dagh._graph import Graph
-from dagh._state import State
 
-#: Entry points of callables ``(graph, state) -> str | None``; the name of the entry point labels the line.
+#: Entry points of callables ``(graph, loss, inputs, targets) -> str | None``; its name labels the line.
 GROUP = "dagh.facts"
 
 
-def plugin_facts(graph: Graph, state: State) -> list[tuple[str, str]]:
+def plugin_facts(graph: Graph, loss: str, inputs: Any, targets: Any) -> list[tuple[str, str]]:
     """Label and text of each line, by label; one that fails costs a warning, nothing else."""
     facts = []
     for point in sorted(entry_points(group=GROUP), key=lambda p: p.name):
         try:
-            text = point.load()(graph, state)
+            text = point.load()(graph, loss, inputs, targets)
         except Exception as error:  # foreign code can fail in any way
             complain("warning", f"fact {point.name!r} ({point.value}) is left out: {type(error).__name__}: {error}")
             continue

@@ -43,7 +43,6 @@ class Report:
     collapse: bool
     hide: tuple[str, ...]
     plugin_facts: list[tuple[str, str]]
-    more: tuple[str, ...] = ()
 
     @property
     def live_ties(self) -> int:
@@ -118,7 +117,7 @@ class Report:
             near = sum(row.near for row in self.kinks)
             close = f", {near:,} within {self.kinks.tol:.0e}" if near else ""
             out.append(f"kinks: none hit, the nearest at a distance of {self.kinks.margin:.1e}{close}")
-        return [*out, *self.more]
+        return out
 
     # -- forms -------------------------------------------------------------------------------------
 
@@ -163,7 +162,6 @@ class Report:
             "loss": {"name": self.loss, "value": self.state.loss, "samples": self.samples, "data": self.data},
             "generic": self.generic,
             "facts": dict(self.plugin_facts),
-            "remarks": list(self.more),
             "blocks": self.blocks.as_json(),
             "kinks": [{"node": r.node, "operation": r.operation, **kink_json(r)} for r in self.kinks],
         }

@@ -22,7 +22,6 @@ from dagh._cli._data import Batch, InputSpec, inputs_for, targets_for, tensors
 from dagh._cli._facts import plugin_facts
 from dagh._cli._group import UNTRACEABLE, Failure, complain
 from dagh._cli._load import Loaded, load, load_weights, on_path, users_code
-from dagh._cli._remarks import foreign_remarks
 from dagh._cli._report import Report
 from dagh._cli._untraceable import naming_the_line
 from dagh._export import node_rows
@@ -181,7 +180,7 @@ def _run(
             names, leaves = choose_names(state.program, graph.trainable, None, None)
             request = Request(names, leaves, choose_pairs(names, list(blocks) or "all"))
             table = block_table(state, request)
-            facts = plugin_facts(graph, state)
+            facts = plugin_facts(graph, loss, chosen.inputs, targets)
             if norms:
                 steps.start("norms of blocks")
                 with _budget_hint():
@@ -211,7 +210,6 @@ def _run(
             collapse,
             hide,
             facts,
-            tuple(foreign_remarks(graph, loss, chosen.inputs, targets)),
         )
 
 
