@@ -5,9 +5,9 @@ BIN := $(VENV)/bin
 METADATA := pyproject.toml constraints.txt dagh/_version.py
 
 # One thread per process: the tests run in several processes, and the matrices are small.
-test types lint: export OMP_NUM_THREADS := 1
+test test-slow types lint: export OMP_NUM_THREADS := 1
 
-.PHONY: demo test lint types bench run-bench clean
+.PHONY: demo test test-slow lint types bench run-bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-data
@@ -15,6 +15,10 @@ demo: $(VENV)/.installed-data
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2
+
+# What takes too long for every change: the rest of the grids and more random examples.
+test-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n 2 -m slow
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

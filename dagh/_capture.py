@@ -103,6 +103,7 @@ def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], m
         return model(*args, **kwargs)
 
 
+@functools.cache
 def _decompositions() -> dict[Any, Callable[..., Any]]:
     """Recurrent layers unrolled, and kernels without a double backward written out."""
     from torch._decomp import get_decompositions

@@ -58,7 +58,13 @@ def run(case: RuleCase, batched: tuple[bool, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    "rank, setting", [(r, s) for r in (1, 2, 3) for s in settings(r)], ids=lambda v: str(v).replace(" ", "")
+    "rank, setting",
+    [
+        pytest.param(r, s, marks=[pytest.mark.slow] * (r == 3 and k % 3 > 0))
+        for r in (1, 2, 3)
+        for k, s in enumerate(settings(r))
+    ],
+    ids=lambda v: str(v).replace(" ", ""),
 )
 def test_convolution(rank: int, setting: tuple[int, int, int, int, bool, bool, int]) -> None:
     """Inputs per sample, weights shared: the layer as it is used."""

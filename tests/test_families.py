@@ -133,7 +133,9 @@ def test_model_instead_of_graph(name: str) -> None:
     snapshot.assert_unchanged()
 
 
-@pytest.mark.parametrize("name", UNCOUPLED)
+@pytest.mark.parametrize(
+    "name", [n if k % 4 == 0 else pytest.param(n, marks=pytest.mark.slow) for k, n in enumerate(UNCOUPLED)]
+)
 def test_per_sample_blocks(name: str) -> None:
     """``reduction="none"``: block n is the Hessian of sample n alone; ``"sum"`` adds them up."""
     case = find(name)

@@ -144,7 +144,7 @@ def test_bottlenecks_are_found_where_they_pay() -> None:
     assert all(c.via is not None and c.via.numel < c.width * c.copies for c in stopped)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(tokens=st.integers(2, 4), widths=st.lists(st.integers(1, 4), min_size=2, max_size=4), data=st.data())
 def test_token_layers(tokens: int, widths: list[int], data: st.DataObject) -> None:
     """Layers per token, with operations in between that mix tokens or do not."""

@@ -298,11 +298,11 @@ def test_a_fact_that_fails_costs_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_
     points = tmp_path / "zoo_of_nets-1.2.dist-info" / "entry_points.txt"
     points.write_text("[dagh.facts]\nodd_one = zoo_of_nets:odd\nbad = zoo_of_nets:FAILING\nnone = zoo_of_nets:none\n")
     (tmp_path / "zoo_of_nets.py").write_text(
-        f"{GOOD}\ndef odd(graph, state):\n    return f'loss\\n {{state.loss:.1f}}'\ndef none(graph, state): pass\n"
+        f"{GOOD}\ndef odd(graph, loss, inputs, targets):\n    return f'loss\\n {{loss}}'\ndef none(*batch): pass\n"
     )
     (tmp_path / "model.py").write_text("from torch import nn\nINPUT_SHAPE = (4,)\nmodel = nn.Linear(4, 3)\n")
     done = CliRunner(env={"COLUMNS": "200"}).invoke(cli, ["trace", str(tmp_path / "model.py")])
     assert done.exit_code == 0, done.output
-    assert re.search(r"odd one +loss \d", done.output)
+    assert re.search(r"odd one +loss cross_entropy", done.output)
     assert "fact 'bad' (zoo_of_nets:FAILING) is left out: TypeError" in done.output
     assert not [line for line in done.output.splitlines() if line.startswith("│ none")]

@@ -335,7 +335,7 @@ COMMON = {
 }
 
 
-@settings(max_examples=25, **COMMON)
+@settings(max_examples=12, **COMMON)
 @given(**PROBLEMS)
 def test_random_dag(seed: int, length: int, samples: int, loss: str) -> None:
     check(seed, length, samples, loss)
