@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dagh._block_layers import LayerPairBlock, write_layers
 from dagh._blocks import Block, DenseBlock, KroneckerSumBlock, ZeroBlock
+from dagh._memory import zeros
 from dagh._plan import Plan
 from dagh._request import Pair, Request
 from dagh._state import State
@@ -53,7 +54,8 @@ class Accumulator:
         if (i, j) not in self.blocks:
             sizes = self.request.sizes
             lead = (self.samples,) if self.keep else ()
-            self.blocks[i, j] = self.like.new_zeros(*lead, sizes[i], sizes[j])
+            shape = (*lead, sizes[i], sizes[j])
+            self.blocks[i, j] = zeros(shape, dtype=self.like.dtype, device=self.like.device)
         return self.blocks[i, j]
 
     def add(self, i: int, j: int, piece: Tensor, rows: slice, window: slice) -> None:

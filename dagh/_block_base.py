@@ -12,6 +12,7 @@ import torch
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 
+from dagh._memory import zeros
 from dagh.errors import ShapeError
 
 CHUNK_NUMEL = 1 << 22  # entries of the largest temporary that a streamed operation forms
@@ -118,7 +119,7 @@ class Block(ABC):
 
     def dense(self) -> Tensor:
         """The dense tensor [(N,) p_a, p_b]."""
-        out = torch.empty(*self.lead, *self.shape, dtype=self.dtype, device=self.device)
+        out = zeros((*self.lead, *self.shape), dtype=self.dtype, device=self.device)
         self.write_into(out)
         return out
 

@@ -21,6 +21,7 @@ from dagh._blockproducts import eigenvalues, multiply, multiply_dict, scipy_oper
 from dagh._blocks import Block, DenseBlock, ZeroBlock
 from dagh._blocktables import KINDS, PARTS, NormTable, Pair, check_budget, find_name, no_such_block
 from dagh._blockview import BlockMap
+from dagh._memory import zeros
 from dagh.errors import DtypeError, ReductionError, ShapeError, UnknownNameError
 
 Vector = Tensor | Mapping[str, Tensor]
@@ -233,7 +234,7 @@ class BlockMatrix:
         what = f"a dense matrix with P={self.size}" + (f" and N={self.samples}" if self.lead else "")
         cheaper = "named blocks H['a', 'b'], H.diagonal(), H @ v, H.eigvalsh(k)"
         check_budget(what, prod(self.shape) * self.dtype.itemsize, self.memory_budget, self.device, cheaper)
-        out = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        out = zeros(self.shape, dtype=self.dtype, device=self.device)
         slices = self.slices()
         for (i, j), block in self.blocks.items():
             block.write_into(out[..., slices[i], slices[j]])
