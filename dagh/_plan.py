@@ -282,6 +282,11 @@ class Plan:
         lines: list[RenderableType] = [Text(self._summary())]
         if self.columns:
             lines.append(sweeps)
+        for node, bridge in self.bridges.items():
+            stopped = [" + ".join(self.names[i] for i in c.leaves) for c in self.columns if c.via is node]
+            lines.append(
+                Text(f"bottleneck {node.name}, {bridge.node.numel} directions: {'; '.join(stopped)} stop there")
+            )
         lines.append(blocks)
         if len(shown) > _SHOWN:
             lines.append(Text(f"… and {len(shown) - _SHOWN} more blocks (plan.routes has them all)"))
