@@ -296,7 +296,7 @@ def test_loss_differences_on_a_network() -> None:
 
 
 def test_random_and_adversarial_search_finds_no_violation() -> None:
-    found = search(nets=5, steps=15)
+    found = search(nets=3, steps=15)
     assert found.violated() == []
     assert {"P1", "C.L2", "a1", "a2", "a3", "b0", "b1", "b2", "b3", "F_b", "H.b2"} <= set(found.least)
 

@@ -204,6 +204,7 @@ def test_commands_run(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 # -- the normalization trap ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_normalization_table() -> None:
     """Ours agrees with finite differences; the page shows what this PyTorch version really does."""
     page = (DOCS / "torch_func_trap.md").read_text(encoding="utf-8")

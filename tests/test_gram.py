@@ -258,7 +258,7 @@ class Net(nn.Module):
     samples=st.integers(1, 3),
     loss=st.sampled_from(["cross_entropy", "mse", "concave"]),
 )
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_random_nets(width: int, kinds: list[str], tied: bool, skip: bool, samples: int, loss: str) -> None:
     torch.manual_seed(width)
     model = Net(width, kinds, tied, skip).double()
