@@ -342,7 +342,7 @@ def test_random_dag(seed: int, length: int, samples: int, loss: str) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=300, **{**COMMON, "derandomize": False})
+@settings(max_examples=100, **{**COMMON, "derandomize": False})
 @given(**PROBLEMS)
 def test_many_random_dags(seed: int, length: int, samples: int, loss: str) -> None:
     check(seed, length, samples, loss)
