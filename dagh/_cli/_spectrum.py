@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import traceback
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +12,24 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dagh import _objectives
 from dagh._cli import _output
-from dagh._cli._data import InputSpec, inputs_for, targets_for
-from dagh._cli._group import Failure
-from dagh._cli._load import load, load_weights, on_path
-from dagh._cli._trace import _dtype_of, _forward, _short_warnings, _size, _traced
-from dagh._cli._untraceable import naming_the_line
+from dagh._cli._data import InputSpec
+from dagh._cli._opened import (
+    DROPOUT_SEED,
+    DTYPE,
+    MEMORY_BUDGET,
+    MODE,
+    OUT,
+    OUTPUT,
+    TARGET,
+    TRACEBACK,
+    WEIGHTS,
+    explained,
+    opened,
+)
 from dagh._operator import HessianOperator, operator
 from dagh._spectra import Estimate, SpectralDensity
-from dagh.errors import DaghError, ReductionError
+from dagh.errors import ReductionError
 
 _LABELS = {"full": "H", "outer": "H_O", "functional": "H_F"}
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -32,36 +38,32 @@ _PROBES, _STEPS = 8, 60
 
 
 @click.command()
-@click.argument("target", metavar="FILE[:ATTR]")
+@TARGET
 @click.option("--input", "specs", type=InputSpec.parse, metavar="SHAPE", multiple=True, help="As for dagh trace.")
 @click.option("--batch", type=click.IntRange(min=1), default=256, show_default=True, help="Number of samples.")
 @click.option("--loss", default="cross_entropy", show_default=True, help="A name, as for dagh trace.")
 @click.option("--data", metavar="digits|PATH.npz", help="As for dagh trace. Default: random numbers.")
-@click.option("--weights", type=click.Path(path_type=Path), help="State dict to load: torch.save or safetensors.")
+@WEIGHTS
 @click.option("--part", "parts", type=click.Choice(list(_LABELS)), multiple=True, help="Default: all three.")
 @click.option("--k", type=click.IntRange(min=1), default=5, show_default=True, help="Eigenvalues at either end.")
 @click.option("--density", is_flag=True, help="Estimate the spectral density.")
-@click.option("--mode", type=click.Choice(["eval", "train"]), default="eval", show_default=True)
-@click.option("--dropout-seed", type=int, help="Fix the dropout masks of train mode.")
-@click.option("--output", metavar="NAME", help="Which output to use, of a model that returns several.")
-@click.option("--dtype", type=click.Choice(["float32", "float64"]), help="Default: the model's own.")
+@MODE
+@DROPOUT_SEED
+@OUTPUT
+@DTYPE
 @click.option("--seed", type=int, default=0, show_default=True, help="Of weights, data and random directions.")
-@click.option("--memory-budget", type=_size, metavar="SIZE", help="As 2GiB. Default: half of the free memory.")
+@MEMORY_BUDGET
 @click.option("--format", "form", type=click.Choice(["table", "json"]), default="table", show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), help="Write to this file instead of the standard output.")
-@click.option("--traceback", "show_traceback", is_flag=True, help="Show where an error comes from.")
+@OUT
+@TRACEBACK
 def spectrum(target: str, show_traceback: bool, form: str, out: Path | None, **options: Any) -> None:
     """Largest and smallest eigenvalues of the Hessian of the model in FILE, trace, norm and density.
 
     Nothing of the size of the matrix is formed. Traces, norms and densities are estimates from random directions,
     printed with their standard errors.
     """
-    try:
+    with explained(show_traceback):
         found = _run(target, **options)
-    except (DaghError, Failure) as error:
-        if show_traceback:
-            traceback.print_exception(error)
-        raise
     if form == "json":
         text = json.dumps(found, indent=2) + "\n"
         _output.emit(text) if out is None else _output.write(out, text)
@@ -74,46 +76,25 @@ def spectrum(target: str, show_traceback: bool, form: str, out: Path | None, **o
 def _run(
     target: str,
     *,
-    specs: Sequence[InputSpec],
-    batch: int,
     loss: str,
-    data: str | None,
-    weights: Path | None,
     parts: tuple[str, ...],
     k: int,
     density: bool,
-    mode: Any,
-    dropout_seed: int | None,
-    output: str | None,
-    dtype: str | None,
     seed: int,
     memory_budget: int | None,
+    **model: Any,
 ) -> dict[str, Any]:
-    _objectives.resolve(loss)
-    torch.manual_seed(seed)
-    with _output.steps() as steps, _short_warnings():
-        steps.start("loading")
-        loaded = load(target)
-        model = loaded.model
-        if dtype is not None:
-            model.to(getattr(torch, dtype))
-        if weights is not None:
-            load_weights(model, weights)
-        model.train(mode == "train")
-        chosen = inputs_for(loaded, specs, data, batch, seed, _dtype_of(model))
-        steps.start("tracing")
-        with on_path(loaded.path), naming_the_line(loaded, chosen.inputs, mode):
-            graph = _traced(loaded, chosen, mode, dropout_seed, output)
-            targets = targets_for(loss, graph._pick(_forward(loaded, chosen, mode)), chosen.labels, seed)
-            found: dict[str, Any] = {"model": loaded.label, "loss": loss, "data": chosen.origin, "parts": {}}
-            for part in parts or _LABELS:
-                steps.start(f"linearizing {_LABELS[part]}")
-                op = operator(
-                    graph, loss, chosen.inputs, targets, part=part, memory_budget=memory_budget  # type: ignore[arg-type]
-                )  # fmt: skip
-                found |= {"P": op.shape[0], "samples": op.samples, "value": op.loss, "dtype": str(op.dtype)[6:]}
-                steps.start(f"spectrum of {_LABELS[part]}")
-                found["parts"][part] = _spectrum(op, min(k, op.shape[0]), density, seed)
+    with opened(target, loss=loss, seed=seed, **model) as at:
+        targets = at.targets(loss)
+        found: dict[str, Any] = {"model": at.loaded.label, "loss": loss, "data": at.batch.origin, "parts": {}}
+        for part in parts or _LABELS:
+            at.steps.start(f"linearizing {_LABELS[part]}")
+            op = operator(
+                at.graph, loss, at.batch.inputs, targets, part=part, memory_budget=memory_budget  # type: ignore[arg-type]
+            )  # fmt: skip
+            found |= {"P": op.shape[0], "samples": op.samples, "value": op.loss, "dtype": str(op.dtype)[6:]}
+            at.steps.start(f"spectrum of {_LABELS[part]}")
+            found["parts"][part] = _spectrum(op, min(k, op.shape[0]), density, seed)
     return found
 
 
