@@ -20,7 +20,7 @@ from torch import Tensor
 from ._activations import activation
 from ._chain import Chain, ChainLayer, jacobian_of_step
 from ._ladder import Problem, Value, summed
-from ._layers import DENSE_ENTRIES
+from ._layers import DENSE_ENTRIES, row_spread
 from ._logs import add, log, spectral
 from ._structure import MOVES, Absent
 
@@ -68,19 +68,19 @@ def a4(problem: Problem, chain: Chain) -> Value:
         return matrices[last]
 
     @cache
-    def norm(first: int, last: int, center: bool) -> float:
+    def norm(first: int, last: int, spread: bool) -> float:
         found = block(first, last)
-        return log(float(spectral(found - found.mean(0, keepdim=True) if center else found)))
+        return log(row_spread(found) if spread else float(spectral(found)))
 
     @cache
-    def joint(first: int, last: int, center: bool = False) -> float:
+    def joint(first: int, last: int, spread: bool = False) -> float:
         """Logarithm of the bound on ``‖T_last D ⋯ T_first‖``, the smaller one of sum over cuts and product."""
         if first > last:
             return 0.0
-        parts = [norm(first, last, center) - (last - first) * math.log(2)]
+        parts = [norm(first, last, spread) - (last - first) * math.log(2)]
         for cut in range(first, last):  # the last block begins behind ``cut``
-            parts.append(joint(first, cut) + norm(cut + 1, last, center) - (last - cut) * math.log(2))
-        each = [norm(i, i, center and i == last) for i in range(first, last + 1)]
+            parts.append(joint(first, cut) + norm(cut + 1, last, spread) - (last - cut) * math.log(2))
+        each = [norm(i, i, spread and i == last) for i in range(first, last + 1)]
         return float(min(add(*parts), sum(each)))
 
     blocks: dict[str, float] = {}
@@ -90,7 +90,7 @@ def a4(problem: Problem, chain: Chain) -> Value:
         length = joint(0, p - 1) + problem.log_input
         for j in range(p):
             length = float(add(length, joint(j + 1, p - 1) + shifts[j]))
-        gain = joint(p + 1, count - 1, problem.curvature.centered) + segment.after
+        gain = joint(p + 1, count - 1, problem.curvature.categorical) + segment.after
         facts = segment.layer.facts
         if (segment.layer.node, 1) in names:
             blocks[names[segment.layer.node, 1]] = gain + 0.5 * log(facts.kt) + length + segment.before

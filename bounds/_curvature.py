@@ -71,12 +71,13 @@ class Curvature:
     """Constants of a loss on one sample, as it enters a batch mean.
 
     ``sup`` ≥ ‖∂²ℓ/∂z²‖ and ``slope`` ≥ ‖∂ℓ/∂z‖ over all outputs and targets (``None``: unknown or infinite, with
-    ``reason``); ``centered``: ℓ does not change when all outputs of the sample move alike.
+    ``reason``); ``categorical``: the curvature is a multiple of ``diag p − ppᵀ`` and the gradient one of p − q, with
+    probabilities p and q.
     """
 
     sup: float | None
     slope: float | None = None
-    centered: bool = False
+    categorical: bool = False
     reason: str = ""
 
     def log_sup(self) -> float:
@@ -121,8 +122,8 @@ def curvature_of(
     sup = loss_curvature_bound(name, classes if name == "cross_entropy" else 1) * weight
     slope = _SLOPES.get(name)
     reason = "the curvature of the loss is unbounded" if math.isinf(sup) else ""
-    centered = name == "cross_entropy" and parts == 1 and classes > 1
-    return Curvature(sup, None if slope is None else slope * math.sqrt(parts) * weight, centered, reason)
+    categorical = name == "cross_entropy" and parts == 1 and classes > 1
+    return Curvature(sup, None if slope is None else slope * math.sqrt(parts) * weight, categorical, reason)
 
 
 def for_targets(known: Curvature, loss: Any, targets: Any) -> Curvature:

@@ -54,7 +54,11 @@ class Problem:
     def recursion(self, **options: Any) -> Recursion:
         """A recursion that shares the facts about layers."""
         return Recursion(
-            self.structure, log_input=self.log_input, centered=self.curvature.centered, known=self.facts, **options
+            self.structure,
+            log_input=self.log_input,
+            categorical=self.curvature.categorical,
+            known=self.facts,
+            **options,
         )
 
     def log_share(self) -> Log:
@@ -82,7 +86,7 @@ def a2(problem: Problem, radius: float = 0.0) -> Value:
 
 
 def a3(problem: Problem, radius: float = 0.0) -> Value:
-    """As :func:`a2` with the best rigorous bound on ``‖T_i‖``, and ``(I − 11ᵀ/K) T_N`` where the loss allows."""
+    """As :func:`a2` with the best rigorous bound on ``‖T_i‖``, and of differences of T_N's rows for cross-entropy."""
     return _weights_only(problem, "spectral", radius)
 
 
@@ -102,9 +106,18 @@ def b0(problem: Problem) -> Value:
 
 
 def b1(problem: Problem) -> Value:
-    """``‖A‖ Σ_p ‖G_p‖² ‖U_p‖²`` with ‖G_p‖ bounded by products of layers behind their activations' slopes at x."""
-    _, norms = loss_columns(problem.structure)
-    return _forward(problem, problem.recursion(local=True).gains, log_tensor(norms))
+    """``Σ_p ‖Sᵀ T_N‖² ‖G_p‖² ‖U_p‖²``, ``S Sᵀ = A``: up to the last layer ``‖G_p‖`` is bounded by products of layers
+    behind their activations' slopes at x.
+    """
+    structure = problem.structure
+    columns, norms = loss_columns(structure)
+    recursion = problem.recursion(local=True)
+    last = recursion.last
+    if last.operation in ("linear", "convolution") and last.inputs[0] in structure.data:
+        for _, rows in cotangents(structure, structure.program.output, columns, {last.inputs[0]}):
+            scaled = spectral(rows.flatten(2).double()) / norms.sqrt()
+            recursion.end = log_tensor(scaled.nan_to_num(0.0))
+    return _forward(problem, recursion.gains, log_tensor(norms))
 
 
 def _forward(problem: Problem, gains: dict[Any, Log], scale: Log) -> Value:

@@ -83,12 +83,9 @@ class LayerFacts:
         return self.bounds[self.method]
 
     @cached_property
-    def centered(self) -> float | None:
-        """``‖(I − 11ᵀ/K) T‖`` where T can be written out."""
-        if not self.affordable:
-            return None
-        t = self.matrix_of_layer
-        return float(spectral(t - t.mean(0, keepdim=True)))
+    def spread(self) -> float | None:
+        """:func:`row_spread` of T where it can be written out."""
+        return row_spread(self.matrix_of_layer) if self.affordable else None
 
 
 def linear_facts(weight: Tensor, positions: int = 1) -> LayerFacts:
@@ -273,6 +270,16 @@ def patches(
 def schur(matrix: Tensor) -> float:
     """Schur's test: ``√(max row sum · max column sum)`` of absolute values, as a logarithm."""
     return 0.5 * (log(float(matrix.abs().sum(1).max())) + log(float(matrix.abs().sum(0).max())))
+
+
+def row_spread(matrix: Tensor) -> float:
+    """``max_ij ‖t_i − t_j‖ / √2`` over the rows of T: at most ``‖(I − 11ᵀ/K) T‖``, often much less.
+
+    For ``A = diag p − ppᵀ``, ``uᵀTᵀATu`` is the variance of ``Tu`` under p, at most a quarter of its squared range
+    (Popoviciu), so that ``sup_p ‖TᵀAT‖ = ½ spread²``; attained at equal weight on the two rows furthest apart.
+    """
+    rows = matrix.detach().double()
+    return float(torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").max()) / math.sqrt(2)
 
 
 def _norm(t: Tensor) -> float:

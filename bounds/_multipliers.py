@@ -34,6 +34,9 @@ from ._structure import MOVES, Absent
 #: Steps of gradient descent, and the sum of cubed widths (of all products) up to which they are taken.
 _STEPS, _WORK = 12, 4e8
 
+#: Pairs of outputs whose difference gets a bound of its own.
+_PAIRS = 100
+
 #: Room for rounding in the eigenvalue at the end, relative.
 _ROUNDING = 1e-10
 
@@ -58,23 +61,22 @@ def a5(problem: Problem, chain: Chain) -> Value:
     steps = {node: step for node in chain.steps if (step := _step(chain, node)) is not None}
     order = [node for node in chain.steps if node in steps]
     places = {layer.node: order.index(layer.node) for layer in chain.layers}
-    output = chain.layers[-1].node.numel
-    unit = torch.eye(output, dtype=torch.float64, device=chain.layers[-1].weight.device)
-    form = unit - 1 / output if problem.curvature.centered else unit
     biased = [layer for layer in chain.layers if layer.bias]
     work = sum(step.width**3 for step in steps.values()) * (2 + len(biased)) * len(chain.layers) / 2
     if work > _WORK:
         raise Absent(f"the sum of cubed widths over all products is {work:.1e}, more than {_WORK:.0e}")
     names = {(use.node, use.arg): name for name, uses in chain.structure.uses.items() for use in uses}
 
-    def joint(first: int, last: int, end: Tensor | None = None) -> float:
+    bound_on_outputs = gain_of_differences if problem.curvature.categorical else gain
+
+    def joint(first: int, last: int) -> float:
         """Logarithm of the bound on the product of the steps ``first`` to ``last``."""
-        return gain([steps[node] for node in order[first : last + 1]], end)
+        return gain([steps[node] for node in order[first : last + 1]])
 
     blocks: dict[str, float] = {}
     for layer in chain.layers:
         place, facts = places[layer.node], layer.facts
-        after = joint(place + 1, len(order) - 1, form)
+        after = bound_on_outputs([steps[node] for node in order[place + 1 :]])
         length = problem.log_input + joint(0, place - 1)
         for other in biased:
             if places[other.node] < place:
@@ -87,39 +89,89 @@ def a5(problem: Problem, chain: Chain) -> Value:
     return summed(blocks, problem.curvature.log_sup())
 
 
-def gain(steps: list[Step], end: Tensor | None = None, iterations: int = _STEPS) -> float:
-    """Logarithm of a bound on ``sup √(wᵀ M w)`` over ``‖u‖ ≤ 1``, w what ``steps`` make of u, M = ``end`` (default: I).
+def gain(steps: list[Step]) -> float:
+    """Logarithm of a bound on ``‖w‖`` over ``‖u‖ ≤ 1``, w what ``steps`` make of u.
 
     Activations are any diagonal matrices with entries in [0, 1], max-poolings any selections.
     """
-    if end is None:
-        if not steps:
-            return 0.0
-        width = _outputs(steps[-1])
-        like = next((s.matrix if s.matrix is not None else s.windows for s in steps if s.matrix is not None), None)
-        end = torch.eye(width, dtype=torch.float64, device=None if like is None else like.device)
-    bends = [s for s in steps if s.matrix is None]
-    shape = [_outputs(s) for s in bends]
-    logs = [torch.zeros(n, dtype=end.dtype, device=end.device, requires_grad=True) for n in shape]
-    slack = [torch.zeros((), dtype=end.dtype, device=end.device, requires_grad=True) for _ in shape]
-    with torch.no_grad():
-        best = _value(steps, end, logs, slack, exact=True)
-    if bends and iterations and bool(best > 0):
+    return _Multipliers(steps, _unit(steps)).log() if steps else 0.0
+
+
+def gain_of_differences(steps: list[Step]) -> float:
+    """Logarithm of a bound on ``max_ij |w_i − w_j| / √2`` over ``‖u‖ ≤ 1``, as :func:`gain`.
+
+    The multipliers found for ``‖(I − 11ᵀ/K) w‖`` serve every pair, since ``(e_i − e_j)(e_i − e_j)ᵀ / 2 ⪯ I − 11ᵀ/K``.
+    Pairs are taken up in the order of their bounds, until the largest bound cannot be improved.
+    """
+    if not steps:
+        return 0.0
+    unit = _unit(steps)
+    common = _Multipliers(steps, unit - 1 / len(unit))
+    i, j = torch.triu_indices(len(unit), len(unit), 1, device=unit.device)
+    behind = steps[-1].matrix
+    if behind is None:
+        rows, rest = unit, steps
+    else:
+        rows, rest = behind, steps[:-1]
+    apart = (rows[i] - rows[j]).norm(dim=1) / math.sqrt(2)
+    rough = (2 * (apart.log() + gain(rest))).exp()
+    bounds = rough.clamp(max=common.best)
+    for _ in range(min(len(bounds), _PAIRS)):
+        worst = int(bounds.argmax())
+        vector = (unit[i[worst]] - unit[j[worst]]) / math.sqrt(2)
+        exact = common.of(torch.outer(vector, vector))
+        if exact >= bounds[worst]:
+            break
+        bounds[worst] = exact
+    return 0.5 * (log(float(bounds.max())) + _ROUNDING)
+
+
+def _unit(steps: list[Step]) -> Tensor:
+    like = next((t for s in steps for t in (s.matrix, s.windows) if t is not None), None)
+    return torch.eye(_outputs(steps[-1]), dtype=torch.float64, device=None if like is None else like.device)
+
+
+class _Multipliers:
+    """Multipliers chosen for one quadratic form ``end`` of the result, and ``best``, the bound that they give."""
+
+    def __init__(self, steps: list[Step], end: Tensor) -> None:
+        self.steps = steps
+        shape = [_outputs(s) for s in steps if s.matrix is None]
+        self.logs = [torch.zeros(n, dtype=end.dtype, device=end.device) for n in shape]
+        self.slack = [torch.zeros((), dtype=end.dtype, device=end.device) for _ in shape]
+        self.best = self.of(end)
+        if shape and self.best > 0:
+            first = self.logs, self.slack
+            self._descend(end)
+            found = self.of(end)
+            if found > self.best:
+                self.logs, self.slack = first
+            self.best = min(self.best, found)
+
+    def of(self, end: Tensor) -> float:
+        """The bound on ``wᵀ end w`` with these multipliers; infinite where they are infeasible."""
+        with torch.no_grad():
+            return float(_value(self.steps, end, self.logs, self.slack, exact=True))
+
+    def log(self) -> float:
+        """Logarithm of the square root of the bound."""
+        return 0.5 * (log(self.best) + _ROUNDING)
+
+    def _descend(self, end: Tensor) -> None:
+        logs, slack = ([t.clone().requires_grad_() for t in ts] for ts in (self.logs, self.slack))
         optimizer = torch.optim.Adam([*logs, *slack], lr=0.1)
         tops: dict[int, Tensor] = {}
-        leading = (math.inf, [*logs], [*slack])
-        for _ in range(iterations):
+        least = math.inf
+        for _ in range(_STEPS):
             optimizer.zero_grad()
-            value = _value(steps, end, logs, slack, exact=False, tops=tops)
+            value = _value(self.steps, end, logs, slack, exact=False, tops=tops)
             if not bool(torch.isfinite(value)):
                 break
-            if value.item() < leading[0]:
-                leading = (value.item(), [t.detach().clone() for t in logs], [t.detach().clone() for t in slack])
+            if value.item() < least:
+                least = value.item()
+                self.logs, self.slack = ([t.detach().clone() for t in ts] for ts in (logs, slack))
             value.log().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-        with torch.no_grad():
-            best = min(best, _value(steps, end, leading[1], leading[2], exact=True))
-    return 0.5 * (log(float(best)) + _ROUNDING)
 
 
 def _value(

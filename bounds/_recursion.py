@@ -34,8 +34,9 @@ _MASKED_WORK = 3e10
 class Recursion:
     """One way of bounding: ``flavor`` of the layers' norms, ``local`` at the data or for every ‖x‖ ≤ X.
 
-    ``log_input`` is log X for every input; ``radius`` moves every parameter within a ball; ``centered``: the loss does
-    not see a common shift of the outputs, so the last layer T may be replaced by ``(I − 11ᵀ/K) T``.
+    ``log_input`` is log X for every input; ``radius`` moves every parameter within a ball; ``categorical``: the loss's
+    curvature is a multiple of ``diag p − ppᵀ``, so that gains of the outputs' differences ``(z_i − z_j)/√2`` are enough.
+    ``end``: logarithm, by sample, of what stands for the norm of the last layer at the data.
     """
 
     structure: Structure
@@ -43,7 +44,8 @@ class Recursion:
     local: bool = False
     log_input: float = 0.0
     radius: float = 0.0
-    centered: bool = False
+    categorical: bool = False
+    end: Log | None = None
     known: dict[Any, LayerFacts] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -110,17 +112,19 @@ class Recursion:
             self.known[node] = layer_facts(self.structure, node)
         return self.known[node]
 
-    def layer_norm(self, node: Any, plain: bool = False) -> float:
+    def layer_norm(self, node: Any, plain: bool = False) -> Log:
         """Logarithm of the norm of a layer in this flavor, over the ball."""
         facts = self.facts(node)
+        if not plain and self.end is not None and node is self.last:
+            return self.end
         if self.flavor == "frobenius":
             norm, spread = facts.frobenius, facts.reuse
         elif self.flavor == "matrix":
             norm, spread = math.sqrt(facts.kt) * facts.matrix, facts.kt
         else:
             norm, spread = facts.tau, facts.kt
-            if not plain and self.centered and node is self.last and facts.centered is not None:
-                norm = facts.centered
+            if not plain and self.categorical and node is self.last and facts.spread is not None:
+                norm = facts.spread
         return float(add(log(norm), 0.5 * log(spread) + self.reach(node.inputs[1])))
 
     @property

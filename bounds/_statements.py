@@ -133,8 +133,9 @@ _ALL = (
         "a2", "patch norms", "ours", "valid", "a X² Σ_p κ̃_p Π_{i≠p} κ̃_i ‖W_i‖² π_i², κ̃ = min(r, κ)",
     ),
     Statement(
-        "a3", "layer norms", "ours", "valid; the best one from weights alone, with a4",
-        "a X² Σ_p κ̃_p Π_{i≠p} ‖T_i‖² π_i², rigorous ‖T_i‖",
+        "a3", "layer norms", "ours", "valid; the best one from weights alone where a5 is not for the network",
+        "a X² Σ_p κ̃_p Π_{i≠p} ‖T_i‖² π_i², rigorous ‖T_i‖; for cross-entropy ½ max_ij ‖t_i − t_j‖², rows of T_N, "
+        "for ‖T_N‖²",
     ),
     Statement(
         "a4", "averaged activations", "ours, after Combettes and Pesquet (2020)",
@@ -152,7 +153,7 @@ _ALL = (
     ),
     Statement(
         "b1", "masked layers at x", "ours", "valid",
-        "‖A‖ Σ_p ‖D_p‖² Π_{p<i<N} ‖D_i T_i‖² ‖P T_N‖² ‖U_p‖²", "data",
+        "Σ_p ‖D_p‖² Π_{p<i<N} ‖D_i T_i‖² ‖Sᵀ T_N‖² ‖U_p‖², S Sᵀ = A", "data",
     ),
     Statement(
         "b2", "true gains at x", "ours", "valid for every graph",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from itertools import product
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from dagh import DaghError
 from dagh._cli import cli
 from dagh.bounds import convolution_facts, linear_facts, norm_lower_bound
 from dagh.bounds._activations import activation
-from dagh.bounds._layers import dense_convolution, patches
+from dagh.bounds._layers import dense_convolution, patches, row_spread
+from dagh.bounds._multipliers import Step, gain, gain_of_differences
 from dagh.errors import ReductionError, ShapeError
 
 SLACK = 1 + 1e-9
@@ -107,7 +109,32 @@ def test_facts_about_linear_layers() -> None:
     assert once.tau == pytest.approx(norm) and often.tau == pytest.approx(norm)
     assert (once.reuse, often.reuse, often.kt) == (1, 5, 1)
     assert often.frobenius == pytest.approx(math.sqrt(5) * float(weight.norm()))
-    assert once.centered is not None and once.centered <= norm * SLACK and often.centered is None
+    assert once.spread is not None and once.spread <= norm * SLACK and often.spread is None
+
+
+def test_the_largest_difference_of_two_rows_is_the_supremum_over_all_probabilities() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(5, 7, dtype=torch.float64)
+    bound = 0.5 * row_spread(weight) ** 2
+
+    def curvature(p: torch.Tensor) -> float:
+        return float(torch.linalg.matrix_norm(weight.T @ (torch.diag(p) - torch.outer(p, p)) @ weight, 2))
+
+    assert all(curvature(torch.softmax(3 * torch.randn(5, dtype=torch.float64), 0)) <= bound for _ in range(200))
+    pairs = [torch.eye(5, dtype=torch.float64)[[i, j]].mean(0) for i in range(5) for j in range(i)]
+    assert max(map(curvature, pairs)) == pytest.approx(bound)
+    centered = torch.linalg.matrix_norm(weight - weight.mean(0), 2)
+    assert bound < 0.9 * 0.5 * float(centered) ** 2
+
+
+def test_multipliers_bound_differences_of_outputs_whatever_the_activation_does() -> None:
+    torch.manual_seed(1)
+    first, last = (torch.randn(*s, dtype=torch.float64) for s in ((6, 4), (5, 6)))
+    steps = [Step(4, first), Step(6), Step(6, last)]
+    bound, loose = math.exp(gain_of_differences(steps)), math.exp(gain(steps))
+    worst = max(row_spread(last * torch.tensor(bits) @ first) for bits in product((0.0, 1.0), repeat=6))
+    assert worst <= bound < loose
+    assert bound < row_spread(last) * float(torch.linalg.matrix_norm(first, 2))
 
 
 def test_strides_tighten_the_bound_by_fft() -> None:
