@@ -35,8 +35,8 @@ class Recursion:
     """One way of bounding: ``flavor`` of the layers' norms, ``local`` at the data or for every ‖x‖ ≤ X.
 
     ``log_input`` is log X for every input; ``radius`` moves every parameter within a ball; ``categorical``: the loss's
-    curvature is a multiple of ``diag p − ppᵀ``, so that gains of the outputs' differences ``(z_i − z_j)/√2`` are enough.
-    ``end``: logarithm, by sample, of what stands for the norm of the last layer at the data.
+    curvature is a multiple of ``diag p − ppᵀ``, so that gains of differences of outputs, ``(z_i − z_j)/√2``, are
+    enough. ``end``: logarithm, by sample, of what stands for the norm of the last layer at the data.
     """
 
     structure: Structure
