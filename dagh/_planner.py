@@ -17,6 +17,7 @@ from dagh._plan import Bridge, Column, Plan
 from dagh._pricing import Key, Option, Sweeps, gate_of
 from dagh._request import Pair, Request
 from dagh._rules import rule_for
+from dagh._rules._losses import factor_rows
 from dagh._structure import reach, structure
 from dagh.errors import ReductionError
 
@@ -66,7 +67,7 @@ def make_plan(
         columns=columns,
         layers=layers,
         fallbacks=fallbacks,
-        outer_rows=program.output.numel,
+        outer_rows=_outer_rows(program),
         samples=samples,
         routes=chosen_routes,
         alternatives=alternatives,
@@ -87,6 +88,14 @@ def make_plan(
 #: Requests with more pairs than this are not searched for shared sweeps.
 _SHARED = 400
 _LABELS = {(False, False): "zero", (True, False): "H_O", (False, True): "H_F", (True, True): "H_O+H_F"}
+
+
+def _outer_rows(program: Program) -> int:
+    """Rows per sample of the factor of the loss's curvature."""
+    loss = program.loss
+    if loss is None or not loss.inputs or loss.inputs[0] is not program.output:
+        return program.output.numel
+    return factor_rows(loss, program.output.numel)
 
 
 def _choose(

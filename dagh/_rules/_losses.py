@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dagh._ir import Node
-from dagh._rules._base import Call, DerivativeClass, Rule, Tangents, bundle, register_rule
+from dagh._rules._base import Call, DerivativeClass, Rule, Tangents, bundle, register_rule, rule_for
 from dagh._rules._bilinear import Multilinear
 
 _MEAN, _SUM = 1, 2
@@ -68,6 +68,11 @@ class CrossEntropy(Rule):
         pair: tuple[Tensor, Tensor] = call.once("mass", compute)
         return pair
 
+    def factor_rows(self, node: Node) -> int:
+        """Number of columns of :meth:`factor`."""
+        shape = node.inputs[0].shape
+        return shape.numel() // max(1, shape[self._axis(node)]) * max(0, shape[self._axis(node)] - 1)
+
     def _weigh(self, call: Call, s: Tensor, lead: int) -> Tensor:
         """An adjoint or cotangent of the loss, broadcastable against logits."""
         axis, rank = self._axis(call.node) + lead, len(call.node.inputs[0].shape)
@@ -98,17 +103,27 @@ class CrossEntropy(Rule):
         return {0: mass * p * (t - (p * t).sum(axis + 2, keepdim=True))}
 
     def factor(self, call: Call, adjoint: Tensor) -> Tensor | None:
-        """``S`` with ``∇²ℓ = S Sᵀ``: ``[N, r, *logits]``, columns ``√(m p_c) (e_c - p)`` per class and position."""
+        """``S`` with ``∇²ℓ = S Sᵀ``: ``[N, r, *logits]``, one column per position and class but the likeliest.
+
+        With the classes in ascending order of p and ``t_c = Σ_{j>c} p_j``, the columns are
+        ``√(m p_c t_c / t_{c-1}) (e_c - Σ_{j>c} (p_j / t_c) e_j)``: the triangular factor of ``diag p - p pᵀ`` in closed
+        form (K. Tanabe and M. Sagae, 1992). As the last p is at least 1/C no quotient loses digits.
+        """
         p, q = self._mass(call)
         axis = self._axis(call.node) + 1
         mass = q.sum(axis, keepdim=True) * self._weigh(call, adjoint, 1)
         if bool((mass < 0).any()):
             return None
         n, classes = p.shape[0], p.shape[axis]
-        p = p.movedim(axis, 1).reshape(n, classes, -1)  # [N, C, T]
-        root = (mass.movedim(axis, 1).reshape(mass.shape[0], 1, -1) * p).sqrt()
-        eye = torch.eye(classes, dtype=p.dtype, device=p.device)
-        columns = root.unsqueeze(2) * (eye[None, :, :, None] - p.unsqueeze(1))  # [N, c, C, T]
+        p, order = p.movedim(axis, 1).reshape(n, classes, -1).sort(1)  # [N, C, T]
+        tails = p.flip(1).cumsum(1).flip(1)  # [N, C, T], p_c included
+        after = tails[:, 1:].unsqueeze(2)
+        later = torch.ones(classes - 1, classes, dtype=p.dtype, device=p.device).triu(1)
+        here = torch.eye(classes - 1, classes, dtype=p.dtype, device=p.device)
+        columns = here[None, :, :, None] - later[None, :, :, None] * p.unsqueeze(1) / after  # [N, c, C, T]
+        size = mass.movedim(axis, 1).reshape(mass.shape[0], 1, -1) * p[:, :-1] * tails[:, 1:] / tails[:, :-1]
+        columns = size.sqrt().unsqueeze(2) * columns
+        columns = columns.gather(2, order.argsort(1).unsqueeze(1).expand_as(columns))
         positions = p.shape[2]
         if positions > 1:
             columns = torch.diag_embed(columns).movedim(3, 1).flatten(1, 2)  # [N, T·c, C, T]
@@ -125,6 +140,12 @@ class NegativeLogLikelihood(Multilinear):
 
     def curved(self, node: Node) -> bool:
         return False
+
+
+def factor_rows(node: Node, otherwise: int) -> int:
+    """Columns of the closed-form factor of a loss node's curvature; ``otherwise`` where there is none."""
+    rows: Any = getattr(rule_for(node), "factor_rows", None)
+    return otherwise if rows is None else int(rows(node))
 
 
 def loss_factor(rule: Rule, call: Call, adjoint: Tensor) -> Tensor | None:
