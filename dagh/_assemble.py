@@ -16,6 +16,7 @@ from dagh._plan import CACHE, Column, Plan
 from dagh._request import Request, itemsize
 from dagh._rules._conv import Convolution
 from dagh._state import State
+from dagh._strips import add_strip
 from dagh._sweep import Tangents
 
 #: Smallest working memory the chunking aims for.
@@ -29,6 +30,13 @@ def assemble(
     distinct = len({id(p) for p in parts.values()})
     held = plan.result_elements * distinct * itemsize(state.weights.dtype)
     working = max(budget - held, _FLOOR)
+    for strip in plan.strips:
+        at_once = 1 if keep else strip.window(state.samples, working, itemsize(state.weights.dtype))
+        for start in range(0, state.samples, at_once):
+            window = slice(start, min(start + at_once, state.samples))
+            add_strip(narrow(state, window), request, plan, strip, parts, window, working)
+    if not plan.columns and not plan.factored:
+        return
     for window in _windows(state, request, plan, tuple(parts), working):
         part_state = narrow(state, window)
         if "outer" in parts:
@@ -47,7 +55,7 @@ def _windows(state: State, request: Request, plan: Plan, parts: tuple[str, ...],
     """Ranges of samples such that one direction of the widest sweep, and the loss factor's rows, fit."""
     size = itemsize(state.weights.dtype)
     per_sample = 1
-    if "outer" in parts:
+    if "outer" in parts and plan.factored:
         factor_columns = plan.outer_rows
         widest = max((n.numel for n in state.program), default=1)
         dense = sum(leaf.numel for i, leaf in enumerate(request.leaves) if i not in plan.gates)
@@ -72,7 +80,7 @@ def narrow(state: State, window: slice) -> State:
 
 
 def _add_outer(state: State, request: Request, plan: Plan, result: Accumulator, window: slice) -> None:
-    pairs = [p for p in request.pairs if "H_O" in plan.kinds[p]]
+    pairs = plan.factored
     if not pairs:
         return
     leaves = {i for pair in pairs for i in pair}
