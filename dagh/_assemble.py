@@ -31,10 +31,11 @@ def assemble(
     held = plan.result_elements * distinct * itemsize(state.weights.dtype)
     working = max(budget - held, _FLOOR)
     for strip in plan.strips:
-        at_once = 1 if keep else strip.window(state.samples, working, itemsize(state.weights.dtype))
+        room = budget - held  # one direction at a time, if need be: nothing below that is worth a larger budget
+        at_once = 1 if keep else strip.window(state.samples, room, itemsize(state.weights.dtype))
         for start in range(0, state.samples, at_once):
             window = slice(start, min(start + at_once, state.samples))
-            add_strip(narrow(state, window), request, plan, strip, parts, window, working)
+            add_strip(narrow(state, window), request, plan, strip, parts, window, room)
     if not plan.columns and not plan.factored:
         return
     for window in _windows(state, request, plan, tuple(parts), working):

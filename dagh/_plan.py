@@ -267,10 +267,10 @@ class Plan:
         if self.has_outer:
             dense = self._dense_rows
             pulled = min(CACHE, n * self.outer_rows * self.widest * size)
-            work.append(n * self.outer_rows * 2 * dense * size + 4 * pulled)
+            work.append(max(n * self.outer_rows * 2 * dense * size + 4 * pulled, _FACTORS * self.outer_rows**2 * size))
         total += n * sum(b.elements for b in self.bridges.values())
         for s in self.strips:
-            room = self.budget or 1 << 62
+            room = self.room
             window = 1 if self.keep else s.window(n, room, size)
             moving = s.step(window, room, size) * (window * s.unit + s.result)
             work.append((moving + window * s.fixed) * size)
@@ -278,6 +278,11 @@ class Plan:
             step = c.step(n, self.budget or 1 << 62, size)
             work.append(step * n * (c.unit + 2 * c.largest) * size)
         return total * size + max(work)
+
+    @property
+    def room(self) -> int:
+        """Bytes that the budget leaves for work."""
+        return (self.budget or 1 << 62) - self.result_bytes
 
     @property
     def _dense_rows(self) -> int:

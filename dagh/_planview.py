@@ -63,7 +63,7 @@ def _sweep_row(plan: Plan, c: Column) -> tuple[str, ...]:
 
 
 def _strip_row(plan: Plan, s: Strip) -> tuple[str, ...]:
-    size, room = itemsize(plan.dtype), plan.budget or 1 << 62
+    size, room = itemsize(plan.dtype), plan.room
     window = 1 if plan.keep else s.window(plan.samples, room, size)
     step = s.step(window, room, size)
     largest = human(step * max(window * s.largest, s.result) * size)

@@ -52,13 +52,13 @@ class Strip:
         """Elements held for one direction and one sample."""
         return self.unit + self.fixed + self.result
 
-    def window(self, samples: int, working: int, size: int) -> int:
-        """Samples that are linearized at once."""
-        return max(1, min(samples, (working // size - self.result) // max(1, self.unit + self.fixed)))
+    def window(self, samples: int, room: int, size: int) -> int:
+        """Samples that are linearized at once, with ``room`` bytes for numbers of ``size`` bytes."""
+        return max(1, min(samples, (room // size - self.result) // max(1, self.unit + self.fixed)))
 
-    def step(self, samples: int, working: int, size: int) -> int:
+    def step(self, samples: int, room: int, size: int) -> int:
         """Directions at once."""
-        fits = (working // size - samples * self.fixed) // max(1, samples * self.unit + self.result)
+        fits = (room // size - samples * self.fixed) // max(1, samples * self.unit + self.result)
         cached = CACHE // max(1, max(samples * self.largest, self.result) * size)
         return max(1, min(self.width, fits, cached))
 
@@ -70,11 +70,11 @@ def add_strip(
     strip: Strip,
     parts: Mapping[str, Accumulator],
     window: slice,
-    working: int,
+    room: int,
 ) -> None:
     """Add the strip's blocks over the samples of ``state``, the ``window`` of the batch, to each part."""
     leaf, size = request.leaves[strip.leaf], itemsize(state.weights.dtype)
-    step = strip.step(state.samples, working, size)
+    step = strip.step(state.samples, room, size)
     for part, result, pairs in _passes(plan, strip, parts):
         targets = list(dict.fromkeys(request.leaves[row] for _, row in pairs))
         linear = Linearization(state, [leaf], targets, part)
