@@ -13,7 +13,7 @@ from dagh._request import Pair, Request, itemsize
 from dagh._state import State
 
 #: Strips replace everything else when their price is below this share of its price.
-_CHEAPER = 0.7
+_CHEAPER = 0.5
 
 
 @dataclass
