@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -48,15 +50,41 @@ class Accumulator:
         self.samples = state.samples
         self.blocks: dict[Pair, Tensor] = {}
         self.layers: dict[Pair, Layers] = {}
+        self._lock = Lock()
+
+    def fork(self) -> Accumulator:
+        """One to fill with other samples at the same time: what is kept per sample is shared, sums are its own."""
+        other = copy.copy(self)
+        if not self.keep:
+            other.blocks = {}
+        return other
+
+    def merge(self, other: Accumulator) -> None:
+        """Add the sums of a fork."""
+        if other.blocks is self.blocks:
+            return
+        for pair, block in other.blocks.items():
+            if pair in self.blocks:
+                self.blocks[pair] += block
+            else:
+                self.blocks[pair] = block
+
+    def dense_nbytes(self) -> int:
+        """Bytes of the blocks that are sums over samples."""
+        if self.keep:
+            return 0
+        sizes, pairs = self.request.sizes, self.request.pairs
+        return sum(sizes[i] * sizes[j] for i, j in pairs if not self.structured(i, j)) * self.like.element_size()
 
     def block(self, i: int, j: int) -> Tensor:
         """The (zero-initialised) storage of block ``i <= j``."""
-        if (i, j) not in self.blocks:
-            sizes = self.request.sizes
-            lead = (self.samples,) if self.keep else ()
-            shape = (*lead, sizes[i], sizes[j])
-            self.blocks[i, j] = zeros(shape, dtype=self.like.dtype, device=self.like.device)
-        return self.blocks[i, j]
+        with self._lock:
+            if (i, j) not in self.blocks:
+                sizes = self.request.sizes
+                lead = (self.samples,) if self.keep else ()
+                shape = (*lead, sizes[i], sizes[j])
+                self.blocks[i, j] = zeros(shape, dtype=self.like.dtype, device=self.like.device)
+            return self.blocks[i, j]
 
     def add(self, i: int, j: int, piece: Tensor, rows: slice, window: slice) -> None:
         """Add ``piece`` ``[(n,) rows of i, all of j]`` to block (i, j) or, transposed, (j, i)."""
@@ -102,18 +130,20 @@ class Accumulator:
             return
         sizes, n = self.request.sizes, self.samples
         o_a, o_b = sizes[key[0]] // x.shape[1], sizes[key[1]] // y.shape[1]
-        held = self.layers.get(key)
-        if held is None:
-            zeros = self.like.new_zeros
-            held = Layers(key, zeros(n, o_a, o_b), zeros(n, x.shape[1]), zeros(n, y.shape[1]))
-            self.layers[key] = held
+        with self._lock:
+            held = self.layers.get(key)
+            if held is None:
+                zeros = self.like.new_zeros
+                held = Layers(key, zeros(n, o_a, o_b), zeros(n, x.shape[1]), zeros(n, y.shape[1]))
+                self.layers[key] = held
+            if jacobian is not None and adjoint is not None and held.jacobian is None:
+                held.adjoint = self.like.new_zeros(n, o_b)
+                held.jacobian = self.like.new_zeros(n, o_a, y.shape[1])
         held.left[window], held.right[window] = x, y
         if core is not None:
             held.core[window, rows] += core
         if jacobian is not None and adjoint is not None:
-            if held.jacobian is None or held.adjoint is None:
-                held.jacobian = self.like.new_zeros(n, o_a, y.shape[1])
-                held.adjoint = self.like.new_zeros(n, o_b)
+            assert held.jacobian is not None and held.adjoint is not None
             held.jacobian[window, rows] += jacobian
             held.adjoint[window] = adjoint
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
+from threading import Event
 
 import torch
 from torch import Tensor
@@ -18,9 +21,13 @@ from dagh._rules._conv import Convolution
 from dagh._state import State
 from dagh._strips import add_strip
 from dagh._sweep import Tangents
+from dagh._workers import Stopped, shares, side_by_side
 
 #: Smallest working memory the chunking aims for.
 _FLOOR = 32 * 2**20
+
+#: Samples below which a share of them is not worth a thread, and flops below which the whole is not.
+_FEWEST, _WORTH = 8, 3e8
 
 
 def assemble(
@@ -30,23 +37,65 @@ def assemble(
     distinct = len({id(p) for p in parts.values()})
     held = plan.result_elements * distinct * itemsize(state.weights.dtype)
     working = max(budget - held, _FLOOR)
+    if plan.strips:
+        _add_strips(state, request, plan, parts, keep, budget - held)
+        if not plan.columns and not plan.factored:
+            return
+    count = _shares(state, plan, next(iter(parts.values())).dense_nbytes() * distinct, working)
+    forks = [parts, *(_fork(parts) for _ in range(1, count))]
+
+    def fill(mine: dict[str, Accumulator], window: slice, enough: Event) -> None:
+        part_state = narrow(state, window)
+        if "outer" in mine:
+            _add_outer(part_state, request, plan, mine["outer"], window)
+        if "functional" not in mine:
+            return
+        crossings = {v: build(part_state, bridge) for v, bridge in plan.bridges.items()}
+        for column in plan.columns:
+            if enough.is_set():
+                raise Stopped
+            crossing = None if column.via is None else crossings[column.via]
+            room = working // count
+            _add_column(part_state, request, plan, column, crossing, mine["functional"], window, keep, room)
+
+    for window in _windows(state, request, plan, tuple(parts), working):
+        side_by_side([partial(fill, *one) for one in zip(forks, _split(window, count), strict=False)])
+    for part, result in {id(p): (name, p) for name, p in parts.items()}.values():
+        for fork in forks[1:]:
+            result.merge(fork[part])
+
+
+def _add_strips(
+    state: State, request: Request, plan: Plan, parts: dict[str, Accumulator], keep: bool, room: int
+) -> None:
+    """Blocks by products, in ranges of samples of which one direction fits ``room`` bytes."""
     for strip in plan.strips:
-        room = budget - held  # one direction at a time, if need be: nothing below that is worth a larger budget
         at_once = 1 if keep else strip.window(state.samples, room, itemsize(state.weights.dtype))
         for start in range(0, state.samples, at_once):
             window = slice(start, min(start + at_once, state.samples))
             add_strip(narrow(state, window), request, plan, strip, parts, window, room)
-    if not plan.columns and not plan.factored:
-        return
-    for window in _windows(state, request, plan, tuple(parts), working):
-        part_state = narrow(state, window)
-        if "outer" in parts:
-            _add_outer(part_state, request, plan, parts["outer"], window)
-        if "functional" in parts:
-            crossings = {v: build(part_state, bridge) for v, bridge in plan.bridges.items()}
-            for column in plan.columns:
-                crossing = None if column.via is None else crossings[column.via]
-                _add_column(part_state, request, plan, column, crossing, parts["functional"], window, keep, working)
+
+
+def _shares(state: State, plan: Plan, dense: int, working: int) -> int:
+    """Into how many shares the samples are divided: as many as there are threads, where results of each have room."""
+    most = min(shares(state.weights.device), state.samples // _FEWEST)
+    if most < 2 or not plan.columns or plan.flops < _WORTH:
+        return 1  # the outer part alone is a few large operations
+    return max(1, min(most, 1 + working // (4 * max(1, dense))))
+
+
+def _fork(parts: dict[str, Accumulator]) -> dict[str, Accumulator]:
+    """Accumulators for another share; what is one and the same stays so."""
+    made = {id(p): p.fork() for p in parts.values()}
+    return {name: made[id(p)] for name, p in parts.items()}
+
+
+def _split(window: slice, count: int) -> list[slice]:
+    """A range of samples in at most ``count`` ranges of nearly equal length."""
+    length = window.stop - window.start
+    count = max(1, min(count, length // _FEWEST))
+    ends = [window.start + length * k // count for k in range(count + 1)]
+    return [slice(a, b) for a, b in itertools.pairwise(ends)]
 
 
 # -- chunks ----------------------------------------------------------------------------------------

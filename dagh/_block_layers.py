@@ -17,7 +17,7 @@ from dagh._block_base import Block
 from dagh._block_composite import TransposedBlock
 
 #: Entries of the right-hand factor formed at once: it should stay in the cache between its two uses.
-_PANEL = 1 << 20
+_PANEL = 1 << 18
 
 
 class LayerPairBlock(Block):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import accumulate, combinations_with_replacement
 from math import prod
 from numbers import Real
 from pathlib import Path
+from threading import Event
 from typing import Any, Literal, overload
 
 import torch
@@ -22,7 +24,11 @@ from dagh._blocks import Block, DenseBlock, ZeroBlock
 from dagh._blocktables import KINDS, PARTS, NormTable, Pair, check_budget, find_name, no_such_block
 from dagh._blockview import BlockMap
 from dagh._memory import zeros
+from dagh._workers import Stopped, divide, shares, side_by_side
 from dagh.errors import DtypeError, ReductionError, ShapeError, UnknownNameError
+
+#: Entries from which a matrix is written out in several threads.
+_LARGE = 4_000_000
 
 Vector = Tensor | Mapping[str, Tensor]
 
@@ -236,10 +242,18 @@ class BlockMatrix:
         check_budget(what, prod(self.shape) * self.dtype.itemsize, self.memory_budget, self.device, cheaper)
         out = zeros(self.shape, dtype=self.dtype, device=self.device)
         slices = self.slices()
-        for (i, j), block in self.blocks.items():
-            block.write_into(out[..., slices[i], slices[j]])
-            if i != j:
-                copy_transposed(out[..., slices[j], slices[i]], out[..., slices[i], slices[j]])
+
+        def write(pairs: Sequence[Pair], enough: Event) -> None:
+            for i, j in pairs:
+                if enough.is_set():
+                    raise Stopped
+                self.blocks[i, j].write_into(out[..., slices[i], slices[j]])
+                if i != j:
+                    copy_transposed(out[..., slices[j], slices[i]], out[..., slices[i], slices[j]])
+
+        count = shares(self.device) if out.numel() >= _LARGE else 1
+        groups = divide(self.blocks, lambda pair: self.blocks[pair].dense_numel, count)
+        side_by_side([partial(write, group) for group in groups])
         return out
 
     def slices(self) -> list[slice]:

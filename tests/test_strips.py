@@ -295,3 +295,20 @@ def check(seed: int, length: int, samples: int) -> None:
         forced = dagh.plan(graph, "mse", x, y, routes=routes)
         got = dagh.hessian(graph, "mse", x, y, plan=forced).dense()
         assert float((got - expected).norm()) <= TOLERANCE * max(float(expected.norm()), 1e-6)
+
+
+def test_ever_smaller_budgets() -> None:
+    """Under ever smaller budgets plans change, and take no more than they say or than nothing smaller could."""
+    model, loss, x, y = problem("attention")
+    graph, full = traced("attention"), hessian_double_backward(model, loss, x, y)
+    usual = dagh.plan(graph, loss, x, y)
+    scale, seen = max(float(b.abs().max()) for b in full.values()), set()
+    for extra in (100, 10_000, 20_000, 40_000, 100_000, 10**7):
+        made = dagh.hessian(graph, loss, x, y, memory_budget=usual.result_bytes + extra)
+        assert made.plan is not None
+        fits = made.plan.least_memory + made.plan.result_bytes <= usual.result_bytes + extra
+        assert fits or made.plan.least_memory == usual.least_memory
+        seen.add((fits, tuple(made.plan.routes.values())))
+        for pair in made.pairs:
+            close(made[pair], full[pair], scale)
+    assert len({routes for _, routes in seen}) > 1 and {fits for fits, _ in seen} == {True, False}

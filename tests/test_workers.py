@@ -1,0 +1,126 @@
+"""Shares of the samples side by side in threads: the same numbers, in every run, and nothing left behind."""
+
+from __future__ import annotations
+
+from threading import Event
+
+import pytest
+import torch
+from oracles import hessian_double_backward
+from test_meeting import Encoder, Hourglass, convolutional
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dagh
+from dagh import _assemble, _blockmatrix, _workers
+
+F = nn.functional
+
+
+@pytest.fixture(autouse=True)
+def threads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Three threads and no threshold; the list fills with the numbers of shares really run."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(_assemble, "_FEWEST", 1)
+    monkeypatch.setattr(_assemble, "_WORTH", 0)
+    monkeypatch.setattr(_blockmatrix, "_LARGE", 0)
+    counts: list[int] = []
+    original = _workers.side_by_side
+
+    def counted(tasks: list[object]) -> None:
+        counts.append(len(tasks))
+        original(tasks)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(_assemble, "side_by_side", counted)
+    torch.set_num_threads(3)
+    yield counts
+    torch.set_num_threads(before)
+
+
+def problem(name: str, n: int = 7) -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(3)
+    model, shape = {
+        "attention": (Encoder(), (5, 4)),
+        "tied": (Encoder(tied=True), (5, 4)),
+        "skip": (Hourglass(skip=True), (3,)),
+        "convolutions": (convolutional(), (1, 6, 6)),
+    }[name]
+    return model.double(), torch.randn(n, *shape).double(), torch.randint(3, (n,))
+
+
+@pytest.mark.parametrize("name", ["attention", "tied", "skip", "convolutions"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_shares_agree_with_double_backward(name: str, reduction: str, threads: list[int]) -> None:
+    model, x, y = problem(name)
+    H = dagh.hessian(model, "cross_entropy", x, y, reduction=reduction)
+    assert threads == [3]
+    for n in range(len(x)) if reduction == "none" else [slice(None)]:
+        part = (x[n : n + 1], y[n : n + 1]) if isinstance(n, int) else (x, y)
+        blocks = hessian_double_backward(model, F.cross_entropy, *part)
+        for a, b in blocks:
+            found = H[a, b][n] if isinstance(n, int) else H[a, b]
+            torch.testing.assert_close(found, blocks[a, b], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["attention", "convolutions"])
+def test_parts_and_repetitions_are_the_same_to_the_last_bit(name: str, threads: list[int]) -> None:
+    model, x, y = problem(name)
+    graph = dagh.trace(model, x)
+    first, again = (dagh.decompose(graph, "cross_entropy", x, y) for _ in range(2))
+    assert threads == [3, 3]
+    torch.set_num_threads(1)
+    alone = dagh.decompose(graph, "cross_entropy", x, y)
+    assert threads == [3, 3, 1]
+    for part in ("full", "outer", "functional"):
+        H = getattr(first, part).dense()
+        assert torch.equal(H, getattr(again, part).dense())
+        torch.testing.assert_close(H, getattr(alone, part).dense(), rtol=1e-11, atol=1e-13)
+
+
+def test_the_number_of_threads_is_restored_and_modes_are_carried_over(threads: list[int]) -> None:
+    model, x, y = problem("skip")
+    with torch.inference_mode():
+        H = dagh.hessian(model, "cross_entropy", x, y).dense()
+    assert H.isfinite().all() and threads == [3] and torch.get_num_threads() == 3
+    seen = []
+    _workers.side_by_side([lambda _: seen.append(torch.is_grad_enabled())] * 2)
+    with torch.no_grad():
+        _workers.side_by_side([lambda _: seen.append(torch.is_grad_enabled())] * 2)
+    assert seen == [True, True, False, False]
+
+
+def test_watched_operations_and_small_budgets_stay_in_one_thread(threads: list[int]) -> None:
+    model, x, y = problem("skip")
+
+    class Counter(TorchDispatchMode):
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            return f(*args, **(kwargs or {}))
+
+    graph = dagh.trace(model, x)
+    with Counter():
+        dagh.hessian(graph, "cross_entropy", x, y)
+    assert threads == [1]
+    assert _workers.shares(torch.device("cuda")) == 1
+
+
+def test_an_error_in_one_share_stops_the_others() -> None:
+    began, stopped = Event(), []
+
+    def fails(_: Event) -> None:
+        began.wait(10)
+        raise ValueError("this one")
+
+    def goes_on(enough: Event) -> None:
+        began.set()
+        stopped.append(enough.wait(10))
+        raise _workers.Stopped
+
+    before = torch.get_num_threads()
+    with pytest.raises(ValueError, match="this one"):
+        _workers.side_by_side([goes_on, fails])
+    assert stopped == [True] and torch.get_num_threads() == before
+
+
+def test_groups_are_of_similar_size() -> None:
+    groups = _workers.divide([5, 4, 3, 3, 3, 1], float, 2)
+    assert sorted(map(sum, groups)) == [9, 10] and _workers.divide([], float, 3) == [[]]
