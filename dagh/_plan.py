@@ -273,7 +273,8 @@ class Plan:
             room = self.room
             window = 1 if self.keep else s.window(n, room, size)
             moving = s.step(window, room, size) * (window * s.unit + s.result)
-            work.append((moving + window * s.fixed) * size)
+            # What is linearized was evaluated before: values and adjoints count once.
+            work.append((moving + max(0, window * s.fixed - 3 * n * self.forward_elements)) * size)
         for c in self.columns:
             step = c.step(n, self.budget or 1 << 62, size)
             work.append(step * n * (c.unit + 2 * c.largest) * size)

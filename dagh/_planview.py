@@ -22,7 +22,9 @@ _SHOWN = 30
 def render(plan: Plan) -> RenderableType:
     """Totals, sweeps, what fell back, blocks."""
     sweeps = Table(
-        title="Sweeps for H_F" + (", strips of all parts" if plan.strips else ""), title_justify="left", box=SIMPLE
+        title=", ".join(["Sweeps for H_F"] * bool(plan.columns) + ["Strips of H_O and H_F"] * bool(plan.strips)),
+        title_justify="left",
+        box=SIMPLE,
     )
     sweeps.add_column("columns of", no_wrap=True, overflow="ellipsis", max_width=17)
     for name, width in (("basis", 10), ("width", 5), ("at once", 7), ("rows", 4), ("MFLOP", 6), ("largest", 9)):

@@ -68,9 +68,8 @@ def settled(
         strips = made(list(plan.routes))
         if strips.price < _CHEAPER * plan.price and strips.least_memory <= room(strips):
             much = plan.price / strips.price
-            how = f"{plan.outer_rows} rows of the loss factor per sample" + (
-                ", and sweeps for H_F" * bool(plan.columns)
-            )
+            how = f"{plan.outer_rows} rows of the loss factor per sample"
+            how += ", and sweeps for H_F" if plan.columns else ""
             return replace(strips, notes=(f"Strips are {much:.2g} times cheaper than {how}",))
     return plan
 
