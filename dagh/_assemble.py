@@ -19,6 +19,7 @@ from dagh._plan import CACHE, Column, Plan
 from dagh._request import Request, itemsize
 from dagh._rules._conv import Convolution
 from dagh._state import State
+from dagh._strips import add_strip
 from dagh._sweep import Tangents
 from dagh._workers import Stopped, shares, side_by_side
 
@@ -36,6 +37,10 @@ def assemble(
     distinct = len({id(p) for p in parts.values()})
     held = plan.result_elements * distinct * itemsize(state.weights.dtype)
     working = max(budget - held, _FLOOR)
+    if plan.strips:
+        _add_strips(state, request, plan, parts, keep, budget - held)
+        if not plan.columns and not plan.factored:
+            return
     count = _shares(state, plan, next(iter(parts.values())).dense_nbytes() * distinct, working)
     forks = [parts, *(_fork(parts) for _ in range(1, count))]
 
@@ -58,6 +63,17 @@ def assemble(
     for part, result in {id(p): (name, p) for name, p in parts.items()}.values():
         for fork in forks[1:]:
             result.merge(fork[part])
+
+
+def _add_strips(
+    state: State, request: Request, plan: Plan, parts: dict[str, Accumulator], keep: bool, room: int
+) -> None:
+    """Blocks by products, in ranges of samples of which one direction fits ``room`` bytes."""
+    for strip in plan.strips:
+        at_once = 1 if keep else strip.window(state.samples, room, itemsize(state.weights.dtype))
+        for start in range(0, state.samples, at_once):
+            window = slice(start, min(start + at_once, state.samples))
+            add_strip(narrow(state, window), request, plan, strip, parts, window, room)
 
 
 def _shares(state: State, plan: Plan, dense: int, working: int) -> int:
@@ -89,7 +105,7 @@ def _windows(state: State, request: Request, plan: Plan, parts: tuple[str, ...],
     """Ranges of samples such that one direction of the widest sweep, and the loss factor's rows, fit."""
     size = itemsize(state.weights.dtype)
     per_sample = 1
-    if "outer" in parts:
+    if "outer" in parts and plan.factored:
         factor_columns = plan.outer_rows
         widest = max((n.numel for n in state.program), default=1)
         dense = sum(leaf.numel for i, leaf in enumerate(request.leaves) if i not in plan.gates)
@@ -114,7 +130,7 @@ def narrow(state: State, window: slice) -> State:
 
 
 def _add_outer(state: State, request: Request, plan: Plan, result: Accumulator, window: slice) -> None:
-    pairs = [p for p in request.pairs if "H_O" in plan.kinds[p]]
+    pairs = plan.factored
     if not pairs:
         return
     leaves = {i for pair in pairs for i in pair}

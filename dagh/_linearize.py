@@ -56,6 +56,8 @@ class Linearization:
         self._steps = steps
         self._forward = [s for s in steps if s.moving and program.nodes[s.node] in needed]
         self._backward = [s for s in reversed(steps) if s.wanted]
+        #: targets whose rows are passed on
+        self._taken = {n.index for n in self.targets if n.op is not None}
         self._lock = threading.Lock()
 
     def _find_bending(self, moving: set[Node], route: set[Node], part: Part) -> dict[Node, tuple[int, ...]]:
@@ -115,6 +117,7 @@ class Linearization:
         nodes = self.state.program.nodes
         tangents: list[Tensor | None] = [None] * len(nodes)
         rows: list[Tensor | None] = [None] * len(nodes)
+        taken: dict[int, Tensor] = {}
         mine: set[int] = set()  # nodes whose row is a tensor of its own, which may be overwritten
         seeds = {node.index: _spread(t.unsqueeze(0), self.state.values[node]) for node, t in directions.items()}
         for index, seed in seeds.items():
@@ -132,6 +135,8 @@ class Linearization:
             for step in self._backward:
                 row, own = rows[step.node], step.node in mine
                 rows[step.node] = None
+                if step.node in self._taken and row is not None:
+                    taken[step.node] = row.clone()
                 t = _gather(step.moving, tangents) if step.local.adjoint is not None else {}
                 if row is None and not t:
                     continue
@@ -155,6 +160,8 @@ class Linearization:
                     else:
                         rows[parent] = before.add_(term) if parent in mine else before + term
                     mine.add(parent)
+        for index, kept in taken.items():
+            rows[index] = kept
         return {n: _total(r) for n in self.targets if (r := rows[n.index]) is not None}
 
     def bytes(self) -> int:

@@ -8,23 +8,24 @@ curved nodes that matter, and the rows pulled back to the other leaf of the pair
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from rich.box import SIMPLE
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
+from rich.console import RenderableType
 
 from dagh._costs import PASS, product_rate
 from dagh._ir import Node, Program
-from dagh._memory import human
 from dagh._request import Pair, itemsize
 
-Basis = Literal["parameter", "activation", "channel", "input"]
+if TYPE_CHECKING:
+    from dagh._strips import Strip
+
+Basis = Literal["parameter", "activation", "channel", "input", "strips"]
 
 #: Largest bundle formed at once: beyond it fresh memory costs more than the arithmetic on it.
 CACHE = 8 * 2**20
+#: Matrices of the size of a sample's loss curvature that are held while it is factored.
+_FACTORS = 4
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,10 @@ class Plan:
     """How the requested blocks will be formed, and at what price; ``print(plan)`` explains it.
 
     Attributes:
-        routes: For every pair with an H_F part, the sweep that forms it, e.g. ``"channel columns of conv1.weight"``.
-        alternatives: For the same pairs, the price of every route in operations per sample.
+        routes: For every pair that is not zero, how it is formed: with an H_F part, the sweep that forms that, e.g.
+            ``"channel columns of conv1.weight"``; with H_O alone, ``"loss factor"``; or ``"strips of conv1.weight"``.
+        alternatives: For the same pairs, the price of every route in operations per sample. Strips give H_O and H_F.
+        notes: What fell back to strips, and why.
         kinds: Which parts each pair has: ``"zero"``, ``"H_O"``, ``"H_F"``, ``"H_O+H_F"``.
         fallbacks: Operations without a rule, differentiated by ``torch.func`` on their own.
         samples: The batch size that totals refer to (1 where samples are coupled).
@@ -153,6 +156,8 @@ class Plan:
     program: Program = field(repr=False)
     functional: bool
     bridges: dict[Node, Bridge] = field(default_factory=dict, repr=False)
+    strips: list[Strip] = field(default_factory=list, repr=False)
+    notes: tuple[str, ...] = ()
     device: str = "cpu"
     keep: bool = False
     parts: tuple[str, ...] = ("outer", "functional")
@@ -160,6 +165,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         self._swept = {pair for c in self.columns for pair in c.pairs}
+        self.stripped = {(min(p), max(p)) for s in self.strips for p in s.pairs}
         self.gates = {i: g for i, g in self.layers.items() if g.rows == 1}
 
     # -- what the assembly asks --------------------------------------------------------------------
@@ -173,6 +179,8 @@ class Plan:
         i, j = self.oriented(i, j)
         first, second = self.gates.get(i), self.gates.get(j)
         if first is None or second is None or self.kinds[min(i, j), max(i, j)] == "zero":
+            return False
+        if (min(i, j), max(i, j)) in self.stripped:
             return False
         return self._per_sample(i, j, samples) < self.sizes[i] * self.sizes[j]
 
@@ -197,37 +205,42 @@ class Plan:
 
     # -- totals ------------------------------------------------------------------------------------
 
-    def _outer_products(self) -> float:
-        """Arithmetic per sample of the products of the rows of H_O (half of it spared by symmetry)."""
-        total = 0.0
-        for i, j in self.pairs:
-            if "H_O" not in self.kinds[i, j]:
-                continue
-            if i in self.gates and j in self.gates:
-                total += 2.0 * self.outer_rows * self.gates[i].shape[0] * self.gates[j].shape[0]
-                if not self.structured(i, j, self.samples):
-                    total += 2.0 * self.sizes[i] * self.sizes[j]
-            elif i in self.gates or j in self.gates:
-                layer, other = (i, j) if i in self.gates else (j, i)
-                total += 2.0 * self.sizes[other] * (self.outer_rows * self.gates[layer].shape[0] + self.sizes[layer])
-            else:
-                total += (1.0 if i == j else 2.0) * self.outer_rows * self.sizes[i] * self.sizes[j]
-        return total
+    def outer_product(self, i: int, j: int) -> float:
+        """Arithmetic per sample of the products of the rows of H_O for a pair (half of it spared by symmetry)."""
+        if i in self.gates and j in self.gates:
+            core = 2.0 * self.outer_rows * self.gates[i].shape[0] * self.gates[j].shape[0]
+            return core + (0.0 if self.structured(i, j, self.samples) else 2.0 * self.sizes[i] * self.sizes[j])
+        if i in self.gates or j in self.gates:
+            layer, other = (i, j) if i in self.gates else (j, i)
+            return 2.0 * self.sizes[other] * (self.outer_rows * self.gates[layer].shape[0] + self.sizes[layer])
+        return (1.0 if i == j else 2.0) * self.outer_rows * self.sizes[i] * self.sizes[j]
+
+    @property
+    def factored(self) -> list[Pair]:
+        """The pairs whose H_O comes from the factor of the loss."""
+        return [p for p in self.pairs if "H_O" in self.kinds[p] and p not in self.stripped]
 
     @property
     def has_outer(self) -> bool:
-        """Whether any block has an H_O part that is asked for."""
-        return "outer" in self.parts and any("H_O" in kind for kind in self.kinds.values())
+        """Whether any block has an H_O part that is asked for and comes from the factor of the loss."""
+        return "outer" in self.parts and bool(self.factored)
 
     def _total(self, figure: int) -> float:
         """Price (0), arithmetic (1) or elements written (2) of the whole batch."""
         per_sample = 2 * self.forward[figure]
         if self.has_outer:
-            per_sample += self.outer_rows * self.forward[figure] + (self._outer_products() if figure < 2 else 0.0)
+            per_sample += self.outer_rows * self.forward[figure]
+            per_sample += sum(self.outer_product(*p) for p in self.factored) if figure < 2 else 0.0
         if "functional" in self.parts:
             per_sample += sum((c.cost, c.flops, c.moved)[figure] for c in self.columns)
+        per_sample += sum((s.cost, s.flops, s.moved)[figure] for s in self.strips)
         results = self.result_elements * (PASS, 0.0, 1.0)[figure]
         return per_sample * self.samples + results
+
+    @property
+    def price(self) -> float:
+        """What it costs, in operations of a matrix product, passes over memory included."""
+        return self._total(0)
 
     @property
     def flops(self) -> float:
@@ -239,7 +252,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        return self._total(0) / product_rate(self.dtype, self.device, torch.get_num_threads())
+        return self.price / product_rate(self.dtype, self.device, torch.get_num_threads())
 
     @property
     def result_bytes(self) -> int:
@@ -252,71 +265,50 @@ class Plan:
         total = self.result_elements * copies + 3 * n * self.forward_elements
         work = [0]
         if self.has_outer:
-            leaves = {i for p in self.pairs if "H_O" in self.kinds[p] for i in p}
-            dense = sum(self.sizes[i] for i in leaves if i not in self.gates)
+            dense = self._dense_rows
             pulled = min(CACHE, n * self.outer_rows * self.widest * size)
-            work.append(n * self.outer_rows * 2 * dense * size + 4 * pulled)
+            work.append(max(n * self.outer_rows * 2 * dense * size + 4 * pulled, _FACTORS * self.outer_rows**2 * size))
         total += n * sum(b.elements for b in self.bridges.values())
+        for s in self.strips:
+            room = self.room
+            window = 1 if self.keep else s.window(n, room, size)
+            moving = s.step(window, room, size) * (window * s.unit + s.result)
+            # What is linearized was evaluated before: values and adjoints count once.
+            work.append((moving + max(0, window * s.fixed - 3 * n * self.forward_elements)) * size)
         for c in self.columns:
             step = c.step(n, self.budget or 1 << 62, size)
             work.append(step * n * (c.unit + 2 * c.largest) * size)
         return total * size + max(work)
 
+    @property
+    def room(self) -> int:
+        """Bytes that the budget leaves for work."""
+        return (self.budget or 1 << 62) - self.result_bytes
+
+    @property
+    def _dense_rows(self) -> int:
+        """Entries of one row of H_O's factor that are written out."""
+        return sum(self.sizes[i] for i in {i for p in self.factored for i in p} if i not in self.gates)
+
+    @property
+    def least_outer(self) -> int:
+        """Elements that H_O takes at least: the factor of the loss of one sample, and its rows."""
+        if not self.has_outer:
+            return 0
+        return self.outer_rows * (_FACTORS * self.outer_rows + 4 * self.widest + 2 * self._dense_rows)
+
+    @property
+    def least_memory(self) -> int:
+        """Bytes of work that the pieces of the plan take at least, results not included."""
+        work = [self.least_outer, *(3 * c.unit * c.order for c in self.columns), *(s.least for s in self.strips)]
+        return (max(work) + sum(b.elements for b in self.bridges.values())) * itemsize(self.dtype)
+
     # -- presentation ------------------------------------------------------------------------------
 
     def __rich__(self) -> RenderableType:
-        sweeps = Table(title="Sweeps for H_F", title_justify="left", box=SIMPLE)
-        sweeps.add_column("columns of", no_wrap=True, overflow="ellipsis", max_width=17)
-        for name, width in (("basis", 10), ("width", 5), ("at once", 7), ("rows", 4), ("MFLOP", 6), ("largest", 9)):
-            sweeps.add_column(name, justify="left" if name == "basis" else "right", no_wrap=True, min_width=width)
-        for c in self.columns:
-            sweeps.add_row(*self._sweep_row(c))
-        blocks = Table(title="Blocks", title_justify="left", box=SIMPLE)
-        blocks.add_column("block", no_wrap=True, overflow="ellipsis", max_width=24)
-        blocks.add_column("parts", no_wrap=True, min_width=7)
-        blocks.add_column("route of H_F", no_wrap=True, overflow="ellipsis", max_width=19)
-        blocks.add_column("held", justify="right", no_wrap=True, min_width=14)
-        shown = [p for p in self.pairs if self.kinds[p] != "zero"]
-        for pair in shown[:_SHOWN]:
-            blocks.add_row(*self._block_row(pair))
-        lines: list[RenderableType] = [Text(self._summary())]
-        if self.columns:
-            lines.append(sweeps)
-        for node, bridge in self.bridges.items():
-            stopped = [" + ".join(self.names[i] for i in c.leaves) for c in self.columns if c.via is node]
-            lines.append(
-                Text(f"bottleneck {node.name}, {bridge.node.numel} directions: {'; '.join(stopped)} stop there")
-            )
-        lines.append(blocks)
-        if len(shown) > _SHOWN:
-            lines.append(Text(f"… and {len(shown) - _SHOWN} more blocks (plan.routes has them all)"))
-        if self.fallbacks:
-            lines.append(Text("generic derivatives (no rule): " + ", ".join(self.fallbacks)))
-        return Group(*lines)
+        from dagh._planview import render
 
-    def _sweep_row(self, c: Column) -> tuple[str, ...]:
-        size = itemsize(self.dtype)
-        step = c.step(self.samples, self.budget or 1 << 62, size)
-        largest = human(step * c.largest * self.samples * size)
-        names = " + ".join(self.names[i] for i in c.leaves)
-        return names, c.basis, str(c.width), str(step), str(len(c.rows)), f"{c.flops / 1e6:.3g}", largest
-
-    def _block_row(self, pair: Pair) -> tuple[str, ...]:
-        i, j = pair
-        held = f"{self.held_elements(i, j):,}"
-        if not self.keep and self.structured(i, j, self.samples):
-            held = "factors " + held
-        name = self.names[i] if i == j else f"{self.names[i]} × {self.names[j]}"
-        return name, self.kinds[pair], self.routes.get(pair, "—").replace(" columns of ", ": "), held
-
-    def _summary(self) -> str:
-        zero = sum(kind == "zero" for kind in self.kinds.values())
-        return (
-            f"Plan: {len(self.pairs)} blocks ({zero} zero) at N = {self.samples}; "
-            f"H_F by {len(self.columns)} sweeps, H_O by {self.outer_rows} rows per sample\n"
-            f"{self.flops / 1e9:.3g} GFLOP, {human(self.bytes)} moved, about {_seconds(self.seconds)};\n"
-            f"result {human(self.result_bytes)}, peak about {human(self.peak_memory)}"
-        )
+        return render(self)
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -325,10 +317,3 @@ class Plan:
         with console.capture() as capture:
             console.print(self)
         return capture.get().rstrip()
-
-
-_SHOWN = 30
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.2g} s" if value >= 1 else f"{1e3 * value:.2g} ms"

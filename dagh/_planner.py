@@ -8,7 +8,7 @@ counted in the same unit, and the cheapest taken; pairs with the same columns an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from dagh._costs import node_cost, node_flops, node_moved
 from dagh._ir import Node, Program
@@ -18,6 +18,7 @@ from dagh._pricing import Key, Option, Sweeps, gate_of
 from dagh._request import Pair, Request
 from dagh._rules import rule_for
 from dagh._rules._losses import factor_rows
+from dagh._strips import Strip
 from dagh._structure import reach, structure
 from dagh.errors import ReductionError
 
@@ -27,39 +28,60 @@ def make_plan(
     request: Request,
     *,
     samples: int,
-    functional: bool = True,
+    parts: Collection[str] = ("outer", "functional"),
     routes: Mapping[tuple[str, str], str] | None = None,
+    strips: Collection[Pair] = (),
+    limit: int | None = None,
 ) -> Plan:
     """Choose columns and bases for every pair with a functional part; ``routes`` overrides the choice by name pair.
 
+    Pairs in ``strips`` are formed by strips unless ``routes`` says otherwise. With ``limit``, routes that hold more
+    numbers than that for one sample are left out where a pair has others.
+
     Raises :class:`~dagh.errors.ReductionError` for a route that a pair does not have.
     """
+    functional = "functional" in parts
     assert program.loss is not None
     bits = reach(program, request.leaves)
     kinds = structure(program, request, bits)
     gates = {i: g for i, leaf in enumerate(request.leaves) if (g := gate_of(program, leaf)) is not None}
     layers = {i: g for i, g in gates.items() if not g.channels}
-    needed = [p for p in request.pairs if kinds[p][1]] if functional else []
+    needed = [p for p in request.pairs if (functional and kinds[p][1]) or ("outer" in parts and kinds[p][0])]
     columns: list[Column] = []
+    made: list[Strip] = []
     bridges: dict[Node, Bridge] = {}
     alternatives: dict[Pair, dict[str, float]] = {}
     chosen_routes: dict[Pair, str] = {}
     if needed:
-        sweeps = Sweeps(program, request, bits, gates)
-        options = {pair: sweeps.alternatives(*pair) for pair in needed}
+        sweeps = Sweeps(program, request, bits, gates, parts)
+        own = {p: sweeps.alternatives(*p) if functional and kinds[p][1] else {} for p in needed}
+        last = {p: sweeps.strips(*p) for p in needed}
+        names = {p: {sweeps.label(o[0], o[2]): o for o in (own[p] | last[p])} for p in needed}
         alternatives = {
-            pair: {sweeps.label(leaf, basis): price for (leaf, _, basis), price in found.items()}
-            for pair, found in options.items()
+            p: ({} if own[p] else {FACTOR: 0.0}) | {label: (own[p] | last[p])[o] for label, o in found.items()}
+            for p, found in names.items()
         }
-        picked = {p: _choose(found, sweeps, request.names, p, routes or {}) for p, found in options.items()}
+        wanted = {p: _wanted(alternatives[p], request.names, p, routes or {}) for p in needed}
+        options = {
+            p: last[p] if p in strips else _fitting(sweeps, own[p], limit)
+            for p in needed
+            if wanted[p] is None and (own[p] or p in strips)
+        }
+        picked = {p: min(found, key=found.__getitem__) for p, found in options.items()}
         if not routes:
             _share(sweeps, options, picked)
-        chosen_routes = {p: sweeps.label(leaf, basis) for p, (leaf, _, basis) in picked.items()}
-        columns = [sweeps.column(pairs, key[1]) for key, pairs in sorted(_gathered(sweeps, picked).items())]
+        picked |= {p: names[p][w] for p, w in wanted.items() if w is not None and w != FACTOR}
+        chosen_routes = {p: sweeps.label(picked[p][0], picked[p][2]) if p in picked else FACTOR for p in needed}
+        gathered = sorted(_gathered(sweeps, picked).items())
+        columns = [sweeps.column(pairs, key[1]) for key, pairs in gathered if key[1] != "strips"]
+        made = [sweeps.strip(pairs) for key, pairs in gathered if key[1] == "strips"]
+        whole = columns
         columns, bridges = meet(sweeps, columns)
+        if limit is not None and sum(b.elements for b in bridges.values()) > limit // 2:
+            columns, bridges = whole, {}
     fallbacks = sorted({n.operation for n in program if n.op is not None and bits[n] and not rule_for(n).closed_form})
     labels = {pair: _LABELS[outer, inner] for pair, (outer, inner) in kinds.items()}
-    return Plan(
+    plan = Plan(
         names=request.names,
         sizes=tuple(request.sizes),
         pairs=request.pairs,
@@ -82,9 +104,17 @@ def make_plan(
         program=program,
         functional=functional,
         bridges=bridges,
+        strips=made,
+        parts=tuple(parts),
     )
+    for pair, prices in alternatives.items():
+        if FACTOR in prices:
+            prices[FACTOR] = plan.outer_rows * plan.forward[0] + plan.outer_product(*pair)
+    return plan
 
 
+#: The route of a pair that has no H_F.
+FACTOR = "loss factor"
 #: Requests with more pairs than this are not searched for shared sweeps.
 _SHARED = 400
 _LABELS = {(False, False): "zero", (True, False): "H_O", (False, True): "H_F", (True, True): "H_O+H_F"}
@@ -98,22 +128,24 @@ def _outer_rows(program: Program) -> int:
     return factor_rows(loss, program.output.numel)
 
 
-def _choose(
-    options: dict[Option, float],
-    sweeps: Sweeps,
-    names: tuple[str, ...],
-    pair: Pair,
-    routes: Mapping[tuple[str, str], str],
-) -> Option:
+def _wanted(
+    labels: Collection[str], names: tuple[str, ...], pair: Pair, routes: Mapping[tuple[str, str], str]
+) -> str | None:
+    """The route that was asked for, if any."""
     i, j = pair
     wanted = routes.get((names[i], names[j])) or routes.get((names[j], names[i]))
-    if wanted is None:
-        return min(options, key=lambda o: options[o])
-    for option in options:
-        if sweeps.label(option[0], option[2]) == wanted:
-            return option
-    known = ", ".join(repr(sweeps.label(o[0], o[2])) for o in options)
+    if wanted is None or wanted in labels:
+        return wanted
+    known = ", ".join(map(repr, labels))
     raise ReductionError(f"no route {wanted!r} for the block {names[i]!r} x {names[j]!r}; its routes: {known}")
+
+
+def _fitting(sweeps: Sweeps, options: dict[Option, float], limit: int | None) -> dict[Option, float]:
+    """The sweeps of a pair that fit, or all of them if none does."""
+    if limit is None:
+        return options
+    columns = {o: sweeps.column([o[:2]], o[2]) for o in options}
+    return {o: price for o, price in options.items() if 3 * columns[o].unit * columns[o].order <= limit} or options
 
 
 def _gathered(sweeps: Sweeps, picked: Mapping[Pair, Option]) -> dict[Key, list[Pair]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from torch import nn
@@ -12,8 +12,8 @@ from dagh import _memory
 from dagh._graph import Graph, Mode, trace
 from dagh._objectives import Reduction
 from dagh._plan import Plan
-from dagh._planner import make_plan
 from dagh._request import Request, choose_names, choose_pairs
+from dagh._settle import at, settled
 from dagh._state import State
 from dagh.errors import ReductionError
 
@@ -62,36 +62,13 @@ def prepare(
     parts = tuple(p for p in ("outer", "functional") if wanted != ("outer",) or p == "outer")
     parts = parts if wanted != ("functional",) else ("functional",)
     budget = _memory.budget_bytes(memory_budget, state.weights.device)
+    keep = reduction == "none"
     if plan is None:
-        plan = _planned(state, request, parts, reduction == "none", routes)
+        chosen = settled(state, request, parts, keep=keep, copies=len(wanted), budget=budget, routes=routes)
     else:
         _check(plan, state, request, parts)
-    chosen = replace(
-        plan,
-        parts=parts,
-        keep=reduction == "none",
-        samples=state.samples,
-        dtype=state.weights.dtype,
-        device=state.weights.device.type,
-        budget=budget,
-    )
+        chosen = at(plan, state, parts, keep=keep, budget=budget)
     return Prepared(graph, state, request, chosen, budget)
-
-
-def _planned(
-    state: State, request: Request, parts: tuple[str, ...], keep: bool, routes: Mapping[tuple[str, str], str] | None
-) -> Plan:
-    """The plan for a request, made once per program and shapes."""
-    chosen = tuple(sorted((routes or {}).items()))
-    key = (request.names, request.leaves, request.pairs, "functional" in parts, chosen)
-    known = state.program.plans.get(key)
-    if known is None:
-        known = make_plan(
-            state.program, request, samples=state.samples, functional="functional" in parts, routes=routes
-        )
-        state.program.plans[key] = known
-    assert isinstance(known, Plan)
-    return known
 
 
 def _check(plan: Plan, state: State, request: Request, parts: tuple[str, ...]) -> None:

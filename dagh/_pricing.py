@@ -12,7 +12,11 @@ from dagh._ir import Node, Program
 from dagh._plan import Basis, Column, Gate
 from dagh._request import Pair, Request
 from dagh._rules import rule_for
+from dagh._strips import Strip
 from dagh._structure import curved_pairs
+
+#: Elements that a linearization keeps per element of a sample's values, and per direction while a product is formed.
+_KEPT, _MOVING = 4, 3
 
 Option = tuple[int, int, Basis]
 Key = tuple[int, Basis, int]
@@ -90,23 +94,33 @@ class Reach:
 class Sweeps:
     """The sweeps that can form a pair of leaves, priced."""
 
-    def __init__(self, program: Program, request: Request, bits: dict[Node, int], gates: dict[int, Gate]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        request: Request,
+        bits: dict[Node, int],
+        gates: dict[int, Gate],
+        parts: Collection[str] = ("outer", "functional"),
+    ) -> None:
         assert program.loss is not None
         self.program, self.request, self.bits, self.gates = program, request, bits, gates
         self.reach = Reach(program)
         useful = self.reach.above[program.loss.index]
-        met = [
-            (v.index, v.inputs[i].index, v.inputs[j].index)
-            for v in program
-            if v.op is not None and v.part == "model" and useful[v.index]
-            for i, j in curved_pairs(v)
-        ]
-        # Curved nodes, with the argument that rows leave by and the one that tangents enter by.
-        self.met = np.array(met, dtype=int).reshape(-1, 3).T
+        met: dict[bool, list[tuple[int, int, int]]] = {True: [], False: []}
+        for v in program:
+            if v.op is not None and useful[v.index]:
+                ends = [(v.index, v.inputs[i].index, v.inputs[j].index) for i, j in curved_pairs(v)]
+                met[v.part == "model"] += ends
+        # Curved nodes, with the argument that rows leave by and the one that tangents enter by: model's, and loss's.
+        self.met, self._met_loss = (np.array(met[k], dtype=int).reshape(-1, 3).T for k in (True, False))
+        self._met_strips = np.concatenate(
+            [m for p, m in zip(("functional", "outer"), (self.met, self._met_loss), strict=True) if p in parts], 1
+        )
 
     def label(self, leaf: int, basis: Basis) -> str:
         """Name of a route: the basis and whose columns."""
-        return f"{basis} columns of {self.request.names[leaf]}"
+        name = self.request.names[leaf]
+        return f"strips of {name}" if basis == "strips" else f"{basis} columns of {name}"
 
     def key(self, leaf: int, basis: Basis) -> Key:
         """What pairs must agree on to share a sweep: weight and bias share the outputs of their layer."""
@@ -136,6 +150,11 @@ class Sweeps:
                 options[leaf, row, basis] = self.price(leaf, row, basis)
         return options
 
+    def strips(self, i: int, j: int) -> dict[Option, float]:
+        """The pair by strips of either leaf, with the price per sample; the loss's own curvature included."""
+        pairs = dict.fromkeys([(i, j), (j, i)])
+        return {(leaf, row, "strips"): self.price(leaf, row, "strips") for leaf, row in pairs}
+
     def bases(self, leaf: int, row: int) -> list[Basis]:
         """The bases in which the columns of a leaf can be swept for its block with ``row``."""
         gate = self.gates.get(leaf)
@@ -156,12 +175,12 @@ class Sweeps:
         """The node at which the sweep starts."""
         if basis == "input":
             return self.gates[leaf].node.inputs[0]
-        return self.request.leaves[leaf] if basis == "parameter" else self.gates[leaf].node
+        return self.request.leaves[leaf] if basis in ("parameter", "strips") else self.gates[leaf].node
 
     def shape(self, leaf: int, basis: Basis) -> tuple[int, int]:
         """Number of directions swept, and channels (or tokens) that each stands for."""
         numel = self.request.leaves[leaf].numel
-        if basis == "parameter":
+        if basis in ("parameter", "strips"):
             return numel, 1
         gate = self.gates[leaf]
         if basis == "input":
@@ -218,20 +237,21 @@ class Sweeps:
             above, nothing = self.reach.above, np.zeros(len(self.program.nodes), dtype=bool)
             reachable = above[:, [t.index for t in targets]].any(1)
             return nothing, nothing, nothing, above[self.seed(leaf, basis).index] & reachable
-        return self.regions(self.seed(leaf, basis), targets, self.paths(basis, rows))
+        met = self._met_strips if basis == "strips" else None
+        return self.regions(self.seed(leaf, basis), targets, self.paths(basis, rows), met)
 
     def paths(self, basis: Basis, rows: list[int]) -> list[Node]:
         """Inputs of linear layers whose outputs are targets: the path to them meets the layer's adjoint."""
         layers = [r for r in rows if self.target(basis, r) is not self.request.leaves[r]]
         return [self.gates[r].node.inputs[0] for r in layers if self.gates[r].argument == 1]
 
-    def regions(self, seed: Node, targets: list[Node], paths: list[Node]) -> Regions:
+    def regions(self, seed: Node, targets: list[Node], paths: list[Node], met: Any = None) -> Regions:
         """What a sweep from ``seed`` passes to find rows at ``targets``, and tangents at ``paths``."""
         above = self.reach.above
         below = above[:, seed.index]
         reachable: Any = above[:, [t.index for t in targets]].any(1)
         meeting, held, entry = (np.zeros(len(below), dtype=bool) for _ in range(3))
-        node, row_side, column_side = self.met
+        node, row_side, column_side = self.met if met is None else met
         active = reachable[row_side] & below[column_side] & (node != seed.index)
         meeting[node[active]] = held[column_side[active]] = entry[row_side[active]] = True
         for into in paths:
@@ -295,4 +315,26 @@ class Sweeps:
             copies=copies, paths=[p for p in self.paths(basis, rows) if self.reach.above[p.index, seed.index]],
             within=nodes(within), held=nodes(held), curved=nodes(meeting),
             cost=cost, flops=flops, moved=moved, unit=unit, largest=largest,
+        )  # fmt: skip
+
+    def strip(self, pairs: list[Pair]) -> Strip:
+        """The strips of one leaf for several (leaf, row) pairs."""
+        leaf, rows = pairs[0][0], sorted({row for _, row in pairs})
+        regions, seed, width = (
+            self._regions(leaf, "strips", rows),
+            self.seed(leaf, "strips"),
+            self.shape(leaf, "strips")[0],
+        )
+        within, _, meeting, back = regions
+        spread = self.reach.numel * self.reach.batched
+        moved = int(spread[within].sum() + spread[meeting | back].sum())
+        largest = int(max(spread[within | back].max(initial=1), 1))
+        kept = int(self.reach.numel[within | meeting | back].sum())
+        weights = self.reach.numel[(within | back) & ~self.reach.batched]
+        return Strip(
+            leaf=leaf, pairs=tuple(pairs), width=width, cost=self.total(pairs, "strips"),
+            flops=width * self.sweep_cost(seed, regions, 1, self.reach.flops),
+            moved=width * self.sweep_cost(seed, regions, 1, self.reach.moved),
+            unit=moved + _MOVING * largest, fixed=_KEPT * kept, largest=largest,
+            result=2 * width + 2 * sum(self.request.sizes[r] for r in rows) + int(weights.sum()),
         )  # fmt: skip

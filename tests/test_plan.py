@@ -107,7 +107,7 @@ def test_every_route_gives_the_same_numbers(name: str) -> None:
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-11 * float(expected.abs().max()))
     assert len(tried) == sum(len(routes) for routes in plan.alternatives.values())
     bases = {route.split()[0] for _, _, route in tried}
-    assert bases == {"parameter", "input", "channel" if name == "conv" else "activation"}
+    assert bases == {"parameter", "input", "strips", "loss", "channel" if name == "conv" else "activation"}
 
 
 @settings(max_examples=6, deadline=None)
@@ -177,7 +177,7 @@ def test_plans_are_kept_and_parameters_read_at_call_time() -> None:
 
 
 def test_a_training_loop_does_not_trace_or_plan_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dagh import _prepare
+    from dagh import _prepare, _settle
 
     model, x, y = case("mlp", 8)
     graph = dagh.trace(model, x)
@@ -186,7 +186,7 @@ def test_a_training_loop_does_not_trace_or_plan_again(monkeypatch: pytest.Monkey
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("planned or traced again")
 
-    monkeypatch.setattr(_prepare, "make_plan", refuse)
+    monkeypatch.setattr(_settle, "make_plan", refuse)
     monkeypatch.setattr(_prepare, "trace", refuse)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     for _ in range(3):
@@ -208,7 +208,7 @@ def test_a_plan_explains_itself() -> None:
     start = time.perf_counter()
     assert str(dagh.plan(graph, "cross_entropy", x, y)) and time.perf_counter() - start < 60
     outer = dagh.plan(graph, "cross_entropy", x, y, part="outer")
-    assert not outer.columns and outer.routes == {}
+    assert not outer.columns and set(outer.routes.values()) == {"loss factor"}
 
 
 def test_plans_that_do_not_fit_are_refused() -> None:

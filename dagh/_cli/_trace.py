@@ -31,8 +31,11 @@ from dagh._cli._opened import (
 )
 from dagh._cli._report import Report
 from dagh._export import node_rows
-from dagh._planner import make_plan
+from dagh._memory import budget_bytes
+from dagh._plan import Plan
 from dagh._request import Request, choose_names, choose_pairs
+from dagh._settle import settled
+from dagh._state import State
 from dagh.errors import MemoryBudgetError
 
 #: Distance to a kink that is worth a word.
@@ -158,12 +161,17 @@ def _run(
             chosen.origin,
             table,
             state.kinks(_NEAR),
-            make_plan(state.program, request, samples=state.samples) if show_plan else None,
+            _plan_of(state, request, memory_budget) if show_plan else None,
             depth,
             collapse,
             hide,
             facts,
         )
+
+
+def _plan_of(state: State, request: Request, memory_budget: int | None) -> Plan:
+    budget = budget_bytes(memory_budget, state.weights.device)
+    return settled(state, request, ("outer", "functional"), keep=False, copies=1, budget=budget)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,110 @@
+"""A plan on paper: totals, sweeps and strips, and a line for every block."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from dagh._memory import human
+from dagh._request import Pair, itemsize
+
+if TYPE_CHECKING:
+    from dagh._plan import Column, Plan
+    from dagh._strips import Strip
+
+_SHOWN = 30
+
+
+def render(plan: Plan) -> RenderableType:
+    """Totals, sweeps, what fell back, blocks."""
+    sweeps = Table(
+        title=", ".join(["Sweeps for H_F"] * bool(plan.columns) + ["Strips of H_O and H_F"] * bool(plan.strips)),
+        title_justify="left",
+        box=SIMPLE,
+    )
+    sweeps.add_column("columns of", no_wrap=True, overflow="ellipsis", max_width=17)
+    for name, width in (("basis", 10), ("width", 5), ("at once", 7), ("rows", 4), ("MFLOP", 6), ("largest", 9)):
+        sweeps.add_column(name, justify="left" if name == "basis" else "right", no_wrap=True, min_width=width)
+    for c in plan.columns:
+        sweeps.add_row(*_sweep_row(plan, c))
+    for s in plan.strips:
+        sweeps.add_row(*_strip_row(plan, s))
+    blocks = Table(title="Blocks", title_justify="left", box=SIMPLE)
+    blocks.add_column("block", no_wrap=True, overflow="ellipsis", max_width=24)
+    blocks.add_column("parts", no_wrap=True, min_width=7)
+    blocks.add_column("route", no_wrap=True, overflow="ellipsis", max_width=19)
+    blocks.add_column("held", justify="right", no_wrap=True, min_width=14)
+    shown = [p for p in plan.pairs if plan.kinds[p] != "zero"]
+    for pair in shown[:_SHOWN]:
+        blocks.add_row(*_block_row(plan, pair))
+    lines: list[RenderableType] = [Text(_summary(plan))]
+    if plan.columns or plan.strips:
+        lines.append(sweeps)
+    lines += [Text(note) for note in plan.notes]
+    for node, bridge in plan.bridges.items():
+        stopped = [" + ".join(plan.names[i] for i in c.leaves) for c in plan.columns if c.via is node]
+        lines.append(Text(f"bottleneck {node.name}, {bridge.node.numel} directions: {'; '.join(stopped)} stop there"))
+    lines.append(blocks)
+    if len(shown) > _SHOWN:
+        lines.append(Text(f"… and {len(shown) - _SHOWN} more blocks (plan.routes has them all)"))
+    if plan.fallbacks:
+        lines.append(Text("generic derivatives (no rule): " + ", ".join(plan.fallbacks)))
+    return Group(*lines)
+
+
+def _sweep_row(plan: Plan, c: Column) -> tuple[str, ...]:
+    size = itemsize(plan.dtype)
+    step = c.step(plan.samples, plan.budget or 1 << 62, size)
+    largest = human(step * c.largest * plan.samples * size)
+    names = " + ".join(plan.names[i] for i in c.leaves)
+    return names, c.basis, str(c.width), str(step), str(len(c.rows)), f"{c.flops / 1e6:.3g}", largest
+
+
+def _strip_row(plan: Plan, s: Strip) -> tuple[str, ...]:
+    size, room = itemsize(plan.dtype), plan.room
+    window = 1 if plan.keep else s.window(plan.samples, room, size)
+    step = s.step(window, room, size)
+    largest = human(step * max(window * s.largest, s.result) * size)
+    return (
+        plan.names[s.leaf], "strips", str(s.width), str(step), str(len(s.pairs)), f"{s.flops / 1e6:.3g}", largest,
+    )  # fmt: skip
+
+
+def _block_row(plan: Plan, pair: Pair) -> tuple[str, ...]:
+    i, j = pair
+    held = f"{plan.held_elements(i, j):,}"
+    if not plan.keep and plan.structured(i, j, plan.samples):
+        held = "factors " + held
+    name = plan.names[i] if i == j else f"{plan.names[i]} × {plan.names[j]}"
+    return (
+        name,
+        plan.kinds[pair],
+        plan.routes.get(pair, "—").replace(" columns of ", ": ").replace(" of ", ": "),
+        held,
+    )
+
+
+def _summary(plan: Plan) -> str:
+    zero = sum(kind == "zero" for kind in plan.kinds.values())
+    return (
+        f"Plan: {len(plan.pairs)} blocks ({zero} zero) at N = {plan.samples}; "
+        f"{_ways(plan)}\n"
+        f"{plan.flops / 1e9:.3g} GFLOP, {human(plan.bytes)} moved, about {_seconds(plan.seconds)};\n"
+        f"result {human(plan.result_bytes)}, peak about {human(plan.peak_memory)}"
+    )
+
+
+def _ways(plan: Plan) -> str:
+    ways = [f"H_F by {len(plan.columns)} sweeps"] if plan.columns or not plan.strips else []
+    ways += [f"H_O by {plan.outer_rows} rows per sample"] if plan.factored or not plan.strips else []
+    if plan.strips:
+        ways.append(f"{len(plan.stripped)} blocks by {sum(s.width for s in plan.strips)} products")
+    return ", ".join(ways)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2g} s" if value >= 1 else f"{1e3 * value:.2g} ms"
