@@ -34,6 +34,8 @@ def assemble(
         if "outer" in parts:
             _add_outer(part_state, request, plan, parts["outer"], window)
         if "functional" in parts:
+            if plan.columns:
+                _ = part_state.adjoints  # what lives longest is made first: nothing is left between its pieces
             crossings = {v: build(part_state, bridge) for v, bridge in plan.bridges.items()}
             for column in plan.columns:
                 crossing = None if column.via is None else crossings[column.via]
@@ -82,11 +84,11 @@ def _add_outer(state: State, request: Request, plan: Plan, result: Accumulator, 
     # Pulled back in ranges of samples that stay in the cache; multiplied all at once.
     widest = max(n.numel for n in state.program)
     step = max(1, CACHE // max(1, factor.columns.shape[1] * widest * itemsize(state.weights.dtype)))
-    pieces = []
+    rows = _outer.Gathered(state.samples)
     for start in range(0, state.samples, step):
         part = slice(start, min(start + step, state.samples))
-        pieces.append(_outer.pull_rows(narrow(state, part), factor.columns[part], request, plan, leaves))
-    add_outer(_outer.join(pieces), pairs, factor.signs, plan, result, window)
+        rows.put(part, _outer.pull_rows(narrow(state, part), factor.columns[part], request, plan, leaves))
+    add_outer(rows, pairs, factor.signs, plan, result, window)
 
 
 def _add_column(
@@ -105,27 +107,44 @@ def _add_column(
     for start in range(0, column.width, step):
         part = slice(start, min(start + step, column.width))
         tangents, found = _sweep_column(state, column, crossing, part, per_sample)
-        if column.basis == "activation":
-            _add_activation(state, plan, column, tangents, found, result, window, part)
+        _add_found(state, plan, column, tangents, found, result, window, part, keep)
+        del tangents, found  # not alive while the next ones are made
+
+
+def _add_found(
+    state: State,
+    plan: Plan,
+    column: Column,
+    tangents: Tangents,
+    found: Tangents,
+    result: Accumulator,
+    window: slice,
+    part: slice,
+    keep: bool,
+) -> None:
+    """Add what a sweep of some directions found."""
+    per_sample = keep or column.basis in ("activation", "input")
+    if column.basis == "activation":
+        _add_activation(state, plan, column, tangents, found, result, window, part)
+        return
+    if column.basis == "input":
+        _add_inputs(state, column, found, result, window, part)
+        return
+    for leaf, row in column.pairs:
+        target = column.targets[row]
+        if target not in found:
             continue
-        if column.basis == "input":
-            _add_inputs(state, column, found, result, window, part)
-            continue
-        for leaf, row in column.pairs:
-            target = column.targets[row]
-            if target not in found:
-                continue
-            h = found.dense(target)
-            if keep and h.shape[0] == 1:
-                h = h.expand(state.samples, *h.shape[1:])
-            if not per_sample and h.shape[0] > 1:
-                h = h.sum(0, keepdim=True)
-            h = _sweep.matrices(h)  # [N or 1, B, p_row]
-            piece = h if keep else h[0]
-            if column.gate is not None and column.basis == "channel":
-                result.add_channels(leaf, row, piece, column.gate.channels, part, window)
-            else:
-                result.add(leaf, row, piece, part, window)
+        h = found.dense(target)
+        if keep and h.shape[0] == 1:
+            h = h.expand(state.samples, *h.shape[1:])
+        if not per_sample and h.shape[0] > 1:
+            h = h.sum(0, keepdim=True)
+        h = _sweep.matrices(h)  # [N or 1, B, p_row]
+        piece = h if keep else h[0]
+        if column.gate is not None and column.basis == "channel":
+            result.add_channels(leaf, row, piece, column.gate.channels, part, window)
+        else:
+            result.add(leaf, row, piece, part, window)
 
 
 def _sweep_column(
@@ -144,14 +163,19 @@ def _sweep_column(
         start = {column.seed: seed.expand(n, *seed.shape[1:])}
         return Tangents({}), _sweep.pull_back(state, start, list(column.targets.values()), keep=per_sample)
     channelwise = column.copies > 1
-    tangents = _sweep.push_forward(state, {column.seed: seed}, column.within, column.held, channelwise=channelwise)
-    targets = list(column.targets.values())
+    seeds = {column.seed: seed}
+    del seed
+    tangents = _sweep.push_forward(state, seeds, column.within, column.held, channelwise=channelwise)
+    targets, curved, spare = list(column.targets.values()), column.curved, column.paths
     if crossing is None:
-        return tangents, _sweep.pull_back(state, {}, targets, tangents=tangents, curved=column.curved, keep=per_sample)
+        found = _sweep.pull_back(
+            state, {}, targets, tangents=tangents, curved=curved, keep=per_sample, spare=spare
+        )
+        return tangents, found
     beyond = cross(state, column, crossing, tangents, per_sample)
     here = [t for t in targets if t not in column.after]
     start = Tangents({v: beyond[v] for v in [crossing.node] if v in beyond}, beyond.channelwise & {crossing.node})
-    found = _sweep.pull_back(state, start, here, tangents=tangents, curved=column.curved, keep=per_sample)
+    found = _sweep.pull_back(state, start, here, tangents=tangents, curved=curved, keep=per_sample, spare=spare)
     for node in column.after:
         if node in beyond:
             found[node] = beyond[node]
