@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -12,54 +11,36 @@ from dagh import _contract, _outer, _sweep
 from dagh._accumulate import Accumulator
 from dagh._bridge import Crossing, build, cross, unit_vectors
 from dagh._outer_blocks import add_outer
-from dagh._plan import CACHE, Column, Plan
+from dagh._plan import FLOOR, Column, Plan
 from dagh._request import Request, itemsize
 from dagh._rules._conv import Convolution
 from dagh._state import State
 from dagh._sweep import Tangents
 
 #: Smallest working memory the chunking aims for.
-_FLOOR = 32 * 2**20
+_FLOOR = FLOOR
 
 
 def assemble(
     state: State, request: Request, plan: Plan, *, parts: dict[str, Accumulator], keep: bool, budget: int
 ) -> None:
     """Fill the accumulators of the ``"outer"`` and/or ``"functional"`` part (they may be one and the same)."""
-    distinct = len({id(p) for p in parts.values()})
-    held = plan.result_elements * distinct * itemsize(state.weights.dtype)
-    working = max(budget - held, _FLOOR)
-    for window in _windows(state, request, plan, tuple(parts), working):
+    step, working = plan.chunks(budget, _FLOOR)
+    for start in range(0, state.samples, step):
+        window = slice(start, min(start + step, state.samples))
         part_state = narrow(state, window)
         if "outer" in parts:
-            _add_outer(part_state, request, plan, parts["outer"], window)
+            _add_outer(part_state, request, plan, parts["outer"], window, working)
         if "functional" in parts:
             if plan.columns:
                 _ = part_state.adjoints  # what lives longest is made first: nothing is left between its pieces
-            crossings = {v: build(part_state, bridge) for v, bridge in plan.bridges.items()}
+            crossings = {v: build(part_state, bridge, working) for v, bridge in plan.bridges.items()}
             for column in plan.columns:
                 crossing = None if column.via is None else crossings[column.via]
                 _add_column(part_state, request, plan, column, crossing, parts["functional"], window, keep, working)
 
 
 # -- chunks ----------------------------------------------------------------------------------------
-
-
-def _windows(state: State, request: Request, plan: Plan, parts: tuple[str, ...], working: int) -> Iterator[slice]:
-    """Ranges of samples such that one direction of the widest sweep, and the loss factor's rows, fit."""
-    size = itemsize(state.weights.dtype)
-    per_sample = 1
-    if "outer" in parts:
-        factor_columns = plan.outer_rows
-        widest = max((n.numel for n in state.program), default=1)
-        dense = sum(leaf.numel for i, leaf in enumerate(request.leaves) if i not in plan.gates)
-        per_sample = max(per_sample, factor_columns * (4 * widest + dense))
-    if "functional" in parts:
-        per_sample = max(per_sample, *(3 * c.unit for c in plan.columns), 1)
-        per_sample += sum(b.elements for b in plan.bridges.values())
-    step = max(1, min(state.samples, working // (per_sample * size)))
-    for start in range(0, state.samples, step):
-        yield slice(start, min(start + step, state.samples))
 
 
 def narrow(state: State, window: slice) -> State:
@@ -73,7 +54,9 @@ def narrow(state: State, window: slice) -> State:
 # -- the two parts ---------------------------------------------------------------------------------
 
 
-def _add_outer(state: State, request: Request, plan: Plan, result: Accumulator, window: slice) -> None:
+def _add_outer(
+    state: State, request: Request, plan: Plan, result: Accumulator, window: slice, working: float
+) -> None:
     pairs = [p for p in request.pairs if "H_O" in plan.kinds[p]]
     if not pairs:
         return
@@ -82,8 +65,7 @@ def _add_outer(state: State, request: Request, plan: Plan, result: Accumulator, 
     if factor.columns.shape[1] == 0:
         return
     # Pulled back in ranges of samples that stay in the cache; multiplied all at once.
-    widest = max(n.numel for n in state.program)
-    step = max(1, CACHE // max(1, factor.columns.shape[1] * widest * itemsize(state.weights.dtype)))
+    step = plan.outer_step(state.samples, working)
     rows = _outer.Gathered(state.samples)
     for start in range(0, state.samples, step):
         part = slice(start, min(start + step, state.samples))
@@ -100,7 +82,7 @@ def _add_column(
     result: Accumulator,
     window: slice,
     keep: bool,
-    working: int,
+    working: float,
 ) -> None:
     per_sample = keep or column.basis in ("activation", "input")
     step = column.step(state.samples, working, itemsize(state.weights.dtype))

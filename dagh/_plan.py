@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dagh._costs import PASS, product_rate
+from dagh._footprint import BASE, RESIDENT, Alive
 from dagh._ir import Node, Program
 from dagh._memory import human
 from dagh._request import Pair, itemsize
@@ -25,6 +26,8 @@ Basis = Literal["parameter", "activation", "channel", "input"]
 
 #: Largest bundle formed at once: beyond it fresh memory costs more than the arithmetic on it.
 CACHE = 8 * 2**20
+#: Smallest working memory the chunking aims for.
+FLOOR = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -84,14 +87,15 @@ class Column:
     """Where the sweep stops, and the bridge from there on takes over."""
     after: frozenset[Node] = frozenset()
     """Targets that the bridge reaches."""
+    alive: Alive = Alive(0.0, 0.0)
 
     @property
     def rows(self) -> list[int]:
         return list(self.targets)
 
-    def step(self, samples: int, working: int, size: int) -> int:
-        """Directions swept at once."""
-        fits = working // max(1, 3 * self.unit * samples * size)
+    def step(self, samples: int, working: float, size: int) -> int:
+        """Directions swept at once, in ``working`` bytes."""
+        fits = int(working / max(1.0, self.alive.elements(samples, 1) * size))
         cached = CACHE // max(1, self.largest * samples * size)
         step = max(1, min(self.width, fits, cached))
         return min(self.width, max(self.order, step // self.order * self.order))
@@ -113,10 +117,12 @@ class Bridge:
     """Numbers held per sample."""
     largest: int
     """Elements of the largest bundle per sample and direction, at most."""
+    alive: Alive = Alive(0.0, 0.0)
 
-    def step(self, samples: int, size: int) -> int:
-        """Directions swept at once."""
-        return max(1, min(self.width, CACHE // max(1, self.largest * samples * size)))
+    def step(self, samples: int, working: float, size: int) -> int:
+        """Directions swept at once, in ``working`` bytes."""
+        fits = int(working / max(1.0, self.alive.elements(samples, 1) * size))
+        return max(1, min(self.width, fits, CACHE // max(1, self.largest * samples * size)))
 
 
 @dataclass
@@ -147,7 +153,8 @@ class Plan:
     routes: dict[Pair, str]
     alternatives: dict[Pair, dict[str, float]] = field(repr=False)
     forward: tuple[float, float, float]
-    forward_elements: int
+    state: tuple[float, float]
+    outer_alive: Alive
     widest: int
     dtype: torch.dtype
     program: Program = field(repr=False)
@@ -249,18 +256,63 @@ class Plan:
     def peak_memory(self) -> int:
         size, n = itemsize(self.dtype), self.samples
         copies = len(set(self.parts)) if self.keep else 1
-        total = self.result_elements * copies + 3 * n * self.forward_elements
-        work = [0]
+        window, working = self.chunks(self.budget or 1 << 62)
+        values, local = self.state
+        work = [0.0]
         if self.has_outer:
-            leaves = {i for p in self.pairs if "H_O" in self.kinds[p] for i in p}
-            dense = sum(self.sizes[i] for i in leaves if i not in self.gates)
-            pulled = min(CACHE, n * self.outer_rows * self.widest * size)
-            work.append(n * self.outer_rows * 2 * dense * size + 4 * pulled)
-        total += n * sum(b.elements for b in self.bridges.values())
-        for c in self.columns:
-            step = c.step(n, self.budget or 1 << 62, size)
-            work.append(step * n * (c.unit + 2 * c.largest) * size)
-        return total * size + max(work)
+            step = self.outer_step(window, working)
+            gathered = window * self._gathered
+            dense = self.outer_rows * self._dense_rows
+            work.append(gathered + step * (self.outer_rows * self.outer_alive.each + local))
+            work.append(gathered + (min(1 << 22, window * dense) if self._mixed else 0))
+        if "functional" in self.parts and self.columns:
+            kept = window * local + window * sum(b.elements for b in self.bridges.values())
+            moving = [s.alive.elements(window, s.step(window, working, size)) for s in self._sweeps()]
+            work.append(kept + max(moving))
+        alive = n * values + max(work)
+        return int(self.result_elements * copies * size + BASE + RESIDENT * alive * size)
+
+    def _sweeps(self) -> list[Column | Bridge]:
+        return [*self.columns, *self.bridges.values()]
+
+    @property
+    def _dense_rows(self) -> int:
+        leaves = {i for p in self.pairs if "H_O" in self.kinds[p] for i in p}
+        return sum(self.sizes[i] for i in leaves if i not in self.gates)
+
+    @property
+    def _mixed(self) -> bool:
+        return any("H_O" in self.kinds[i, j] and (i in self.gates) != (j in self.gates) for i, j in self.pairs)
+
+    @property
+    def _gathered(self) -> float:
+        """Numbers per sample in the rows of H_O."""
+        leaves = {i for p in self.pairs if "H_O" in self.kinds[p] for i in p}
+        layers = [self.gates[i] for i in leaves if i in self.gates]
+        return self.outer_rows * (self._dense_rows + sum(g.shape[0] for g in layers)) + sum(g.shape[1] for g in layers)
+
+    def chunks(self, budget: float, floor: float = FLOOR) -> tuple[int, float]:
+        """Samples taken at once within a budget, and the bytes that are left for the bundles of their sweeps."""
+        size, copies = itemsize(self.dtype), len(set(self.parts)) if self.keep else 1
+        values, local = self.state
+        free = (budget - BASE - self.result_elements * copies * size) / RESIDENT - self.samples * values * size
+        free = max(free, floor)
+        each, least = 0.0, 1.0
+        if self.has_outer:
+            each = max(each, self._gathered)
+            least = max(least, self._gathered + self.outer_rows * self.outer_alive.each + local)
+        if "functional" in self.parts:
+            kept = local + sum(b.elements for b in self.bridges.values())
+            each = max(each, kept)
+            least = max([least, *(kept + s.alive.elements(1, 1) for s in self._sweeps())])
+        window = max(1, min(self.samples, int(free / (least * size))))
+        return window, max(free - window * each * size, 1.0)
+
+    def outer_step(self, window: int, working: float) -> int:
+        """Samples whose rows of H_O are pulled back at once."""
+        size = itemsize(self.dtype)
+        fits = int(working / max(1.0, (self.outer_rows * self.outer_alive.each + self.state[1]) * size))
+        return max(1, min(window, fits, CACHE // max(1, self.outer_rows * self.widest * size)))
 
     # -- presentation ------------------------------------------------------------------------------
 
@@ -296,8 +348,9 @@ class Plan:
 
     def _sweep_row(self, c: Column) -> tuple[str, ...]:
         size = itemsize(self.dtype)
-        step = c.step(self.samples, self.budget or 1 << 62, size)
-        largest = human(step * c.largest * self.samples * size)
+        window, working = self.chunks(self.budget or 1 << 62)
+        step = c.step(window, working, size)
+        largest = human(step * c.largest * window * size)
         names = " + ".join(self.names[i] for i in c.leaves)
         return names, c.basis, str(c.width), str(step), str(len(c.rows)), f"{c.flops / 1e6:.3g}", largest
 

@@ -9,13 +9,15 @@ counted in the same unit, and the cheapest taken; pairs with the same columns an
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from dagh._costs import node_cost, node_flops, node_moved
+from dagh._footprint import held_by_state, of_rows
 from dagh._ir import Node, Program
 from dagh._meeting import meet
 from dagh._plan import Bridge, Column, Plan
-from dagh._pricing import Key, Option, Sweeps, gate_of
-from dagh._request import Pair, Request
+from dagh._pricing import Key, Option, Reach, Sweeps, gate_of
+from dagh._request import Pair, Request, itemsize
 from dagh._rules import rule_for
 from dagh._structure import reach, structure
 from dagh.errors import ReductionError
@@ -43,6 +45,7 @@ def make_plan(
     bridges: dict[Node, Bridge] = {}
     alternatives: dict[Pair, dict[str, float]] = {}
     chosen_routes: dict[Pair, str] = {}
+    reached = Reach(program)
     if needed:
         sweeps = Sweeps(program, request, bits, gates)
         options = {pair: sweeps.alternatives(*pair) for pair in needed}
@@ -56,6 +59,9 @@ def make_plan(
         chosen_routes = {p: sweeps.label(leaf, basis) for p, (leaf, _, basis) in picked.items()}
         columns = [sweeps.column(pairs, key[1]) for key, pairs in sorted(_gathered(sweeps, picked).items())]
         columns, bridges = meet(sweeps, columns)
+        columns = [replace(c, alive=sweeps.alive(c)) for c in columns]
+        bridges = {v: replace(b, alive=sweeps.alive_bridge(b)) for v, b in bridges.items()}
+    rows = list(dict.fromkeys(layers[i].node if i in layers and layers[i].rows == 1 else leaf for i, leaf in enumerate(request.leaves)))
     fallbacks = sorted({n.operation for n in program if n.op is not None and bits[n] and not rule_for(n).closed_form})
     labels = {pair: _LABELS[outer, inner] for pair, (outer, inner) in kinds.items()}
     return Plan(
@@ -75,7 +81,8 @@ def make_plan(
             sum(node_flops(v) for v in program),
             sum(node_moved(v) for v in program),
         ),
-        forward_elements=sum(v.numel for v in program if v.batched),
+        state=held_by_state(program, request.leaves, itemsize(program.output.dtype)),
+        outer_alive=of_rows(program, reached, rows),
         widest=max((v.numel for v in program), default=1),
         dtype=program.output.dtype,
         program=program,

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from dagh._costs import PASS, node_cost, node_flops, node_moved
+from dagh._footprint import Alive, of_column, of_sweep
 from dagh._ir import Node, Program
-from dagh._plan import Basis, Column, Gate
+from dagh._plan import Basis, Bridge, Column, Gate
 from dagh._request import Pair, Request
 from dagh._rules import rule_for
 from dagh._structure import curved_pairs
@@ -296,3 +297,15 @@ class Sweeps:
             within=nodes(within), held=nodes(held), curved=nodes(meeting),
             cost=cost, flops=flops, moved=moved, unit=unit, largest=largest,
         )  # fmt: skip
+
+    def alive(self, column: Column) -> Alive:
+        """What the sweep of a column keeps in memory."""
+        regions = self.regions(column.seed, list(column.targets.values()), column.paths)
+        return of_column(self.program, self.reach, column, regions, self.request.sizes)
+
+    def alive_bridge(self, bridge: Bridge) -> Alive:
+        """What the sweep of a bridge keeps in memory, apart from what it finds."""
+        regions = self.regions(bridge.node, list(bridge.targets), list(bridge.paths))
+        return of_sweep(
+            self.program, self.reach, bridge, regions[2], regions[3], list(bridge.targets), keep=True
+        )
