@@ -15,6 +15,10 @@ from dagh._request import Pair, Request
 from dagh._state import State
 
 
+#: Entries symmetrized at once.
+_PART = 1 << 18
+
+
 @dataclass
 class Layers:
     """A pair of linear layers kept per sample, ``row``s first: see :class:`~dagh._block_layers.LayerPairBlock`.
@@ -33,8 +37,9 @@ class Layers:
         """The block of ``key``."""
         if self.jacobian is None or self.adjoint is None:
             if self.key[0] == self.key[1]:
-                core = 0.5 * (self.core + self.core.mT)
-                return KroneckerSumBlock(core, self.left, self.right, symmetric=True)
+                for part in self.core.split(max(1, _PART // max(1, self.core[:1].numel()))):
+                    part.copy_(0.5 * (part + part.mT))
+                return KroneckerSumBlock(self.core, self.left, self.right, symmetric=True)
             return KroneckerSumBlock(self.core, self.left, self.right)
         return LayerPairBlock(self.core, self.left, self.right, self.jacobian, self.adjoint)
 
@@ -154,7 +159,7 @@ class Accumulator:
         sizes, like = self.request.sizes, self.like
         out: dict[Pair, Block] = {}
         for i, j in self.request.pairs:
-            held = self.layers.get((i, j)) or self.layers.get((j, i))
+            held = self.layers.pop((i, j), None) or self.layers.pop((j, i), None)
             dense = self.blocks.get((i, j))
             if held is not None:
                 block = held.block()

@@ -17,8 +17,8 @@ from dagh._rules import Rule, rule_for
 from dagh._rules._elementwise import Unary
 
 #: The allocator of the C library keeps freed blocks of up to 32 MiB for itself and cannot always use them again:
-#: with sizes that change from node to node, resident memory was 1.1 to 2 times what is alive (median 1.45).
-RESIDENT = 1.45
+#: with sizes that change from node to node, resident memory was 1.1 to 2 times what is alive (median 1.5).
+RESIDENT = 1.5
 #: Kernels' own memory (packed factors of matrix products, oneDNN's compiled convolutions), whatever the problem.
 BASE = 3 * 2**20
 

@@ -10,13 +10,11 @@ from torch import Tensor
 from dagh import _outer
 from dagh._accumulate import Accumulator
 from dagh._outer import Gathered, Rows
-from dagh._plan import Plan
+from dagh._plan import MIXED, Plan
 from dagh._request import Pair
 
 #: Columns of one product of dense rows: wide enough for full speed, narrow enough to skip most of the lower half.
 _PANEL = 512
-#: Entries of the product of a layer's cotangents with dense rows that are formed at once.
-_MIXED = 1 << 22
 
 
 def add_outer(
@@ -85,7 +83,7 @@ def _add_mixed(rows: dict[int, Rows], layer: int, others: list[int], signs: Tens
     assert s is not None and x is not None
     s = (s if signs is None else s * signs.unsqueeze(2)).transpose(1, 2)  # [N, o, r]
     n, o, i = s.shape[0], s.shape[1], x.shape[1]
-    step = max(1, _MIXED // max(1, n * o))
+    step = max(1, MIXED // max(1, n * o))
     for other in others:
         dense = _dense(rows[other])
         target = result.block(min(layer, other), max(layer, other))

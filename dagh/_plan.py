@@ -28,6 +28,8 @@ Basis = Literal["parameter", "activation", "channel", "input"]
 CACHE = 8 * 2**20
 #: Smallest working memory the chunking aims for.
 FLOOR = 4 * 2**20
+#: Entries of the product of a layer's cotangents with dense rows that are formed at once.
+MIXED = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -258,19 +260,21 @@ class Plan:
         copies = len(set(self.parts)) if self.keep else 1
         window, working = self.chunks(self.budget or 1 << 62)
         values, local = self.state
+        results = self.result_elements * copies * size
         work = [0.0]
         if self.has_outer:
             step = self.outer_step(window, working)
             gathered = window * self._gathered
-            dense = self.outer_rows * self._dense_rows
-            work.append(gathered + step * (self.outer_rows * self.outer_alive.each + local))
-            work.append(gathered + (min(1 << 22, window * dense) if self._mixed else 0))
+            # In the first window there are no blocks yet while the rows are pulled back.
+            early = results / RESIDENT / size if window == n else 0.0
+            pulled = gathered + step * (self.outer_rows * self.outer_alive.each + local)
+            work += [pulled - early, gathered + self._mixed(window)]
         if "functional" in self.parts and self.columns:
             kept = window * local + window * sum(b.elements for b in self.bridges.values())
             moving = [s.alive.elements(window, s.step(window, working, size)) for s in self._sweeps()]
             work.append(kept + max(moving))
         alive = n * values + max(work)
-        return int(self.result_elements * copies * size + BASE + RESIDENT * alive * size)
+        return int(results + BASE + RESIDENT * alive * size)
 
     def _sweeps(self) -> list[Column | Bridge]:
         return [*self.columns, *self.bridges.values()]
@@ -280,9 +284,13 @@ class Plan:
         leaves = {i for p in self.pairs if "H_O" in self.kinds[p] for i in p}
         return sum(self.sizes[i] for i in leaves if i not in self.gates)
 
-    @property
-    def _mixed(self) -> bool:
-        return any("H_O" in self.kinds[i, j] and (i in self.gates) != (j in self.gates) for i, j in self.pairs)
+    def _mixed(self, window: int) -> int:
+        """Entries of the largest product of a layer's cotangents with other rows that are formed at once."""
+        cores = [window * self.gates[i].shape[0] * self.gates[j].shape[0] for i, j in self.pairs
+                 if "H_O" in self.kinds[i, j] and i in self.gates and j in self.gates]
+        mixed = [p for p in self.pairs if "H_O" in self.kinds[p] and (p[0] in self.gates) != (p[1] in self.gates)]
+        layers = [(i, j) if i in self.gates else (j, i) for i, j in mixed]
+        return max([0, *cores, *(min(MIXED, window * self.gates[i].shape[0] * self.sizes[j]) for i, j in layers)])
 
     @property
     def _gathered(self) -> float:
