@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dagh._costs import PASS, product_rate
-from dagh._footprint import BASE, RESIDENT, Alive
+from dagh._footprint import BASE, RESIDENT, RESIDENT_MOST, Alive
 from dagh._ir import Node, Program
 from dagh._memory import human
 from dagh._request import Pair, itemsize
@@ -303,7 +303,7 @@ class Plan:
         """Samples taken at once within a budget, and the bytes that are left for the bundles of their sweeps."""
         size, copies = itemsize(self.dtype), len(set(self.parts)) if self.keep else 1
         values, local = self.state
-        free = (budget - BASE - self.result_elements * copies * size) / RESIDENT - self.samples * values * size
+        free = (budget - BASE - self.result_elements * copies * size) / RESIDENT_MOST - self.samples * values * size
         free = max(free, floor)
         each, least = 0.0, 1.0
         if self.has_outer:
