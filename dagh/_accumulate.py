@@ -16,6 +16,9 @@ from dagh._plan import Plan
 from dagh._request import Pair, Request
 from dagh._state import State
 
+#: Entries symmetrized at once.
+_PART = 1 << 18
+
 
 @dataclass
 class Layers:
@@ -35,8 +38,9 @@ class Layers:
         """The block of ``key``."""
         if self.jacobian is None or self.adjoint is None:
             if self.key[0] == self.key[1]:
-                core = 0.5 * (self.core + self.core.mT)
-                return KroneckerSumBlock(core, self.left, self.right, symmetric=True)
+                for part in torch.split(self.core, max(1, _PART // max(1, self.core[:1].numel()))):
+                    part.copy_(0.5 * (part + part.mT))
+                return KroneckerSumBlock(self.core, self.left, self.right, symmetric=True)
             return KroneckerSumBlock(self.core, self.left, self.right)
         return LayerPairBlock(self.core, self.left, self.right, self.jacobian, self.adjoint)
 
@@ -184,7 +188,7 @@ class Accumulator:
         sizes, like = self.request.sizes, self.like
         out: dict[Pair, Block] = {}
         for i, j in self.request.pairs:
-            held = self.layers.get((i, j)) or self.layers.get((j, i))
+            held = self.layers.pop((i, j), None) or self.layers.pop((j, i), None)
             dense = self.blocks.get((i, j))
             if held is not None:
                 block = held.block()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from threading import Event
@@ -15,7 +14,7 @@ from dagh import _contract, _outer, _sweep
 from dagh._accumulate import Accumulator
 from dagh._bridge import Crossing, build, cross, unit_vectors
 from dagh._outer_blocks import add_outer
-from dagh._plan import CACHE, Column, Plan
+from dagh._plan import FLOOR, Column, Plan
 from dagh._request import Request, itemsize
 from dagh._rules._conv import Convolution
 from dagh._state import State
@@ -24,7 +23,7 @@ from dagh._sweep import Tangents
 from dagh._workers import Stopped, shares, side_by_side
 
 #: Smallest working memory the chunking aims for.
-_FLOOR = 32 * 2**20
+_FLOOR = FLOOR
 
 #: Samples below which a share of them is not worth a thread, and flops below which the whole is not.
 _FEWEST, _WORTH = 8, 3e8
@@ -34,31 +33,34 @@ def assemble(
     state: State, request: Request, plan: Plan, *, parts: dict[str, Accumulator], keep: bool, budget: int
 ) -> None:
     """Fill the accumulators of the ``"outer"`` and/or ``"functional"`` part (they may be one and the same)."""
-    distinct = len({id(p) for p in parts.values()})
-    held = plan.result_elements * distinct * itemsize(state.weights.dtype)
-    working = max(budget - held, _FLOOR)
     if plan.strips:
+        held = plan.result_elements * len({id(p) for p in parts.values()}) * itemsize(state.weights.dtype)
         _add_strips(state, request, plan, parts, keep, budget - held)
         if not plan.columns and not plan.factored:
             return
-    count = _shares(state, plan, next(iter(parts.values())).dense_nbytes() * distinct, working)
+    step, working = plan.chunks(budget, _FLOOR)
+    dense = sum(p.dense_nbytes() for p in {id(p): p for p in parts.values()}.values())
+    count = _shares(state, plan, dense, working)
     forks = [parts, *(_fork(parts) for _ in range(1, count))]
+    room = max(1.0, (working - (count - 1) * dense) / count)
 
     def fill(mine: dict[str, Accumulator], window: slice, enough: Event) -> None:
         part_state = narrow(state, window)
         if "outer" in mine:
-            _add_outer(part_state, request, plan, mine["outer"], window)
+            _add_outer(part_state, request, plan, mine["outer"], window, room)
         if "functional" not in mine:
             return
-        crossings = {v: build(part_state, bridge) for v, bridge in plan.bridges.items()}
+        if plan.columns:
+            _ = part_state.adjoints  # what lives longest is made first: nothing is left between its pieces
+        crossings = {v: build(part_state, bridge, room) for v, bridge in plan.bridges.items()}
         for column in plan.columns:
             if enough.is_set():
                 raise Stopped
             crossing = None if column.via is None else crossings[column.via]
-            room = working // count
             _add_column(part_state, request, plan, column, crossing, mine["functional"], window, keep, room)
 
-    for window in _windows(state, request, plan, tuple(parts), working):
+    for start in range(0, state.samples, step):
+        window = slice(start, min(start + step, state.samples))
         side_by_side([partial(fill, *one) for one in zip(forks, _split(window, count), strict=False)])
     for part, result in {id(p): (name, p) for name, p in parts.items()}.values():
         for fork in forks[1:]:
@@ -76,12 +78,12 @@ def _add_strips(
             add_strip(narrow(state, window), request, plan, strip, parts, window, room)
 
 
-def _shares(state: State, plan: Plan, dense: int, working: int) -> int:
+def _shares(state: State, plan: Plan, dense: int, working: float) -> int:
     """Into how many shares the samples are divided: as many as there are threads, where results of each have room."""
     most = min(shares(state.weights.device), state.samples // _FEWEST)
     if most < 2 or not plan.columns or plan.flops < _WORTH:
         return 1  # the outer part alone is a few large operations
-    return max(1, min(most, 1 + working // (4 * max(1, dense))))
+    return max(1, min(most, 1 + int(working / (4 * max(1, dense)))))
 
 
 def _fork(parts: dict[str, Accumulator]) -> dict[str, Accumulator]:
@@ -101,23 +103,6 @@ def _split(window: slice, count: int) -> list[slice]:
 # -- chunks ----------------------------------------------------------------------------------------
 
 
-def _windows(state: State, request: Request, plan: Plan, parts: tuple[str, ...], working: int) -> Iterator[slice]:
-    """Ranges of samples such that one direction of the widest sweep, and the loss factor's rows, fit."""
-    size = itemsize(state.weights.dtype)
-    per_sample = 1
-    if "outer" in parts and plan.factored:
-        factor_columns = plan.outer_rows
-        widest = max((n.numel for n in state.program), default=1)
-        dense = sum(leaf.numel for i, leaf in enumerate(request.leaves) if i not in plan.gates)
-        per_sample = max(per_sample, factor_columns * (4 * widest + dense))
-    if "functional" in parts:
-        per_sample = max(per_sample, *(3 * c.unit for c in plan.columns), 1)
-        per_sample += sum(b.elements for b in plan.bridges.values())
-    step = max(1, min(state.samples, working // (per_sample * size)))
-    for start in range(0, state.samples, step):
-        yield slice(start, min(start + step, state.samples))
-
-
 def narrow(state: State, window: slice) -> State:
     """The same point restricted to some samples."""
     if window.start == 0 and window.stop == state.samples:
@@ -129,7 +114,7 @@ def narrow(state: State, window: slice) -> State:
 # -- the two parts ---------------------------------------------------------------------------------
 
 
-def _add_outer(state: State, request: Request, plan: Plan, result: Accumulator, window: slice) -> None:
+def _add_outer(state: State, request: Request, plan: Plan, result: Accumulator, window: slice, working: float) -> None:
     pairs = plan.factored
     if not pairs:
         return
@@ -138,13 +123,12 @@ def _add_outer(state: State, request: Request, plan: Plan, result: Accumulator, 
     if factor.columns.shape[1] == 0:
         return
     # Pulled back in ranges of samples that stay in the cache; multiplied all at once.
-    widest = max(n.numel for n in state.program)
-    step = max(1, CACHE // max(1, factor.columns.shape[1] * widest * itemsize(state.weights.dtype)))
-    pieces = []
+    step = plan.outer_step(state.samples, working)
+    rows = _outer.Gathered(state.samples)
     for start in range(0, state.samples, step):
         part = slice(start, min(start + step, state.samples))
-        pieces.append(_outer.pull_rows(narrow(state, part), factor.columns[part], request, plan, leaves))
-    add_outer(_outer.join(pieces), pairs, factor.signs, plan, result, window)
+        rows.put(part, _outer.pull_rows(narrow(state, part), factor.columns[part], request, plan, leaves))
+    add_outer(rows, pairs, factor.signs, plan, result, window)
 
 
 def _add_column(
@@ -156,34 +140,51 @@ def _add_column(
     result: Accumulator,
     window: slice,
     keep: bool,
-    working: int,
+    working: float,
 ) -> None:
     per_sample = keep or column.basis in ("activation", "input")
     step = column.step(state.samples, working, itemsize(state.weights.dtype))
     for start in range(0, column.width, step):
         part = slice(start, min(start + step, column.width))
         tangents, found = _sweep_column(state, column, crossing, part, per_sample)
-        if column.basis == "activation":
-            _add_activation(state, plan, column, tangents, found, result, window, part)
+        _add_found(state, plan, column, tangents, found, result, window, part, keep)
+        del tangents, found  # not alive while the next ones are made
+
+
+def _add_found(
+    state: State,
+    plan: Plan,
+    column: Column,
+    tangents: Tangents,
+    found: Tangents,
+    result: Accumulator,
+    window: slice,
+    part: slice,
+    keep: bool,
+) -> None:
+    """Add what a sweep of some directions found."""
+    per_sample = keep or column.basis in ("activation", "input")
+    if column.basis == "activation":
+        _add_activation(state, plan, column, tangents, found, result, window, part)
+        return
+    if column.basis == "input":
+        _add_inputs(state, column, found, result, window, part)
+        return
+    for leaf, row in column.pairs:
+        target = column.targets[row]
+        if target not in found:
             continue
-        if column.basis == "input":
-            _add_inputs(state, column, found, result, window, part)
-            continue
-        for leaf, row in column.pairs:
-            target = column.targets[row]
-            if target not in found:
-                continue
-            h = found.dense(target)
-            if keep and h.shape[0] == 1:
-                h = h.expand(state.samples, *h.shape[1:])
-            if not per_sample and h.shape[0] > 1:
-                h = h.sum(0, keepdim=True)
-            h = _sweep.matrices(h)  # [N or 1, B, p_row]
-            piece = h if keep else h[0]
-            if column.gate is not None and column.basis == "channel":
-                result.add_channels(leaf, row, piece, column.gate.channels, part, window)
-            else:
-                result.add(leaf, row, piece, part, window)
+        h = found.dense(target)
+        if keep and h.shape[0] == 1:
+            h = h.expand(state.samples, *h.shape[1:])
+        if not per_sample and h.shape[0] > 1:
+            h = h.sum(0, keepdim=True)
+        h = _sweep.matrices(h)  # [N or 1, B, p_row]
+        piece = h if keep else h[0]
+        if column.gate is not None and column.basis == "channel":
+            result.add_channels(leaf, row, piece, column.gate.channels, part, window)
+        else:
+            result.add(leaf, row, piece, part, window)
 
 
 def _sweep_column(
@@ -202,14 +203,17 @@ def _sweep_column(
         start = {column.seed: seed.expand(n, *seed.shape[1:])}
         return Tangents({}), _sweep.pull_back(state, start, list(column.targets.values()), keep=per_sample)
     channelwise = column.copies > 1
-    tangents = _sweep.push_forward(state, {column.seed: seed}, column.within, column.held, channelwise=channelwise)
-    targets = list(column.targets.values())
+    seeds = {column.seed: seed}
+    del seed
+    tangents = _sweep.push_forward(state, seeds, column.within, column.held, channelwise=channelwise)
+    targets, curved, spare = list(column.targets.values()), column.curved, column.paths
     if crossing is None:
-        return tangents, _sweep.pull_back(state, {}, targets, tangents=tangents, curved=column.curved, keep=per_sample)
+        found = _sweep.pull_back(state, {}, targets, tangents=tangents, curved=curved, keep=per_sample, spare=spare)
+        return tangents, found
     beyond = cross(state, column, crossing, tangents, per_sample)
     here = [t for t in targets if t not in column.after]
     start = Tangents({v: beyond[v] for v in [crossing.node] if v in beyond}, beyond.channelwise & {crossing.node})
-    found = _sweep.pull_back(state, start, here, tangents=tangents, curved=column.curved, keep=per_sample)
+    found = _sweep.pull_back(state, start, here, tangents=tangents, curved=curved, keep=per_sample, spare=spare)
     for node in column.after:
         if node in beyond:
             found[node] = beyond[node]

@@ -27,10 +27,10 @@ class Crossing:
     paths: Tangents
 
 
-def build(state: State, bridge: Bridge) -> Crossing:
+def build(state: State, bridge: Bridge, working: float) -> Crossing:
     """Sweep all directions of the bridge's node, a part at a time."""
     like = state.values[bridge.node]
-    step = bridge.step(state.samples, itemsize(like.dtype))
+    step = bridge.step(state.samples, working, itemsize(like.dtype))
     pieces = []
     for start in range(0, bridge.width, step):
         part = torch.arange(start, min(start + step, bridge.width))

@@ -13,12 +13,12 @@ from dagh._rules import rule_for
 #: A pass over memory takes about as long per element as this many operations of a matrix product. A ratio of the
 #: processor, not of the moment, so that plans do not depend on the load.
 PASS = 40.0
-_VIEWS = ("view", "reshape", "unsqueeze", "squeeze", "permute", "transpose", "t", "expand", "select", "slice", "alias")
+VIEWS = ("view", "reshape", "unsqueeze", "squeeze", "permute", "transpose", "t", "expand", "select", "slice", "alias")
 
 
 def node_flops(node: Node) -> float:
     """Arithmetic per sample and direction of applying the Jacobian of ``node``."""
-    if node.op is None or node.operation in _VIEWS:
+    if node.op is None or node.operation in VIEWS:
         return 0.0
     return float(max(node.numel, rule_for(node).flops(node)))
 
@@ -27,7 +27,7 @@ def node_moved(node: Node) -> float:
     """Elements written per sample and direction; each is read about once as well."""
     if node.op is None:
         return 0.0
-    if node.operation in _VIEWS:
+    if node.operation in VIEWS:
         return 0.25 * node.numel
     rule = rule_for(node)
     if _is_product(node):

@@ -86,18 +86,44 @@ class Rows:
         return self.dense is None
 
 
-def join(pieces: list[dict[int, Rows]]) -> dict[int, Rows]:
-    """Rows of several ranges of samples as those of all."""
-    if len(pieces) == 1:
-        return pieces[0]
+class Gathered(dict[int, Rows]):
+    """Rows of several ranges of samples as those of all, each written in its place as it comes.
 
-    def cat(tensors: list[Tensor | None]) -> Tensor | None:
-        present = [t for t in tensors if t is not None]
-        return torch.cat(present) if present else None
+    Dense rows lie side by side in ``dense`` ``[N, r, sum of p]``, in the order of ``members``.
+    """
 
-    return {
-        i: Rows(*(cat([getattr(p[i], f) for p in pieces]) for f in ("dense", "cotangent", "inputs"))) for i in pieces[0]
-    }
+    def __init__(self, samples: int) -> None:
+        super().__init__()
+        self.samples = samples
+        self.members: list[int] = []
+        self.dense: Tensor | None = None
+
+    def put(self, part: slice, piece: dict[int, Rows]) -> None:
+        """The rows of the samples ``part``; every range has those of the same leaves."""
+        if not self:
+            self._make_room(piece)
+        for i, rows in piece.items():
+            for whole, some in zip(_parts(self[i]), _parts(rows), strict=True):
+                whole[part] = some
+
+    def _make_room(self, piece: dict[int, Rows]) -> None:
+        dense = {i: rows.dense for i, rows in sorted(piece.items()) if rows.dense is not None}
+        self.members = list(dense)
+        for i, rows in piece.items():
+            if rows.cotangent is not None and rows.inputs is not None:
+                room = [t.new_empty(self.samples, *t.shape[1:]) for t in (rows.cotangent, rows.inputs)]
+                self[i] = Rows(cotangent=room[0], inputs=room[1])
+        if not dense:
+            return
+        first = next(iter(dense.values()))
+        widths = [t.shape[2] for t in dense.values()]
+        self.dense = first.new_empty(self.samples, first.shape[1], sum(widths))
+        for i, t in zip(self.members, torch.split(self.dense, widths, 2), strict=True):
+            self[i] = Rows(dense=t)
+
+
+def _parts(rows: Rows) -> list[Tensor]:
+    return [t for t in (rows.dense, rows.cotangent, rows.inputs) if t is not None]
 
 
 def pull_rows(state: State, columns: Tensor, request: Request, plan: Plan, leaves: set[int]) -> dict[int, Rows]:

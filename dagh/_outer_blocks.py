@@ -9,18 +9,16 @@ from torch import Tensor
 
 from dagh import _outer
 from dagh._accumulate import Accumulator
-from dagh._outer import Rows
-from dagh._plan import Plan
+from dagh._outer import Gathered, Rows
+from dagh._plan import MIXED, Plan
 from dagh._request import Pair
 
 #: Columns of one product of dense rows: wide enough for full speed, narrow enough to skip most of the lower half.
 _PANEL = 512
-#: Entries of the product of a layer's cotangents with dense rows that are formed at once.
-_MIXED = 1 << 22
 
 
 def add_outer(
-    rows: dict[int, Rows], pairs: list[Pair], signs: Tensor | None, plan: Plan, result: Accumulator, window: slice
+    rows: Gathered, pairs: list[Pair], signs: Tensor | None, plan: Plan, result: Accumulator, window: slice
 ) -> None:
     """Add ``Σ_r σ_r B_aᵀ B_b`` for every pair with rows."""
     pairs = [(i, j) for i, j in pairs if i in rows and j in rows]
@@ -50,9 +48,12 @@ def add_outer(
         _add_mixed(rows, layer, others, signs, result)
 
 
-def _add_all(rows: dict[int, Rows], members: list[int], signs: Tensor | None, result: Accumulator) -> None:
+def _add_all(rows: Gathered, members: list[int], signs: Tensor | None, result: Accumulator) -> None:
     """All pairs of dense leaves: one symmetric product, the upper half of it panel by panel."""
-    joined = torch.cat([_dense(rows[i]).flatten(0, 1) for i in members], 1)
+    if rows.dense is not None and members == rows.members:
+        joined = rows.dense.flatten(0, 1)
+    else:
+        joined = torch.cat([_dense(rows[i]).flatten(0, 1) for i in members], 1)
     left = joined if signs is None else joined * signs.reshape(-1, 1)
     ends = [0]
     for i in members:
@@ -82,7 +83,7 @@ def _add_mixed(rows: dict[int, Rows], layer: int, others: list[int], signs: Tens
     assert s is not None and x is not None
     s = (s if signs is None else s * signs.unsqueeze(2)).transpose(1, 2)  # [N, o, r]
     n, o, i = s.shape[0], s.shape[1], x.shape[1]
-    step = max(1, _MIXED // max(1, n * o))
+    step = max(1, MIXED // max(1, n * o))
     for other in others:
         dense = _dense(rows[other])
         target = result.block(min(layer, other), max(layer, other))

@@ -14,6 +14,7 @@ import torch
 from rich.console import RenderableType
 
 from dagh._costs import PASS, product_rate
+from dagh._footprint import BASE, NOTHING, RESIDENT, RESIDENT_MOST, Alive
 from dagh._ir import Node, Program
 from dagh._request import Pair, itemsize
 
@@ -26,6 +27,10 @@ Basis = Literal["parameter", "activation", "channel", "input", "strips"]
 CACHE = 8 * 2**20
 #: Matrices of the size of a sample's loss curvature that are held while it is factored.
 _FACTORS = 4
+#: Smallest working memory the chunking aims for.
+FLOOR = 4 * 2**20
+#: Entries of the product of a layer's cotangents with dense rows that are formed at once.
+MIXED = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -85,14 +90,15 @@ class Column:
     """Where the sweep stops, and the bridge from there on takes over."""
     after: frozenset[Node] = frozenset()
     """Targets that the bridge reaches."""
+    alive: Alive = NOTHING
 
     @property
     def rows(self) -> list[int]:
         return list(self.targets)
 
-    def step(self, samples: int, working: int, size: int) -> int:
-        """Directions swept at once."""
-        fits = working // max(1, 3 * self.unit * samples * size)
+    def step(self, samples: int, working: float, size: int) -> int:
+        """Directions swept at once, in ``working`` bytes."""
+        fits = int(working / max(1.0, self.alive.elements(samples, 1) * size))
         cached = CACHE // max(1, self.largest * samples * size)
         step = max(1, min(self.width, fits, cached))
         return min(self.width, max(self.order, step // self.order * self.order))
@@ -114,10 +120,12 @@ class Bridge:
     """Numbers held per sample."""
     largest: int
     """Elements of the largest bundle per sample and direction, at most."""
+    alive: Alive = NOTHING
 
-    def step(self, samples: int, size: int) -> int:
-        """Directions swept at once."""
-        return max(1, min(self.width, CACHE // max(1, self.largest * samples * size)))
+    def step(self, samples: int, working: float, size: int) -> int:
+        """Directions swept at once, in ``working`` bytes."""
+        fits = int(working / max(1.0, self.alive.elements(samples, 1) * size))
+        return max(1, min(self.width, fits, CACHE // max(1, self.largest * samples * size)))
 
 
 @dataclass
@@ -150,7 +158,8 @@ class Plan:
     routes: dict[Pair, str]
     alternatives: dict[Pair, dict[str, float]] = field(repr=False)
     forward: tuple[float, float, float]
-    forward_elements: int
+    state: tuple[float, float]
+    outer_alive: Alive
     widest: int
     dtype: torch.dtype
     program: Program = field(repr=False)
@@ -262,23 +271,72 @@ class Plan:
     def peak_memory(self) -> int:
         size, n = itemsize(self.dtype), self.samples
         copies = len(set(self.parts)) if self.keep else 1
-        total = self.result_elements * copies + 3 * n * self.forward_elements
-        work = [0]
+        window, working = self.chunks(self.budget or 1 << 62)
+        values, local = self.state
+        results = self.result_elements * copies * size
+        work = [0.0]
         if self.has_outer:
-            dense = self._dense_rows
-            pulled = min(CACHE, n * self.outer_rows * self.widest * size)
-            work.append(max(n * self.outer_rows * 2 * dense * size + 4 * pulled, _FACTORS * self.outer_rows**2 * size))
-        total += n * sum(b.elements for b in self.bridges.values())
+            step = self.outer_step(window, working)
+            gathered = window * self._gathered
+            # In the first window there are no blocks yet while the rows are pulled back.
+            early = results / RESIDENT / size if window == n else 0.0
+            pulled = gathered + step * (self.outer_rows * self.outer_alive.each + local)
+            work += [pulled - early, gathered + self._mixed(window), _FACTORS * self.outer_rows**2]
+        if "functional" in self.parts and self.columns:
+            kept = window * local + window * sum(b.elements for b in self.bridges.values())
+            moving = [s.alive.elements(window, s.step(window, working, size)) for s in self._sweeps()]
+            work.append(kept + max(moving))
         for s in self.strips:
-            room = self.room
-            window = 1 if self.keep else s.window(n, room, size)
-            moving = s.step(window, room, size) * (window * s.unit + s.result)
+            at_once = 1 if self.keep else s.window(n, self.room, size)
+            strip = s.step(at_once, self.room, size) * (at_once * s.unit + s.result)
             # What is linearized was evaluated before: values and adjoints count once.
-            work.append((moving + max(0, window * s.fixed - 3 * n * self.forward_elements)) * size)
-        for c in self.columns:
-            step = c.step(n, self.budget or 1 << 62, size)
-            work.append(step * n * (c.unit + 2 * c.largest) * size)
-        return total * size + max(work)
+            work.append(strip + max(0.0, at_once * s.fixed - n * values))
+        alive = n * values + max(work)
+        return int(results + BASE + RESIDENT * alive * size)
+
+    def _sweeps(self) -> list[Column | Bridge]:
+        return [*self.columns, *self.bridges.values()]
+
+    def _mixed(self, window: int) -> int:
+        """Entries of the largest product of a layer's cotangents with other rows that are formed at once."""
+        cores = [
+            window * self.gates[i].shape[0] * self.gates[j].shape[0]
+            for i, j in self.factored
+            if i in self.gates and j in self.gates
+        ]
+        mixed = [p for p in self.factored if (p[0] in self.gates) != (p[1] in self.gates)]
+        layers = [(i, j) if i in self.gates else (j, i) for i, j in mixed]
+        return max([0, *cores, *(min(MIXED, window * self.gates[i].shape[0] * self.sizes[j]) for i, j in layers)])
+
+    @property
+    def _gathered(self) -> float:
+        """Numbers per sample in the rows of H_O."""
+        leaves = {i for p in self.factored for i in p}
+        layers = [self.gates[i] for i in leaves if i in self.gates]
+        return self.outer_rows * (self._dense_rows + sum(g.shape[0] for g in layers)) + sum(g.shape[1] for g in layers)
+
+    def chunks(self, budget: float, floor: float = FLOOR) -> tuple[int, float]:
+        """Samples taken at once within a budget, and the bytes that are left for the bundles of their sweeps."""
+        size, copies = itemsize(self.dtype), len(set(self.parts)) if self.keep else 1
+        values, local = self.state
+        free = (budget - BASE - self.result_elements * copies * size) / RESIDENT_MOST - self.samples * values * size
+        free = max(free, floor)
+        each, least = 0.0, 1.0
+        if self.has_outer:
+            each = max(each, self._gathered)
+            least = max(least, self._gathered + self.outer_rows * self.outer_alive.each + local)
+        if "functional" in self.parts:
+            kept = local + sum(b.elements for b in self.bridges.values())
+            each = max(each, kept)
+            least = max([least, *(kept + s.alive.elements(1, 1) for s in self._sweeps())])
+        window = max(1, min(self.samples, int(free / (least * size))))
+        return window, max(free - window * each * size, 1.0)
+
+    def outer_step(self, window: int, working: float) -> int:
+        """Samples whose rows of H_O are pulled back at once."""
+        size = itemsize(self.dtype)
+        fits = int(working / max(1.0, (self.outer_rows * self.outer_alive.each + self.state[1]) * size))
+        return max(1, min(window, fits, CACHE // max(1, self.outer_rows * self.widest * size)))
 
     @property
     def room(self) -> int:

@@ -9,13 +9,15 @@ counted in the same unit, and the cheapest taken; pairs with the same columns an
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 from dagh._costs import node_cost, node_flops, node_moved
+from dagh._footprint import held_by_state, of_rows
 from dagh._ir import Node, Program
 from dagh._meeting import meet
 from dagh._plan import Bridge, Column, Plan
-from dagh._pricing import Key, Option, Sweeps, gate_of
-from dagh._request import Pair, Request
+from dagh._pricing import Key, Option, Reach, Sweeps, gate_of
+from dagh._request import Pair, Request, itemsize
 from dagh._rules import rule_for
 from dagh._rules._losses import factor_rows
 from dagh._strips import Strip
@@ -52,6 +54,7 @@ def make_plan(
     bridges: dict[Node, Bridge] = {}
     alternatives: dict[Pair, dict[str, float]] = {}
     chosen_routes: dict[Pair, str] = {}
+    reached = Reach(program)
     if needed:
         sweeps = Sweeps(program, request, bits, gates, parts)
         own = {p: sweeps.alternatives(*p) if functional and kinds[p][1] else {} for p in needed}
@@ -79,6 +82,13 @@ def make_plan(
         columns, bridges = meet(sweeps, columns)
         if limit is not None and sum(b.elements for b in bridges.values()) > limit // 2:
             columns, bridges = whole, {}
+        columns = [replace(c, alive=sweeps.alive(c)) for c in columns]
+        bridges = {v: replace(b, alive=sweeps.alive_bridge(b)) for v, b in bridges.items()}
+    rows = list(
+        dict.fromkeys(
+            layers[i].node if i in layers and layers[i].rows == 1 else leaf for i, leaf in enumerate(request.leaves)
+        )
+    )
     fallbacks = sorted({n.operation for n in program if n.op is not None and bits[n] and not rule_for(n).closed_form})
     labels = {pair: _LABELS[outer, inner] for pair, (outer, inner) in kinds.items()}
     plan = Plan(
@@ -98,7 +108,8 @@ def make_plan(
             sum(node_flops(v) for v in program),
             sum(node_moved(v) for v in program),
         ),
-        forward_elements=sum(v.numel for v in program if v.batched),
+        state=held_by_state(program, request.leaves, itemsize(program.output.dtype)),
+        outer_alive=of_rows(program, reached, rows),
         widest=max((v.numel for v in program), default=1),
         dtype=program.output.dtype,
         program=program,

@@ -58,8 +58,9 @@ def render(plan: Plan) -> RenderableType:
 
 def _sweep_row(plan: Plan, c: Column) -> tuple[str, ...]:
     size = itemsize(plan.dtype)
-    step = c.step(plan.samples, plan.budget or 1 << 62, size)
-    largest = human(step * c.largest * plan.samples * size)
+    window, working = plan.chunks(plan.budget or 1 << 62)
+    step = c.step(window, working, size)
+    largest = human(step * c.largest * window * size)
     names = " + ".join(plan.names[i] for i in c.leaves)
     return names, c.basis, str(c.width), str(step), str(len(c.rows)), f"{c.flops / 1e6:.3g}", largest
 

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from dagh._costs import PASS, node_cost, node_flops, node_moved
+from dagh._footprint import Alive, of_column, of_sweep
 from dagh._ir import Node, Program
-from dagh._plan import Basis, Column, Gate
+from dagh._plan import Basis, Bridge, Column, Gate
 from dagh._request import Pair, Request
 from dagh._rules import rule_for
 from dagh._strips import Strip
@@ -338,3 +339,13 @@ class Sweeps:
             unit=moved + _MOVING * largest, fixed=_KEPT * kept, largest=largest,
             result=2 * width + 2 * sum(self.request.sizes[r] for r in rows) + int(weights.sum()),
         )  # fmt: skip
+
+    def alive(self, column: Column) -> Alive:
+        """What the sweep of a column keeps in memory."""
+        regions = self.regions(column.seed, list(column.targets.values()), column.paths)
+        return of_column(self.program, self.reach, column, regions, self.request.sizes)
+
+    def alive_bridge(self, bridge: Bridge) -> Alive:
+        """What the sweep of a bridge keeps in memory, apart from what it finds."""
+        regions = self.regions(bridge.node, list(bridge.targets), list(bridge.paths))
+        return of_sweep(self.program, self.reach, bridge, regions[2], regions[3], list(bridge.targets), keep=True)

@@ -105,7 +105,7 @@ def expand_channels(t: Tensor) -> Tensor:
 
 def push_forward(
     state: State,
-    seeds: Mapping[Node, Tensor],
+    seeds: dict[Node, Tensor],
     within: Collection[Node],
     held: Collection[Node] | None = None,
     *,
@@ -113,7 +113,8 @@ def push_forward(
 ) -> Tangents:
     """Tangents of every node of ``within`` that depends on a seed. A seed adds to what flows into its node.
 
-    With ``held``, only those nodes' tangents are returned and the others are dropped as soon as they are used up.
+    With ``held``, only those nodes' tangents are returned; the others are dropped as soon as they are used up, out of
+    ``seeds`` as well.
     ``channelwise``: the seeds are channel-diagonal (see :class:`Tangents`).
     """
     tangents = Tangents(seeds, seeds if channelwise else ())
@@ -132,6 +133,7 @@ def push_forward(
         else:
             t = _push(state, node, tangents, moving)
             tangents[node] = t + seeds[node] if node in seeds else t
+            del t
         if held is None:
             continue
         for parent in dict.fromkeys(node.inputs):
@@ -139,6 +141,7 @@ def push_forward(
                 waiting[parent] -= 1
                 if waiting[parent] == 0 and parent not in held:
                     tangents.drop(parent)
+                    seeds.pop(parent, None)
     return tangents
 
 
@@ -165,12 +168,14 @@ def pull_back(
     tangents: Tangents | None = None,
     curved: Collection[Node] = (),
     keep: bool = False,
+    spare: Collection[Node] | None = None,
 ) -> Tangents:
     """Rows of every node of ``wanted``.
 
     ``start`` holds the rows to begin with (channel-diagonal ones, if a :class:`Tangents` says so); curvature is added
     at the nodes of ``curved``, along ``tangents``. Rows of nodes that do not depend on the sample are summed over
-    samples unless ``keep``. Rows stay channel-diagonal as long as all that is added to them is.
+    samples unless ``keep``. Rows stay channel-diagonal as long as all that is added to them is. With ``spare``, the
+    tangents of other nodes are dropped as soon as they are used up.
     """
     tangents = Tangents({}) if tangents is None else tangents
     rows = _Rows(state, keep)
@@ -181,6 +186,9 @@ def pull_back(
     found = Tangents({})
     for node in reversed(state.program.nodes):
         current, thin = rows.pop(node)
+        dense = None
+        if spare is not None and node not in spare:
+            tangents.drop(node)
         if node in wanted and current is not None:
             current = found[node] = rows.whole(node, current)
             if thin:
@@ -193,7 +201,6 @@ def pull_back(
         rule, call = state.rule(node), state.call(node)
         if current is not None:
             keeps = thin and rule.keeps_channels(node)
-            dense = None
             for i in args:
                 parent = node.inputs[i]
                 factor = rule.scaling(call, i)
@@ -211,10 +218,8 @@ def pull_back(
                     continue
                 rows.add(parent, rule.vjp(call, dense, i, keep))
         if node in curved and rule.curved(node):
-            delta = state.adjoints.get(node)
-            if delta is not None:
-                for i, row, packed in _curve(state, node, delta, tangents, args, keep):
-                    rows.add(node.inputs[i], row, packed)
+            current = dense = None
+            rows.curve(node, tangents, args)
     return found
 
 
@@ -253,6 +258,16 @@ class _Rows:
             rule.place(call, held).add_(cotangent)
             return
         self.add(node, rule.vjp(call, cotangent, arg, self.keep), packed)
+
+    def curve(self, node: Node, tangents: Tangents, args: list[int]) -> None:
+        """Add the curvature of ``node`` along ``tangents`` to what its arguments have."""
+        delta = self.state.adjoints.get(node)
+        if delta is None:
+            return
+        found = _curve(self.state, node, delta, tangents, args, self.keep)
+        while found:
+            i, row, packed = found.pop(0)
+            self.add(node.inputs[i], row, packed)
 
     def add(self, node: Node, row: Tensor | Scaled, packed: bool = False) -> None:
         """Add to what a node has; channel-diagonal rows (``packed``) are spread out where others are not."""

@@ -72,7 +72,7 @@ def _ordered(state: State, site: Site, seeds: dict[Node, Tensor]) -> Tensor:
     """Branches of a sorting node: the values, and among equal ones their derivatives, in order."""
     parent = site.node.inputs[0]
     within = state.program.descendants(list(seeds)) & state.program.ancestors([parent])
-    found = _sweep.push_forward(state, seeds, within, [parent])
+    found = _sweep.push_forward(state, dict(seeds), within, [parent])
     x = state.values[parent]
     rate = found[parent].squeeze(1) if parent in found else torch.zeros_like(x)
     gaps = x.flatten().sort().values.diff()

@@ -91,7 +91,7 @@ def candidate_tangents(state: State, site: Site, seeds: Mapping[Node, Tensor]) -
     within = state.program.descendants(list(seeds)) & state.program.ancestors([site.node])
     held = list(site.node.inputs)
     with quiet_batching():
-        found = _sweep.push_forward(state, seeds, within, held)
+        found = _sweep.push_forward(state, dict(seeds), within, held)
     values = {
         p: found[p].squeeze(1) if p in found else torch.zeros_like(state.values[p][:1])
         for p in site.node.inputs

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from dagh._assemble import narrow
 from dagh._clarke._completion import split
 from dagh._clarke._nearby import branches_at, steps, values_at
 from dagh._clarke._sites import Sites, find_sites
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 
 #: Calls seen per graph; -1 once it has warned.
 _SEEN: WeakKeyDictionary[Graph, int] = WeakKeyDictionary()
+
+
+#: Elements of one node that are looked at together.
+_ENTRIES = 1 << 18
 
 
 class KinkWarning(UserWarning):
@@ -49,13 +54,19 @@ def warn_at_ties(graph: Graph, state: State) -> None:
     _SEEN[graph] = calls + 1
     if (calls + 1) & calls:  # not a power of two
         return
-    sites = find_sites(state, [n for n in state.program if n in state.sources])
-    if not sites.live:
-        return
-    if not _parts(sites):
+    sources = [n for n in state.program if n in state.sources]
+    # Some samples at a time: the candidates of every element take several times the memory of the values.
+    widest = max((v.numel for v in state.program), default=1)
+    step = max(1, _ENTRIES // max(1, widest))
+    count, node = 0, None
+    for start in range(0, state.samples, step):
+        sites = find_sites(narrow(state, slice(start, min(start + step, state.samples))), sources)
+        count += sites.live_ties if sites.live else 0
+        if node is None and sites.live and _parts(sites):
+            node = sites.live[0].node
+    if node is None:
         return
     _SEEN[graph] = -1
-    count, node = sites.live_ties, sites.live[0].node
     many = f"{count} elements are" if count > 1 else "one element is"
     warnings.warn(
         f"{many} exactly on a kink (first: {node.name!r}), where the Hessian does not exist; PyTorch's choice of "

@@ -7,12 +7,15 @@ knows nothing of nodes or rules.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 _aten = torch.ops.aten
+#: Entries of sliding windows written out at once.
+_UNFOLDED = 1 << 21
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -105,6 +108,15 @@ def correlate(
     """
     n, rank, taps = max(still.shape[0], moving.shape[0]), len(kernel), torch.Size(kernel).numel()
     shape = (still.shape[3], moving.shape[3] // groups, *kernel)
+    several = moving.numel() * taps // _UNFOLDED
+    if several > 1 and not keep and still.shape[0] == moving.shape[0] > 1:
+        # A part of the samples at a time: windows take as many times the memory as there are taps.
+        step = max(1, n // several)
+        parts = (
+            correlate(s, m, kernel, stride, padding, dilation, groups, keep)
+            for s, m in zip(torch.split(still, step), torch.split(moving, step), strict=True)
+        )
+        return functools.reduce(Tensor.add_, parts)
     view = windows(pad_space(moving.flatten(0, 2), padding), kernel, stride, dilation)
     positions = [min(a, c) for a, c in zip(view.shape[2 + rank :], still.shape[4:], strict=True)]
     for axis, count in enumerate(positions):
