@@ -73,13 +73,6 @@ class Accumulator:
             else:
                 self.blocks[pair] = block
 
-    def dense_nbytes(self) -> int:
-        """Bytes of the blocks that are sums over samples."""
-        if self.keep:
-            return 0
-        sizes, pairs = self.request.sizes, self.request.pairs
-        return sum(sizes[i] * sizes[j] for i, j in pairs if not self.structured(i, j)) * self.like.element_size()
-
     def block(self, i: int, j: int) -> Tensor:
         """The (zero-initialised) storage of block ``i <= j``."""
         with self._lock:

@@ -20,13 +20,10 @@ from dagh._rules._conv import Convolution
 from dagh._state import State
 from dagh._strips import add_strip
 from dagh._sweep import Tangents
-from dagh._workers import Stopped, shares, side_by_side
+from dagh._workers import FEWEST, Stopped, side_by_side
 
 #: Smallest working memory the chunking aims for.
 _FLOOR = FLOOR
-
-#: Samples below which a share of them is not worth a thread, and flops below which the whole is not.
-_FEWEST, _WORTH = 8, 3e8
 
 
 def assemble(
@@ -39,8 +36,8 @@ def assemble(
         if not plan.columns and not plan.factored:
             return
     step, working = plan.chunks(budget, _FLOOR)
-    dense = sum(p.dense_nbytes() for p in {id(p): p for p in parts.values()}.values())
-    count = _shares(state, plan, dense, working)
+    dense = plan.summed_bytes * len({id(p) for p in parts.values()})
+    count = plan.shares(working, dense)
     forks = [parts, *(_fork(parts) for _ in range(1, count))]
     room = max(1.0, (working - (count - 1) * dense) / count)
 
@@ -78,14 +75,6 @@ def _add_strips(
             add_strip(narrow(state, window), request, plan, strip, parts, window, room)
 
 
-def _shares(state: State, plan: Plan, dense: int, working: float) -> int:
-    """Into how many shares the samples are divided: as many as there are threads, where results of each have room."""
-    most = min(shares(state.weights.device), state.samples // _FEWEST)
-    if most < 2 or not plan.columns or plan.flops < _WORTH:
-        return 1  # the outer part alone is a few large operations
-    return max(1, min(most, 1 + int(working / (4 * max(1, dense)))))
-
-
 def _fork(parts: dict[str, Accumulator]) -> dict[str, Accumulator]:
     """Accumulators for another share; what is one and the same stays so."""
     made = {id(p): p.fork() for p in parts.values()}
@@ -95,7 +84,7 @@ def _fork(parts: dict[str, Accumulator]) -> dict[str, Accumulator]:
 def _split(window: slice, count: int) -> list[slice]:
     """A range of samples in at most ``count`` ranges of nearly equal length."""
     length = window.stop - window.start
-    count = max(1, min(count, length // _FEWEST))
+    count = max(1, min(count, length // FEWEST))
     ends = [window.start + length * k // count for k in range(count + 1)]
     return [slice(a, b) for a, b in itertools.pairwise(ends)]
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from rich.console import RenderableType
 
+from dagh import _workers
 from dagh._costs import PASS, product_rate
 from dagh._footprint import BASE, NOTHING, RESIDENT, RESIDENT_MOST, Alive
 from dagh._ir import Node, Program
@@ -291,6 +292,8 @@ class Plan:
             strip = s.step(at_once, self.room, size) * (at_once * s.unit + s.result)
             # What is linearized was evaluated before: values and adjoints count once.
             work.append(strip + max(0.0, at_once * s.fixed - n * values))
+        # Every share but the first has sums of its own.
+        results += (self.shares(working, self.summed_bytes) - 1) * self.summed_bytes
         alive = n * values + max(work)
         return int(results + BASE + RESIDENT * alive * size)
 
@@ -331,6 +334,21 @@ class Plan:
             least = max([least, *(kept + s.alive.elements(1, 1) for s in self._sweeps())])
         window = max(1, min(self.samples, int(free / (least * size))))
         return window, max(free - window * each * size, 1.0)
+
+    @property
+    def summed_bytes(self) -> int:
+        """Bytes of the blocks of one part that are sums over samples."""
+        if self.keep:
+            return 0
+        dense = [p for p in self.pairs if self.kinds[p] != "zero" and not self.structured(*p, self.samples)]
+        return sum(self.sizes[i] * self.sizes[j] for i, j in dense) * itemsize(self.dtype)
+
+    def shares(self, working: float, dense: int) -> int:
+        """Into how many shares the samples are divided: one per thread, where sums of each have room."""
+        most = min(_workers.shares(torch.device(self.device)), self.samples // _workers.FEWEST)
+        if most < 2 or not self.columns or self.flops < _workers.WORTH:
+            return 1  # the outer part alone is a few large operations
+        return max(1, min(most, 1 + int(working / (4 * max(1, dense)))))
 
     def outer_step(self, window: int, working: float) -> int:
         """Samples whose rows of H_O are pulled back at once."""

@@ -15,6 +15,8 @@ import torch
 
 T = TypeVar("T")
 
+#: Samples below which a share of them is not worth a thread, and flops below which the whole is not.
+FEWEST, WORTH = 8, 3e8
 #: More shares than this would spend their time waiting for Python.
 _MOST = 4
 

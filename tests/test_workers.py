@@ -21,8 +21,9 @@ F = nn.functional
 def threads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Three threads and no threshold; the list fills with the numbers of shares really run."""
     before = torch.get_num_threads()
-    monkeypatch.setattr(_assemble, "_FEWEST", 1)
-    monkeypatch.setattr(_assemble, "_WORTH", 0)
+    monkeypatch.setattr(_assemble, "FEWEST", 1)
+    monkeypatch.setattr(_workers, "FEWEST", 1)
+    monkeypatch.setattr(_workers, "WORTH", 0)
     monkeypatch.setattr(_blockmatrix, "_LARGE", 0)
     counts: list[int] = []
     original = _workers.side_by_side
