@@ -89,12 +89,12 @@ def a5(problem: Problem, chain: Chain) -> Value:
     return summed(blocks, problem.curvature.log_sup())
 
 
-def gain(steps: list[Step]) -> float:
+def gain(steps: list[Step], iterations: int = _STEPS) -> float:
     """Logarithm of a bound on ``‖w‖`` over ``‖u‖ ≤ 1``, w what ``steps`` make of u.
 
     Activations are any diagonal matrices with entries in [0, 1], max-poolings any selections.
     """
-    return _Multipliers(steps, _unit(steps)).log() if steps else 0.0
+    return _Multipliers(steps, _unit(steps), iterations).log() if steps else 0.0
 
 
 def gain_of_differences(steps: list[Step]) -> float:
@@ -134,8 +134,8 @@ def _unit(steps: list[Step]) -> Tensor:
 class _Multipliers:
     """Multipliers chosen for one quadratic form ``end`` of the result, and ``best``, the bound that they give."""
 
-    def __init__(self, steps: list[Step], end: Tensor) -> None:
-        self.steps = steps
+    def __init__(self, steps: list[Step], end: Tensor, iterations: int = _STEPS) -> None:
+        self.steps, self.iterations = steps, iterations
         shape = [_outputs(s) for s in steps if s.matrix is None]
         self.logs = [torch.zeros(n, dtype=end.dtype, device=end.device) for n in shape]
         self.slack = [torch.zeros((), dtype=end.dtype, device=end.device) for _ in shape]
@@ -162,7 +162,7 @@ class _Multipliers:
         optimizer = torch.optim.Adam([*logs, *slack], lr=0.1)
         tops: dict[int, Tensor] = {}
         least = math.inf
-        for _ in range(_STEPS):
+        for _ in range(self.iterations):
             optimizer.zero_grad()
             value = _value(self.steps, end, logs, slack, exact=False, tops=tops)
             if not bool(torch.isfinite(value)):
