@@ -93,6 +93,11 @@ def _contract(x: Tensor, middle: Tensor, y: Tensor, keep: bool, *, swap: bool) -
     n, t, o = middle.shape[:3]
     i, rows, b = x.shape[2], y.shape[1], y.shape[2]
     a = middle.shape[3] // rows
+    if o == 1 and i > 1 and not keep:
+        # One output at a time: the second layer's rows come out in front, and nothing has to be copied.
+        inner = middle.reshape(n, t, -1).transpose(1, 2) @ x  # [n, (t', a), i]
+        out = (inner.reshape(n * rows, a * i).T @ y.reshape(n * rows, b)).reshape(a, i, b)
+        return (out.permute(1, 2, 0) if swap else out.transpose(0, 1)).reshape(i, a * b)
     if i == 1:
         inner = (middle * x.unsqueeze(3)).sum(1) if t > 1 else middle * x.unsqueeze(3)
     else:
