@@ -53,6 +53,28 @@ def test_softmax_regression() -> None:
     )
 
 
+class _Exponential(nn.Module):
+    """Logits ``(e^w, 0)``."""
+
+    def __init__(self, w: float) -> None:
+        super().__init__()
+        self.w = nn.Parameter(exact([w]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.exp(self.w) * x
+
+
+@pytest.mark.parametrize("gap", [1.0, 20.0, 45.0])
+def test_saturated_softmax_keeps_its_digits(gap: float) -> None:
+    """``ℓ = log(1 + e^{-u})``, ``u = e^w``: H_O = σ(u) σ(-u) u², H_F = -σ(-u) u; σ(-u) is below the rounding of 1."""
+    model = _Exponential(float(exact([gap]).log()))
+    parts = dagh.decompose(model, "cross_entropy", exact([[1.0, 0.0]]), torch.tensor([0]))
+    missing = torch.sigmoid(exact([-gap]))
+    outer, functional = missing * (1 - missing) * gap**2, -missing * gap
+    for part, expected in ((parts.outer, outer), (parts.functional, functional), (parts.full, outer + functional)):
+        assert float((part.dense().flatten() / expected - 1).abs()) <= 1e-12
+
+
 def test_softmax_regression_with_class_weights_and_smoothing() -> None:
     """Smoothing leaves the curvature alone up to the mass of the target; weights scale it."""
     weight, smoothing = exact([0.5, 1.0, 2.5]), 0.2

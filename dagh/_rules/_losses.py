@@ -81,8 +81,17 @@ class CrossEntropy(Rule):
         return s.unsqueeze(axis)
 
     def _gradient(self, call: Call) -> Tensor:
-        p, q = self._mass(call)
-        return q.sum(self._axis(call.node) + 1, keepdim=True) * p - q
+        """``m p - q``, written ``p (m - q) - q (1 - p)``: where p is nearly 1, ``1 - p`` is the sum of the others."""
+
+        def compute() -> Tensor:
+            p, q = self._mass(call)
+            axis = self._axis(call.node) + 1
+            likely = p > 0.5
+            others = torch.where(likely, p.masked_fill(likely, 0.0).sum(axis, keepdim=True), 1 - p)
+            return p * (q.sum(axis, keepdim=True) - q) - q * others
+
+        gradient: Tensor = call.once("gradient", compute)
+        return gradient
 
     def jvp(self, call: Call, tangents: Tangents) -> Tensor:
         g = bundle(self._gradient(call)) * tangents[0]
