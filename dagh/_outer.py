@@ -158,12 +158,11 @@ def layer_inputs(state: State, gate: Gate) -> Tensor:
     return state.weights.new_ones(1).expand(n, gate.rows, 1)
 
 
-def core(first: Rows, second: Rows, signs: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """``Σ_r σ_r s_r s'_rᵀ`` ``[N, o, o']`` of two linear layers, and their inputs."""
+def core(first: Rows, second: Rows, signs: Tensor | None) -> Tensor:
+    """``Σ_r σ_r s_r s'_rᵀ`` ``[N, o, o']`` of two linear layers."""
     assert first.cotangent is not None and second.cotangent is not None
-    assert first.inputs is not None and second.inputs is not None
     s = first.cotangent if signs is None else first.cotangent * signs.unsqueeze(2)
-    return s.transpose(1, 2) @ second.cotangent, first.inputs, second.inputs
+    return s.transpose(1, 2) @ second.cotangent
 
 
 def combine_dense(first: Rows, second: Rows, signs: Tensor | None) -> Tensor:

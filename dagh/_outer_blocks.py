@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from dagh import _outer
 from dagh._accumulate import Accumulator
+from dagh._ir import Node
 from dagh._outer import Gathered, Rows
 from dagh._plan import MIXED, Plan
 from dagh._request import Pair
 
-#: Columns of one product of dense rows: wide enough for full speed, narrow enough to skip most of the lower half.
-_PANEL = 512
+#: Rows of one product of dense rows: enough for full speed, few enough to skip most of the lower half.
+_PANEL = 256
 
 
 def add_outer(
@@ -23,10 +24,16 @@ def add_outer(
     """Add ``Σ_r σ_r B_aᵀ B_b`` for every pair with rows."""
     pairs = [(i, j) for i, j in pairs if i in rows and j in rows]
     layers = [p for p in pairs if rows[p[0]].kronecker and rows[p[1]].kronecker]
+    meeting: dict[tuple[Node, Node], list[Pair]] = {}  # weight and bias of a layer have the same cotangents
     for i, j in layers:
         first, second = plan.oriented(i, j)
-        core, x, y = _outer.core(rows[first], rows[second], signs)
-        result.add_layers((first, second), x, y, core, None, None, slice(0, core.shape[1]), window)
+        meeting.setdefault((plan.gates[first].node, plan.gates[second].node), []).append((first, second))
+    for group in meeting.values():
+        core = _outer.core(rows[group[0][0]], rows[group[0][1]], signs)
+        for first, second in group:
+            x, y = rows[first].inputs, rows[second].inputs
+            assert x is not None and y is not None
+            result.add_layers((first, second), x, y, core, None, None, slice(0, core.shape[1]), window)
     rest = [p for p in pairs if p not in set(layers)]
     if result.keep:
         for i, j in rest:
@@ -55,26 +62,26 @@ def _add_all(rows: Gathered, members: list[int], signs: Tensor | None, result: A
     else:
         joined = torch.cat([_dense(rows[i]).flatten(0, 1) for i in members], 1)
     left = joined if signs is None else joined * signs.reshape(-1, 1)
-    ends = [0]
-    for i in members:
-        ends.append(ends[-1] + _dense(rows[i]).shape[2])
-    for first, last in _panels(ends):
-        start, stop = ends[first], ends[last]
+    ends = [0, *accumulate(_dense(rows[i]).shape[2] for i in members)]
+    for start in range(0, ends[-1], _PANEL):
+        stop = min(start + _PANEL, ends[-1])
         product = left[:, start:stop].T @ joined[:, start:]
-        for a in range(first, last):
-            for b in range(a, len(members)):
-                piece = product[ends[a] - start : ends[a + 1] - start, ends[b] - start : ends[b + 1] - start]
-                result.block(members[a], members[b]).add_(piece)
+        for a, (first, last) in enumerate(pairwise(ends)):
+            if first < stop and last > start:
+                _share_out(product, members, ends, a, slice(start, stop), result)
 
 
-def _panels(ends: list[int]) -> list[tuple[int, int]]:
-    """Consecutive leaves gathered until they are wide enough."""
-    panels, first = [], 0
-    for k, (_, stop) in enumerate(pairwise(ends)):
-        if stop - ends[first] >= _PANEL or k == len(ends) - 2:
-            panels.append((first, k + 1))
-            first = k + 1
-    return panels
+def _share_out(product: Tensor, members: list[int], ends: list[int], a: int, panel: slice, result: Accumulator) -> None:
+    """The rows of leaf ``a`` among those of a panel, to its blocks; columns begin where the panel does."""
+    low, high = max(ends[a], panel.start), min(ends[a + 1], panel.stop)
+    strip, own = product[low - panel.start : high - panel.start], slice(low - ends[a], high - ends[a])
+    for b in range(a, len(members)):
+        begin = max(ends[b], panel.start)
+        piece = strip[:, begin - panel.start : ends[b + 1] - panel.start]
+        result.block(members[a], members[b])[own, begin - ends[b] :] += piece
+    if ends[a + 1] > panel.stop:  # the half of the leaf's own block below the panel
+        below = strip[:, panel.stop - panel.start : ends[a + 1] - panel.start]
+        result.block(members[a], members[a])[panel.stop - ends[a] :, own] += below.T
 
 
 def _add_mixed(rows: dict[int, Rows], layer: int, others: list[int], signs: Tensor | None, result: Accumulator) -> None:

@@ -297,9 +297,11 @@ class Sweeps:
             # The inputs of a layer with several rows per sample multiply what was found, before the rows are summed.
             fan = copies * max(self.gates[leaf].node.inputs[0].shape[-1] for leaf in leaves) / gate.rows
             apart = {row for (_, row), alone in stays.items() if alone}
-            met = {r: t for r, t in targets.items() if r not in apart}
-            into = [t.inputs[0].numel for r, t in met.items() if t is not self.request.leaves[r]]
-            largest = max(largest, int(fan * max([0, *into, *(t.numel for t in met.values())])))
+            for row, target in targets.items():
+                layer = target is not self.request.leaves[row]
+                if row not in apart and (gate.rows > 1 or (layer and self.gates[row].rows > 1)):
+                    into = target.inputs[0].numel if layer else 0
+                    largest = max(largest, int(fan * max(into, target.numel)))
         nodes = self.reach.nodes
         flops = width * self.sweep_cost(seed, regions, copies, self.reach.flops)
         moved = width * self.sweep_cost(seed, regions, copies, self.reach.moved)

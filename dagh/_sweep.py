@@ -44,6 +44,15 @@ class Scaled:
     def value(self) -> Tensor:
         return self.base * self.factor
 
+    def into_place(self) -> Tensor:
+        """The product in the memory of ``base``, if it fits there."""
+        factor = self.factor
+        if isinstance(factor, Tensor):
+            pairs = zip(self.base.shape, factor.shape, strict=True)
+            if any(wide not in (1, own) for own, wide in pairs):
+                return self.value()
+        return self.base.mul_(factor)
+
 
 def written_out(bundle: Tensor | Scaled) -> Tensor:
     return bundle.value() if isinstance(bundle, Scaled) else bundle
@@ -185,12 +194,13 @@ def pull_back(
     wanted = set(wanted)
     found = Tangents({})
     for node in reversed(state.program.nodes):
-        current, thin = rows.pop(node)
+        current, thin, own = rows.pop(node)
         dense = None
         if spare is not None and node not in spare:
             tangents.drop(node)
         if node in wanted and current is not None:
-            current = found[node] = rows.whole(node, current)
+            current = found[node] = rows.whole(node, current, own)
+            own = False
             if thin:
                 found.channelwise.add(node)
         if node.op is None or node not in route:
@@ -201,13 +211,15 @@ def pull_back(
         rule, call = state.rule(node), state.call(node)
         if current is not None:
             keeps = thin and rule.keeps_channels(node)
+            factors = {i: rule.scaling(call, i) for i in args}
+            if None in factors.values():  # multiplied out once, for all arguments
+                current = rows.whole(node, current, own)
             for i in args:
-                parent = node.inputs[i]
-                factor = rule.scaling(call, i)
+                parent, factor = node.inputs[i], factors[i]
                 if factor is not None:
-                    rows.add(parent, Scaled.by(current, factor), thin)
+                    rows.add(parent, Scaled.by(current, factor), thin, own=own and len(args) == 1)
                     continue
-                current = rows.whole(node, current)
+                current = written_out(current)
                 if keeps and parent.batched:
                     rows.put(parent, rule, call, current, i, True)
                     continue
@@ -216,7 +228,7 @@ def pull_back(
                 if parent.batched:
                     rows.put(parent, rule, call, dense, i, False)
                     continue
-                rows.add(parent, rule.vjp(call, dense, i, keep))
+                rows.add(parent, rule.vjp(call, dense, i, keep), own=rule.fresh)
         if node in curved and rule.curved(node):
             current = dense = None
             rows.curve(node, tangents, args)
@@ -232,16 +244,17 @@ class _Rows:
         self._packed: set[Node] = set()
         self._own: set[Node] = set()  # bundles that nobody else holds
 
-    def pop(self, node: Node) -> tuple[Tensor | Scaled | None, bool]:
-        """The rows of a node, and whether they are channel-diagonal."""
-        packed = node in self._packed
+    def pop(self, node: Node) -> tuple[Tensor | Scaled | None, bool, bool]:
+        """The rows of a node, whether they are channel-diagonal, and whether nobody else holds them."""
+        packed, own = node in self._packed, node in self._own
         self._packed.discard(node)
         self._own.discard(node)
-        return self._rows.pop(node, None), packed
+        return self._rows.pop(node, None), packed, own
 
-    def whole(self, node: Node, row: Tensor | Scaled) -> Tensor:
-        """Written out, one for every sample of the node."""
-        row, samples = written_out(row), self.state.values[node].shape[0]
+    def whole(self, node: Node, row: Tensor | Scaled, own: bool = False) -> Tensor:
+        """Written out (in place where it is our ``own``), one for every sample of the node."""
+        row = row.into_place() if own and isinstance(row, Scaled) else written_out(row)
+        samples = self.state.values[node].shape[0]
         return row.expand(samples, *row.shape[1:]) if samples > 1 and row.shape[0] == 1 else row
 
     def put(self, node: Node, rule: Rule, call: Call, cotangent: Tensor, arg: int, packed: bool) -> None:
@@ -257,7 +270,7 @@ class _Rows:
         if rule.copies_part and fits and isinstance(held, Tensor) and held.shape == shape:
             rule.place(call, held).add_(cotangent)
             return
-        self.add(node, rule.vjp(call, cotangent, arg, self.keep), packed)
+        self.add(node, rule.vjp(call, cotangent, arg, self.keep), packed, own=rule.fresh)
 
     def curve(self, node: Node, tangents: Tangents, args: list[int]) -> None:
         """Add the curvature of ``node`` along ``tangents`` to what its arguments have."""
@@ -269,12 +282,17 @@ class _Rows:
             i, row, packed = found.pop(0)
             self.add(node.inputs[i], row, packed)
 
-    def add(self, node: Node, row: Tensor | Scaled, packed: bool = False) -> None:
-        """Add to what a node has; channel-diagonal rows (``packed``) are spread out where others are not."""
+    def add(self, node: Node, row: Tensor | Scaled, packed: bool = False, own: bool = False) -> None:
+        """Add to what a node has; channel-diagonal rows (``packed``) are spread out where others are not.
+
+        ``own``: nobody else holds the row (or the base of a scaled one), so that it may be changed later on.
+        """
         samples, before = self.state.values[node].shape[0], self._rows.get(node)
         if before is None:
             if packed:
                 self._packed.add(node)
+            if own:
+                self._own.add(node)
             if isinstance(row, Scaled) and samples > 1:
                 self._rows[node] = row
                 return
@@ -287,9 +305,19 @@ class _Rows:
         row = written_out(row)
         if samples == 1 and row.shape[0] > 1 and not self.keep:
             row = row.sum(0, keepdim=True)
-        row = self.whole(node, row)
-        self._own.discard(node)
-        self._rows[node] = row if before is None else self.whole(node, before) + row
+        whole = self.whole(node, row)
+        if before is None:
+            self._rows[node] = whole
+            if whole.shape != row.shape:  # expanded
+                self._own.discard(node)
+            return
+        if node in self._own:
+            before = self.whole(node, before, own=True)
+            if before.shape == whole.shape:
+                self._rows[node] = before.add_(whole)
+                return
+        self._rows[node] = self.whole(node, before) + whole
+        self._own.add(node)
 
 
 def _curve(

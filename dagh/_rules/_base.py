@@ -6,6 +6,7 @@ that of the node, N the samples (1 for tensors that do not depend on the sample,
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -110,6 +111,8 @@ class Rule:
     takes_choice: bool = False
     #: the value is a part of argument 0: cotangents are added into one bundle, instead of one full of zeros each
     copies_part: bool = False
+    #: cotangents pulled back lie in memory of their own, which the sweeps may then write to
+    fresh: bool = False
     #: a closed form, as opposed to the generic fallback
     closed_form: bool = True
     #: shown in the table of supported operations
@@ -301,6 +304,10 @@ def align(t: Tensor, lead: int, rank: int) -> Tensor:
     return t.reshape(*t.shape[:lead], *([1] * (rank - own)), *t.shape[lead:])
 
 
+#: Elements of a product that is summed at once.
+_PIECE = 1 << 17
+
+
 def unbroadcast(t: Tensor, lead: int, shape: torch.Size) -> Tensor:
     """Sum ``t`` (``lead`` leading axes) over the axes along which ``shape`` was broadcast."""
     extra = t.dim() - lead - len(shape)
@@ -309,6 +316,18 @@ def unbroadcast(t: Tensor, lead: int, shape: torch.Size) -> Tensor:
     if axes:
         t = t.sum(axes, keepdim=True)
     return t.reshape(*t.shape[:lead], *shape)
+
+
+def product_onto(t: Tensor, factor: Tensor | float, shape: torch.Size) -> Tensor:
+    """:func:`unbroadcast` of ``t · factor`` (two leading axes), in pieces that stay in the cache where it sums."""
+    if isinstance(factor, float):
+        return unbroadcast(t if factor == 1.0 else t * factor, 2, shape)
+    n, numel = max(t.shape[0], factor.shape[0]), t.shape[1:].numel()
+    if n == 1 or numel <= t.shape[1] * shape.numel() or n * numel <= _PIECE:
+        return unbroadcast(t * factor, 2, shape)
+    step = max(1, _PIECE // numel)
+    sides = [torch.split(x, step) if x.shape[0] == n else itertools.repeat(x) for x in (t, factor)]
+    return torch.cat([unbroadcast(a * b, 2, shape) for a, b in zip(*sides, strict=False)])
 
 
 def bundle(x: Tensor) -> Tensor:

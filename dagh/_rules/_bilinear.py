@@ -85,6 +85,7 @@ class Linear(Rule):
     """``y = x Wᵀ + b`` on the last axis."""
 
     derivative = "bilinear"
+    fresh = True
 
     def flops(self, node: Node) -> int:
         return 2 * node.numel * node.inputs[0].shape[-1]
@@ -190,6 +191,7 @@ class MatMul(Rule):
     """Matrix product with broadcasting over leading axes (both arguments of rank two or more)."""
 
     derivative = "bilinear"
+    fresh = True
 
     def flops(self, node: Node) -> int:
         return 2 * node.numel * node.inputs[0].shape[-1]

@@ -19,6 +19,7 @@ from dagh._rules._base import (
     align,
     bundle,
     flat,
+    product_onto,
     register_rule,
     two_sided,
     unbroadcast,
@@ -84,7 +85,7 @@ class _Binary(Rule):
 
     def vjp(self, call: Call, cotangent: Tensor, arg: int, keep: bool) -> Tensor:
         partial = self.partials(call)[0 if arg == self._positions(call.node)[0] else 1]
-        return unbroadcast(_times(cotangent, partial), 2, call.node.inputs[arg].shape)
+        return product_onto(cotangent, partial, call.node.inputs[arg].shape)
 
     def curvature(
         self, call: Call, adjoint: Tensor, tangents: Tangents, args: Iterable[int], keep: bool

@@ -42,6 +42,7 @@ class Convolution(Rule):
     """``y = x * W + b``; bilinear in ``(x, W)``, linear in ``b``."""
 
     derivative = "bilinear"
+    fresh = True
 
     def flops(self, node: Node) -> int:
         w = node.inputs[1].shape

@@ -73,6 +73,7 @@ class MaxPool(Rule):
     """Each output copies one input; on a tie PyTorch copies one index, ``split`` or weights share."""
 
     derivative = "kinked"
+    fresh = True
     takes_choice = True
     acts_per = "channel"
 
