@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dagh._chunks import fitting
 from dagh._linearize import Linearization, Part
-from dagh._plan import CACHE
 from dagh._request import Pair, Request, itemsize
 
 if TYPE_CHECKING:
@@ -58,9 +58,8 @@ class Strip:
 
     def step(self, samples: int, room: int, size: int) -> int:
         """Directions at once."""
-        fits = (room // size - samples * self.fixed) // max(1, samples * self.unit + self.result)
-        cached = CACHE // max(1, max(samples * self.largest, self.result) * size)
-        return max(1, min(self.width, fits, cached))
+        working, held = room - samples * self.fixed * size, samples * self.unit + self.result
+        return fitting(self.width, working, held, max(samples * self.largest, self.result), size)
 
 
 def add_strip(
