@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from functools import partial
 from threading import Event
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from dagh import _contract, _outer, _sweep
 from dagh._accumulate import Accumulator
 from dagh._bridge import Crossing, build, cross, unit_vectors
+from dagh._chunks import ranges
 from dagh._outer_blocks import add_outer
 from dagh._plan import FLOOR, Column, Plan
 from dagh._request import Request, itemsize
@@ -42,7 +42,7 @@ def assemble(
     room = max(1.0, (working - (count - 1) * dense) / count)
 
     def fill(mine: dict[str, Accumulator], window: slice, enough: Event) -> None:
-        part_state = narrow(state, window)
+        part_state = state.narrow(window)
         if "outer" in mine:
             _add_outer(part_state, request, plan, mine["outer"], window, room)
         if "functional" not in mine:
@@ -56,8 +56,7 @@ def assemble(
             crossing = None if column.via is None else crossings[column.via]
             _add_column(part_state, request, plan, column, crossing, mine["functional"], window, keep, room)
 
-    for start in range(0, state.samples, step):
-        window = slice(start, min(start + step, state.samples))
+    for window in ranges(state.samples, step):
         side_by_side([partial(fill, *one) for one in zip(forks, _split(window, count), strict=False)])
     for part, result in {id(p): (name, p) for name, p in parts.items()}.values():
         for fork in forks[1:]:
@@ -70,9 +69,8 @@ def _add_strips(
     """Blocks by products, in ranges of samples of which one direction fits ``room`` bytes."""
     for strip in plan.strips:
         at_once = 1 if keep else strip.window(state.samples, room, itemsize(state.weights.dtype))
-        for start in range(0, state.samples, at_once):
-            window = slice(start, min(start + at_once, state.samples))
-            add_strip(narrow(state, window), request, plan, strip, parts, window, room)
+        for window in ranges(state.samples, at_once):
+            add_strip(state.narrow(window), request, plan, strip, parts, window, room)
 
 
 def _fork(parts: dict[str, Accumulator]) -> dict[str, Accumulator]:
@@ -89,17 +87,6 @@ def _split(window: slice, count: int) -> list[slice]:
     return [slice(a, b) for a, b in itertools.pairwise(ends)]
 
 
-# -- chunks ----------------------------------------------------------------------------------------
-
-
-def narrow(state: State, window: slice) -> State:
-    """The same point restricted to some samples."""
-    if window.start == 0 and window.stop == state.samples:
-        return state
-    values = {n: v[window] if v.shape[0] == state.samples and n.batched else v for n, v in state.values.items()}
-    return replace(state, values=values, weights=state.weights[window], samples=window.stop - window.start)
-
-
 # -- the two parts ---------------------------------------------------------------------------------
 
 
@@ -114,9 +101,8 @@ def _add_outer(state: State, request: Request, plan: Plan, result: Accumulator, 
     # Pulled back in ranges of samples that stay in the cache; multiplied all at once.
     step = plan.outer_step(state.samples, working)
     rows = _outer.Gathered(state.samples)
-    for start in range(0, state.samples, step):
-        part = slice(start, min(start + step, state.samples))
-        rows.put(part, _outer.pull_rows(narrow(state, part), factor.columns[part], request, plan, leaves))
+    for part in ranges(state.samples, step):
+        rows.put(part, _outer.pull_rows(state.narrow(part), factor.columns[part], request, plan, leaves))
     add_outer(rows, pairs, factor.signs, plan, result, window)
 
 
@@ -133,8 +119,7 @@ def _add_column(
 ) -> None:
     per_sample = keep or column.basis in ("activation", "input")
     step = column.step(state.samples, working, itemsize(state.weights.dtype))
-    for start in range(0, column.width, step):
-        part = slice(start, min(start + step, column.width))
+    for part in ranges(column.width, step):
         tangents, found = _sweep_column(state, column, crossing, part, per_sample)
         _add_found(state, plan, column, tangents, found, result, window, part, keep)
         del tangents, found  # not alive while the next ones are made

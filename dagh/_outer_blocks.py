@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dagh import _outer
 from dagh._accumulate import Accumulator
+from dagh._chunks import ranges
 from dagh._outer import Gathered, Rows
 from dagh._plan import MIXED, Plan
 from dagh._request import Pair
@@ -87,8 +88,7 @@ def _add_mixed(rows: dict[int, Rows], layer: int, others: list[int], signs: Tens
     for other in others:
         dense = _dense(rows[other])
         target = result.block(min(layer, other), max(layer, other))
-        for start in range(0, dense.shape[2], step):
-            part = slice(start, min(start + step, dense.shape[2]))
+        for part in ranges(dense.shape[2], step):
             mixed = s @ dense[:, :, part]  # [N, o, part]
             if i == 1:
                 piece = torch.einsum("nop,n->op", mixed, x[:, 0])
