@@ -314,12 +314,12 @@ class Plan:
         layers = [self.gates[i] for i in leaves if i in self.gates]
         return self.outer_rows * (self._dense_rows + sum(g.shape[0] for g in layers)) + sum(g.shape[1] for g in layers)
 
-    def chunks(self, budget: float, floor: float = FLOOR) -> tuple[int, float]:
+    def chunks(self, budget: float) -> tuple[int, float]:
         """Samples taken at once within a budget, and the bytes that are left for the bundles of their sweeps."""
         size, copies = itemsize(self.dtype), len(set(self.parts)) if self.keep else 1
         values, local = self.state
         free = (budget - BASE - self.result_elements * copies * size) / RESIDENT_MOST - self.samples * values * size
-        free = max(free, floor)
+        free = max(free, FLOOR)
         each, least = 0.0, 1.0
         if self.has_outer:
             each = max(each, self._gathered)
