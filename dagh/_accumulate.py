@@ -75,7 +75,7 @@ class Accumulator:
                 self.blocks[pair] = block
 
     def block(self, i: int, j: int) -> Tensor:
-        """The (zero-initialised) storage of block ``i <= j``."""
+        """The (zero-initialized) storage of block ``i <= j``."""
         with self._lock:
             if (i, j) not in self.blocks:
                 sizes = self.request.sizes

@@ -109,7 +109,7 @@ def make_plan(
             sum(node_moved(v) for v in program),
         ),
         state=held_by_state(program, request.leaves, itemsize(program.output.dtype)),
-        outer_alive=of_rows(program, reached, rows),
+        outer_alive=of_rows(reached, rows),
         widest=max((v.numel for v in program), default=1),
         dtype=program.output.dtype,
         program=program,

@@ -329,11 +329,8 @@ class Sweeps:
     def strip(self, pairs: list[Pair]) -> Strip:
         """The strips of one leaf for several (leaf, row) pairs."""
         leaf, rows = pairs[0][0], sorted({row for _, row in pairs})
-        regions, seed, width = (
-            self._regions(leaf, "strips", rows),
-            self.seed(leaf, "strips"),
-            self.shape(leaf, "strips")[0],
-        )
+        regions, seed = self._regions(leaf, "strips", rows), self.seed(leaf, "strips")
+        width, _ = self.shape(leaf, "strips")
         within, _, meeting, back = regions
         spread = self.reach.numel * self.reach.batched
         moved = int(spread[within].sum() + spread[meeting | back].sum())
@@ -351,9 +348,9 @@ class Sweeps:
     def alive(self, column: Column) -> Alive:
         """What the sweep of a column keeps in memory."""
         regions = self.regions(column.seed, list(column.targets.values()), column.paths)
-        return of_column(self.program, self.reach, column, regions, self.request.sizes)
+        return of_column(self.reach, column, regions, self.request.sizes)
 
     def alive_bridge(self, bridge: Bridge) -> Alive:
         """What the sweep of a bridge keeps in memory, apart from what it finds."""
         regions = self.regions(bridge.node, list(bridge.targets), list(bridge.paths))
-        return of_sweep(self.program, self.reach, bridge, regions[2], regions[3], list(bridge.targets), keep=True)
+        return of_sweep(self.reach, bridge, regions[2], regions[3], list(bridge.targets), keep=True)
