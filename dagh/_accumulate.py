@@ -48,8 +48,8 @@ class Layers:
 class Accumulator:
     """The blocks of one part (or of the sum of both), filled piece by piece."""
 
-    def __init__(self, request: Request, state: State, plan: Plan, keep: bool) -> None:
-        self.request, self.plan, self.keep = request, plan, keep
+    def __init__(self, request: Request, state: State, plan: Plan) -> None:
+        self.request, self.plan, self.keep = request, plan, plan.keep
         self.like = next(iter(state.values.values())) if not request.leaves else state.values[request.leaves[0]]
         self.samples = state.samples
         self.blocks: dict[Pair, Tensor] = {}
@@ -64,17 +64,18 @@ class Accumulator:
         return other
 
     def merge(self, other: Accumulator) -> None:
-        """Add the sums of a fork."""
+        """Take over the sums of a fork, which is empty afterwards: to merge it again changes nothing."""
         if other.blocks is self.blocks:
             return
-        for pair, block in other.blocks.items():
+        while other.blocks:
+            pair, block = other.blocks.popitem()
             if pair in self.blocks:
                 self.blocks[pair] += block
             else:
                 self.blocks[pair] = block
 
     def block(self, i: int, j: int) -> Tensor:
-        """The (zero-initialised) storage of block ``i <= j``."""
+        """The (zero-initialized) storage of block ``i <= j``."""
         with self._lock:
             if (i, j) not in self.blocks:
                 sizes = self.request.sizes
@@ -127,15 +128,14 @@ class Accumulator:
             return
         sizes, n = self.request.sizes, self.samples
         o_a, o_b = sizes[key[0]] // x.shape[1], sizes[key[1]] // y.shape[1]
+        fresh = self.like.new_zeros
         with self._lock:
             held = self.layers.get(key)
             if held is None:
-                zeros = self.like.new_zeros
-                held = Layers(key, zeros(n, o_a, o_b), zeros(n, x.shape[1]), zeros(n, y.shape[1]))
+                held = Layers(key, fresh(n, o_a, o_b), fresh(n, x.shape[1]), fresh(n, y.shape[1]))
                 self.layers[key] = held
             if jacobian is not None and adjoint is not None and held.jacobian is None:
-                held.adjoint = self.like.new_zeros(n, o_b)
-                held.jacobian = self.like.new_zeros(n, o_a, y.shape[1])
+                held.adjoint, held.jacobian = fresh(n, o_b), fresh(n, o_a, y.shape[1])
         held.left[window], held.right[window] = x, y
         if core is not None:
             held.core[window, rows] += core

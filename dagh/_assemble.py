@@ -1,9 +1,9 @@
-"""Assembly of the requested blocks, in chunks of samples and of columns that fit the memory budget."""
+"""Assembly of the requested blocks, in ranges of samples and of directions that fit the memory budget."""
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import partial
 from threading import Event
 
@@ -13,8 +13,9 @@ from torch import Tensor
 from dagh import _contract, _outer, _sweep
 from dagh._accumulate import Accumulator
 from dagh._bridge import Crossing, build, cross, unit_vectors
+from dagh._chunks import ranges
 from dagh._outer_blocks import add_outer
-from dagh._plan import FLOOR, Column, Plan
+from dagh._plan import Column, Plan
 from dagh._request import Request, itemsize
 from dagh._rules._conv import Convolution
 from dagh._state import State
@@ -22,57 +23,59 @@ from dagh._strips import add_strip
 from dagh._sweep import Tangents
 from dagh._workers import FEWEST, Stopped, side_by_side
 
-#: Smallest working memory the chunking aims for.
-_FLOOR = FLOOR
+
+@dataclass(frozen=True)
+class _Share:
+    """Some samples of the batch: the state at them alone, and the bytes for what is held at once."""
+
+    state: State
+    request: Request
+    plan: Plan
+    window: slice
+    """Where they lie in the batch."""
+    room: float
 
 
-def assemble(
-    state: State, request: Request, plan: Plan, *, parts: dict[str, Accumulator], keep: bool, budget: int
-) -> None:
+def assemble(state: State, request: Request, plan: Plan, *, parts: dict[str, Accumulator], budget: int) -> None:
     """Fill the accumulators of the ``"outer"`` and/or ``"functional"`` part (they may be one and the same)."""
     if plan.strips:
         held = plan.result_elements * len({id(p) for p in parts.values()}) * itemsize(state.weights.dtype)
-        _add_strips(state, request, plan, parts, keep, budget - held)
+        _add_strips(state, request, plan, parts, budget - held)
         if not plan.columns and not plan.factored:
             return
-    step, working = plan.chunks(budget, _FLOOR)
+    step, working = plan.chunks(budget)
     dense = plan.summed_bytes * len({id(p) for p in parts.values()})
     count = plan.shares(working, dense)
     forks = [parts, *(_fork(parts) for _ in range(1, count))]
     room = max(1.0, (working - (count - 1) * dense) / count)
 
     def fill(mine: dict[str, Accumulator], window: slice, enough: Event) -> None:
-        part_state = narrow(state, window)
+        share = _Share(state.narrow(window), request, plan, window, room)
         if "outer" in mine:
-            _add_outer(part_state, request, plan, mine["outer"], window, room)
+            _add_outer(share, mine["outer"])
         if "functional" not in mine:
             return
         if plan.columns:
-            _ = part_state.adjoints  # what lives longest is made first: nothing is left between its pieces
-        crossings = {v: build(part_state, bridge, room) for v, bridge in plan.bridges.items()}
+            _ = share.state.adjoints  # what lives longest is made first: nothing is left between its pieces
+        crossings = {v: build(share.state, bridge, room) for v, bridge in plan.bridges.items()}
         for column in plan.columns:
             if enough.is_set():
                 raise Stopped
-            crossing = None if column.via is None else crossings[column.via]
-            _add_column(part_state, request, plan, column, crossing, mine["functional"], window, keep, room)
+            _add_column(share, column, None if column.via is None else crossings[column.via], mine["functional"])
 
-    for start in range(0, state.samples, step):
-        window = slice(start, min(start + step, state.samples))
+    for window in ranges(state.samples, step):
         side_by_side([partial(fill, *one) for one in zip(forks, _split(window, count), strict=False)])
-    for part, result in {id(p): (name, p) for name, p in parts.items()}.values():
-        for fork in forks[1:]:
+    for fork in forks[1:]:
+        for part, result in parts.items():
             result.merge(fork[part])
 
 
-def _add_strips(
-    state: State, request: Request, plan: Plan, parts: dict[str, Accumulator], keep: bool, room: int
-) -> None:
+def _add_strips(state: State, request: Request, plan: Plan, parts: dict[str, Accumulator], room: int) -> None:
     """Blocks by products, in ranges of samples of which one direction fits ``room`` bytes."""
     for strip in plan.strips:
-        at_once = 1 if keep else strip.window(state.samples, room, itemsize(state.weights.dtype))
-        for start in range(0, state.samples, at_once):
-            window = slice(start, min(start + at_once, state.samples))
-            add_strip(narrow(state, window), request, plan, strip, parts, window, room)
+        at_once = 1 if plan.keep else strip.window(state.samples, room, itemsize(state.weights.dtype))
+        for window in ranges(state.samples, at_once):
+            add_strip(state.narrow(window), request, plan, strip, parts, window, room)
 
 
 def _fork(parts: dict[str, Accumulator]) -> dict[str, Accumulator]:
@@ -89,21 +92,11 @@ def _split(window: slice, count: int) -> list[slice]:
     return [slice(a, b) for a, b in itertools.pairwise(ends)]
 
 
-# -- chunks ----------------------------------------------------------------------------------------
-
-
-def narrow(state: State, window: slice) -> State:
-    """The same point restricted to some samples."""
-    if window.start == 0 and window.stop == state.samples:
-        return state
-    values = {n: v[window] if v.shape[0] == state.samples and n.batched else v for n, v in state.values.items()}
-    return replace(state, values=values, weights=state.weights[window], samples=window.stop - window.start)
-
-
 # -- the two parts ---------------------------------------------------------------------------------
 
 
-def _add_outer(state: State, request: Request, plan: Plan, result: Accumulator, window: slice, working: float) -> None:
+def _add_outer(share: _Share, result: Accumulator) -> None:
+    state, plan = share.state, share.plan
     pairs = plan.factored
     if not pairs:
         return
@@ -112,64 +105,38 @@ def _add_outer(state: State, request: Request, plan: Plan, result: Accumulator, 
     if factor.columns.shape[1] == 0:
         return
     # Pulled back in ranges of samples that stay in the cache; multiplied all at once.
-    step = plan.outer_step(state.samples, working)
     rows = _outer.Gathered(state.samples)
-    for start in range(0, state.samples, step):
-        part = slice(start, min(start + step, state.samples))
-        rows.put(part, _outer.pull_rows(narrow(state, part), factor.columns[part], request, plan, leaves))
-    add_outer(rows, pairs, factor.signs, plan, result, window)
+    for part in ranges(state.samples, plan.outer_step(state.samples, share.room)):
+        rows.put(part, _outer.pull_rows(state.narrow(part), factor.columns[part], share.request, plan, leaves))
+    add_outer(rows, pairs, factor.signs, plan, result, share.window)
 
 
-def _add_column(
-    state: State,
-    request: Request,
-    plan: Plan,
-    column: Column,
-    crossing: Crossing | None,
-    result: Accumulator,
-    window: slice,
-    keep: bool,
-    working: float,
-) -> None:
-    per_sample = keep or column.basis in ("activation", "input")
-    step = column.step(state.samples, working, itemsize(state.weights.dtype))
-    for start in range(0, column.width, step):
-        part = slice(start, min(start + step, column.width))
-        tangents, found = _sweep_column(state, column, crossing, part, per_sample)
-        _add_found(state, plan, column, tangents, found, result, window, part, keep)
-        del tangents, found  # not alive while the next ones are made
+def _add_column(share: _Share, column: Column, crossing: Crossing | None, result: Accumulator) -> None:
+    step = column.step(share.state.samples, share.room, itemsize(share.state.weights.dtype))
+    for part in ranges(column.width, step):
+        _add_directions(share, column, crossing, result, part)
 
 
-def _add_found(
-    state: State,
-    plan: Plan,
-    column: Column,
-    tangents: Tangents,
-    found: Tangents,
-    result: Accumulator,
-    window: slice,
-    part: slice,
-    keep: bool,
-) -> None:
-    """Add what a sweep of some directions found."""
-    per_sample = keep or column.basis in ("activation", "input")
+def _add_directions(share: _Share, column: Column, crossing: Crossing | None, result: Accumulator, part: slice) -> None:
+    """Sweep some directions of a column and add what is found; nothing of it stays alive."""
+    state, window = share.state, share.window
+    per_sample = result.keep or column.basis in ("activation", "input")
+    tangents, found = _sweep_column(state, column, crossing, part, per_sample)
     if column.basis == "activation":
-        _add_activation(state, plan, column, tangents, found, result, window, part)
+        _add_activation(share, column, tangents, found, result, part)
         return
     if column.basis == "input":
-        _add_inputs(state, column, found, result, window, part)
+        _add_inputs(share, column, found, result, part)
         return
     for leaf, row in column.pairs:
         target = column.targets[row]
         if target not in found:
             continue
         h = found.dense(target)
-        if keep and h.shape[0] == 1:
-            h = h.expand(state.samples, *h.shape[1:])
-        if not per_sample and h.shape[0] > 1:
+        if h.shape[0] > 1 and not result.keep:
             h = h.sum(0, keepdim=True)
         h = _sweep.matrices(h)  # [N or 1, B, p_row]
-        piece = h if keep else h[0]
+        piece = h.expand(state.samples, *h.shape[1:]) if result.keep else h[0]
         if column.gate is not None and column.basis == "channel":
             result.add_channels(leaf, row, piece, column.gate.channels, part, window)
         else:
@@ -211,16 +178,10 @@ def _sweep_column(
 
 
 def _add_activation(
-    state: State,
-    plan: Plan,
-    column: Column,
-    tangents: Tangents,
-    found: Tangents,
-    result: Accumulator,
-    window: slice,
-    part: slice,
+    share: _Share, column: Column, tangents: Tangents, found: Tangents, result: Accumulator, part: slice
 ) -> None:
     """Apply the layers' inputs: directions of ``z`` become directions of W (or b)."""
+    state, plan, window = share.state, share.plan, share.window
     n, gate = state.samples, column.gate
     assert gate is not None
 
@@ -256,11 +217,11 @@ def _add_activation(
         _contract.add_layers(result, (leaf, row), x, y, core, path, adjoint, outputs, window)
 
 
-def _add_inputs(state: State, column: Column, found: Tangents, result: Accumulator, window: slice, part: slice) -> None:
+def _add_inputs(share: _Share, column: Column, found: Tangents, result: Accumulator, part: slice) -> None:
     """``δ_o ∂x_i``: a linear layer's own curvature, from the derivatives of its inputs (summed over its rows)."""
-    gate, n = column.gate, state.samples
+    gate, n = column.gate, share.state.samples
     assert gate is not None
-    delta = state.adjoints[gate.node]
+    delta = share.state.adjoints[gate.node]
     delta = delta.expand(n, *delta.shape[1:]).reshape(n, gate.rows, -1)
     members = slice(part.start // gate.rows, part.stop // gate.rows)
     for leaf, row in column.pairs:
@@ -272,4 +233,4 @@ def _add_inputs(state: State, column: Column, found: Tangents, result: Accumulat
             piece = torch.einsum("nto,ntip->noip", delta, h).flatten(1, 2)
         else:
             piece = (delta.flatten(0, 1).T @ h.flatten(0, 1).flatten(1)).reshape(-1, h.shape[3])
-        result.add_channels(leaf, row, piece, delta.shape[2], members, window)
+        result.add_channels(leaf, row, piece, delta.shape[2], members, share.window)

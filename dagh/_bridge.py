@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dagh import _sweep
+from dagh._chunks import ranges
 from dagh._ir import Node
 from dagh._plan import Bridge, Column
 from dagh._request import itemsize
@@ -32,9 +33,8 @@ def build(state: State, bridge: Bridge, working: float) -> Crossing:
     like = state.values[bridge.node]
     step = bridge.step(state.samples, working, itemsize(like.dtype))
     pieces = []
-    for start in range(0, bridge.width, step):
-        part = torch.arange(start, min(start + step, bridge.width))
-        seed = unit_vectors(bridge.node, bridge.copies, part, like)
+    for part in ranges(bridge.width, step):
+        seed = unit_vectors(bridge.node, bridge.copies, torch.arange(part.start, part.stop), like)
         tangents = _sweep.push_forward(
             state, {bridge.node: seed}, bridge.within, bridge.held, channelwise=bridge.copies > 1
         )

@@ -7,14 +7,18 @@ not multiplied out, copies in which a product wants its arguments, and the tempo
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dagh._costs import VIEWS
 from dagh._ir import Node, Program
 from dagh._rules import Rule, rule_for
 from dagh._rules._elementwise import Unary
+
+if TYPE_CHECKING:
+    from dagh._plan import Column
+    from dagh._pricing import Reach, Regions
 
 #: The allocator of the C library keeps freed blocks of up to 32 MiB for itself and cannot always use them again:
 #: with sizes that change from node to node, resident memory was 1.1 to 2 times what is alive (median 1.5).
@@ -251,16 +255,14 @@ def held_by_state(program: Program, leaves: Collection[Node], size: int) -> tupl
     return values, local
 
 
-def of_sweep(
-    program: Program, reach: Any, part: Any, meeting: Any, back: Any, targets: Collection[Node], *, keep: bool
-) -> Alive:
+def of_sweep(reach: Reach, part: Any, meeting: Any, back: Any, targets: Collection[Node], *, keep: bool) -> Alive:
     """What a column or a bridge (``part``) keeps alive; masks ``meeting`` and ``back`` as its price was made with."""
     seed, copies = (part.seed, part.copies) if hasattr(part, "seed") else (part.node, part.copies)
     forward, backward = reach.numel * 0 + 1, reach.numel * 0 + 1
     if copies > 1:
         forward = forward + (copies - 1) * ~reach.thin(seed)
         backward = backward + (copies - 1) * ~reach.packed(seed, meeting, back)[1]
-    walk = Walk(program, keep, forward, backward, copies)
+    walk = Walk(reach.program, keep, forward, backward, copies)
     if not part.within and not part.curved:
         walk.pull({seed: float(seed.numel)}, targets, (), ())
     else:
@@ -277,13 +279,14 @@ def of_sweep(
     return walk.alive
 
 
-def of_column(program: Program, reach: Any, column: Any, regions: Any, sizes: Collection[int]) -> Alive:
+def of_column(reach: Reach, column: Column, regions: Regions, sizes: Sequence[int]) -> Alive:
     """What the sweep of a column keeps alive, the products at its end included."""
-    targets, sizes = list(column.targets.values()), list(sizes)
+    targets = list(column.targets.values())
     keep = column.basis in ("activation", "input")
-    alive = of_sweep(program, reach, column, regions[2], regions[3], targets, keep=keep)
+    alive = of_sweep(reach, column, regions[2], regions[3], targets, keep=keep)
     each, once = alive.each, alive.once
     if column.basis == "activation":
+        assert column.gate is not None
         inputs = max(column.gate.node.inputs[0].shape[-1], 1)
         plain = [sizes[row] for row, target in column.targets.items() if target.op is None]
         once = max(once, 2.0 * inputs * max(plain, default=0))
@@ -293,9 +296,9 @@ def of_column(program: Program, reach: Any, column: Any, regions: Any, sizes: Co
     return Alive(each, once)
 
 
-def of_rows(program: Program, reach: Any, targets: Collection[Node]) -> Alive:
+def of_rows(reach: Reach, targets: Collection[Node]) -> Alive:
     """What pulling the loss factor's columns back keeps alive, per column."""
-    ones = reach.numel * 0 + 1
+    program, ones = reach.program, reach.numel * 0 + 1
     walk = Walk(program, True, ones, ones, 1)
     walk.pull({program.output: float(program.output.numel)}, targets, (), ())
     return walk.alive

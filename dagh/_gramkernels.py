@@ -12,12 +12,14 @@ column r, the gradient ``B_{nr} = Σ_t s_{nrt} x_{nt}ᵀ`` over the T positions 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from dagh._chunks import ranges
 
 Way = Literal["rows", "positions", "one position"]
 
@@ -125,7 +127,7 @@ def _by_positions(s: Tensor, inputs: Inputs, limit: int) -> Tensor:
     step = max(1, limit // (t * (t + o * r)))
     for k in range(n):
         mine = s[k].reshape(r, t * o)
-        for window in _windows(k, n, step):
+        for window in ranges(n, step, k):
             same = inputs.gram(k, window).to(s.dtype)
             moved = torch.bmm(same, last[window]).reshape(-1, t * o, r)
             block = (mine @ moved).double()  # [M, r, r]
@@ -154,8 +156,3 @@ def _dense(inputs: Inputs, n: int, like: Tensor) -> Tensor:
     used = index >= 0
     out[used, index[used]] = 1
     return out
-
-
-def _windows(start: int, stop: int, step: int) -> Iterator[slice]:
-    for at in range(start, stop, step):
-        yield slice(at, min(at + step, stop))

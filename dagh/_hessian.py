@@ -279,11 +279,11 @@ def _matrices(wanted: tuple[str, ...], state: State, ready: Prepared, reduction:
     request, plan, graph = ready.request, ready.plan, ready.graph
     program, keep, budget = state.program, plan.keep, ready.budget
     parts = plan.parts
-    sums = {part: Accumulator(request, state, plan, keep) for part in parts}
+    sums = {part: Accumulator(request, state, plan) for part in parts}
     if wanted == ("full",):
         sums["outer"] = sums["functional"]
     with quiet_batching():
-        assemble(state, request, plan, parts=sums, keep=keep, budget=budget)
+        assemble(state, request, plan, parts=sums, budget=budget)
     info = {"loss": state.loss, "samples": state.samples, "method": graph.method, "coupled": state.coupled}
     out: dict[str, BlockMatrix] = {}
     if wanted == ("full",):

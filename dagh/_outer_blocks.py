@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dagh import _outer
 from dagh._accumulate import Accumulator
+from dagh._chunks import ranges
 from dagh._ir import Node
 from dagh._outer import Gathered, Rows
 from dagh._plan import MIXED, Plan
@@ -63,12 +64,11 @@ def _add_all(rows: Gathered, members: list[int], signs: Tensor | None, result: A
         joined = torch.cat([_dense(rows[i]).flatten(0, 1) for i in members], 1)
     left = joined if signs is None else joined * signs.reshape(-1, 1)
     ends = [0, *accumulate(_dense(rows[i]).shape[2] for i in members)]
-    for start in range(0, ends[-1], _PANEL):
-        stop = min(start + _PANEL, ends[-1])
-        product = left[:, start:stop].T @ joined[:, start:]
+    for panel in ranges(ends[-1], _PANEL):
+        product = left[:, panel].T @ joined[:, panel.start :]
         for a, (first, last) in enumerate(pairwise(ends)):
-            if first < stop and last > start:
-                _share_out(product, members, ends, a, slice(start, stop), result)
+            if first < panel.stop and last > panel.start:
+                _share_out(product, members, ends, a, panel, result)
 
 
 def _share_out(product: Tensor, members: list[int], ends: list[int], a: int, panel: slice, result: Accumulator) -> None:
@@ -94,8 +94,7 @@ def _add_mixed(rows: dict[int, Rows], layer: int, others: list[int], signs: Tens
     for other in others:
         dense = _dense(rows[other])
         target = result.block(min(layer, other), max(layer, other))
-        for start in range(0, dense.shape[2], step):
-            part = slice(start, min(start + step, dense.shape[2]))
+        for part in ranges(dense.shape[2], step):
             mixed = s @ dense[:, :, part]  # [N, o, part]
             if i == 1:
                 piece = torch.einsum("nop,n->op", mixed, x[:, 0])

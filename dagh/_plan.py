@@ -14,6 +14,7 @@ import torch
 from rich.console import RenderableType
 
 from dagh import _workers
+from dagh._chunks import fitting
 from dagh._costs import PASS, product_rate
 from dagh._footprint import BASE, NOTHING, RESIDENT, RESIDENT_MOST, Alive
 from dagh._ir import Node, Program
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
 Basis = Literal["parameter", "activation", "channel", "input", "strips"]
 
-#: Largest bundle formed at once: beyond it fresh memory costs more than the arithmetic on it.
-CACHE = 8 * 2**20
 #: Matrices of the size of a sample's loss curvature that are held while it is factored.
 _FACTORS = 4
 #: Smallest working memory the chunking aims for.
@@ -99,9 +98,7 @@ class Column:
 
     def step(self, samples: int, working: float, size: int) -> int:
         """Directions swept at once, in ``working`` bytes."""
-        fits = int(working / max(1.0, self.alive.elements(samples, 1) * size))
-        cached = CACHE // max(1, self.largest * samples * size)
-        step = max(1, min(self.width, fits, cached))
+        step = fitting(self.width, working, self.alive.elements(samples, 1), self.largest * samples, size)
         return min(self.width, max(self.order, step // self.order * self.order))
 
 
@@ -125,8 +122,7 @@ class Bridge:
 
     def step(self, samples: int, working: float, size: int) -> int:
         """Directions swept at once, in ``working`` bytes."""
-        fits = int(working / max(1.0, self.alive.elements(samples, 1) * size))
-        return max(1, min(self.width, fits, CACHE // max(1, self.largest * samples * size)))
+        return fitting(self.width, working, self.alive.elements(samples, 1), self.largest * samples, size)
 
 
 @dataclass
@@ -318,12 +314,12 @@ class Plan:
         layers = [self.gates[i] for i in leaves if i in self.gates]
         return self.outer_rows * (self._dense_rows + sum(g.shape[0] for g in layers)) + sum(g.shape[1] for g in layers)
 
-    def chunks(self, budget: float, floor: float = FLOOR) -> tuple[int, float]:
+    def chunks(self, budget: float) -> tuple[int, float]:
         """Samples taken at once within a budget, and the bytes that are left for the bundles of their sweeps."""
         size, copies = itemsize(self.dtype), len(set(self.parts)) if self.keep else 1
         values, local = self.state
         free = (budget - BASE - self.result_elements * copies * size) / RESIDENT_MOST - self.samples * values * size
-        free = max(free, floor)
+        free = max(free, FLOOR)
         each, least = 0.0, 1.0
         if self.has_outer:
             each = max(each, self._gathered)
@@ -352,9 +348,8 @@ class Plan:
 
     def outer_step(self, window: int, working: float) -> int:
         """Samples whose rows of H_O are pulled back at once."""
-        size = itemsize(self.dtype)
-        fits = int(working / max(1.0, (self.outer_rows * self.outer_alive.each + self.state[1]) * size))
-        return max(1, min(window, fits, CACHE // max(1, self.outer_rows * self.widest * size)))
+        held = self.outer_rows * self.outer_alive.each + self.state[1]
+        return fitting(window, working, held, self.outer_rows * self.widest, itemsize(self.dtype))
 
     @property
     def room(self) -> int:

@@ -56,7 +56,7 @@ def make_plan(
     chosen_routes: dict[Pair, str] = {}
     reached = Reach(program)
     if needed:
-        sweeps = Sweeps(program, request, bits, gates, parts)
+        sweeps = Sweeps(reached, request, bits, gates, parts)
         own = {p: sweeps.alternatives(*p) if functional and kinds[p][1] else {} for p in needed}
         last = {p: sweeps.strips(*p) for p in needed}
         names = {p: {sweeps.label(o[0], o[2]): o for o in (own[p] | last[p])} for p in needed}
@@ -109,7 +109,7 @@ def make_plan(
             sum(node_moved(v) for v in program),
         ),
         state=held_by_state(program, request.leaves, itemsize(program.output.dtype)),
-        outer_alive=of_rows(program, reached, rows),
+        outer_alive=of_rows(reached, rows),
         widest=max((v.numel for v in program), default=1),
         dtype=program.output.dtype,
         program=program,

@@ -59,6 +59,7 @@ class Reach:
         self.batched = np.array([v.batched for v in program], dtype=bool)
         self.keeps = np.array([v.op is not None and rule_for(v).keeps_channels(v) for v in program], dtype=bool)
         self._thin: dict[Node, np.ndarray[Any, Any]] = {}
+        self._packed: dict[tuple[Node, bytes, bytes], tuple[Any, Any]] = {}
 
     def nodes(self, mask: np.ndarray[Any, Any]) -> frozenset[Node]:
         return frozenset(self.program.nodes[i] for i in np.flatnonzero(mask))
@@ -79,6 +80,12 @@ class Reach:
 
     def packed(self, seed: Node, meeting: np.ndarray[Any, Any], back: np.ndarray[Any, Any]) -> tuple[Any, Any]:
         """Curved nodes where such tangents leave rows that stay in their channel, and nodes whose rows all do."""
+        key = seed, meeting.tobytes(), back.tobytes()
+        if key not in self._packed:
+            self._packed[key] = self._pack(seed, meeting, back)
+        return self._packed[key]
+
+    def _pack(self, seed: Node, meeting: np.ndarray[Any, Any], back: np.ndarray[Any, Any]) -> tuple[Any, Any]:
         thin, below = self.thin(seed), self.above[:, seed.index]
         curves = np.zeros(len(thin), dtype=bool)
         rows = self.batched.copy()
@@ -97,16 +104,17 @@ class Sweeps:
 
     def __init__(
         self,
-        program: Program,
+        reached: Reach,
         request: Request,
         bits: dict[Node, int],
         gates: dict[int, Gate],
         parts: Collection[str] = ("outer", "functional"),
     ) -> None:
+        program = reached.program
         assert program.loss is not None
-        self.program, self.request, self.bits, self.gates = program, request, bits, gates
-        self.reach = Reach(program)
-        useful = self.reach.above[program.loss.index]
+        self.program, self.reach = program, reached
+        self.request, self.bits, self.gates = request, bits, gates
+        useful = reached.above[program.loss.index]
         met: dict[bool, list[tuple[int, int, int]]] = {True: [], False: []}
         for v in program:
             if v.op is not None and useful[v.index]:
@@ -323,11 +331,8 @@ class Sweeps:
     def strip(self, pairs: list[Pair]) -> Strip:
         """The strips of one leaf for several (leaf, row) pairs."""
         leaf, rows = pairs[0][0], sorted({row for _, row in pairs})
-        regions, seed, width = (
-            self._regions(leaf, "strips", rows),
-            self.seed(leaf, "strips"),
-            self.shape(leaf, "strips")[0],
-        )
+        regions, seed = self._regions(leaf, "strips", rows), self.seed(leaf, "strips")
+        width, _ = self.shape(leaf, "strips")
         within, _, meeting, back = regions
         spread = self.reach.numel * self.reach.batched
         moved = int(spread[within].sum() + spread[meeting | back].sum())
@@ -345,9 +350,9 @@ class Sweeps:
     def alive(self, column: Column) -> Alive:
         """What the sweep of a column keeps in memory."""
         regions = self.regions(column.seed, list(column.targets.values()), column.paths)
-        return of_column(self.program, self.reach, column, regions, self.request.sizes)
+        return of_column(self.reach, column, regions, self.request.sizes)
 
     def alive_bridge(self, bridge: Bridge) -> Alive:
         """What the sweep of a bridge keeps in memory, apart from what it finds."""
         regions = self.regions(bridge.node, list(bridge.targets), list(bridge.paths))
-        return of_sweep(self.program, self.reach, bridge, regions[2], regions[3], list(bridge.targets), keep=True)
+        return of_sweep(self.reach, bridge, regions[2], regions[3], list(bridge.targets), keep=True)

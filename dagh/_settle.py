@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 from dagh._memory import human
 from dagh._plan import Plan
@@ -14,13 +13,6 @@ from dagh._state import State
 
 #: Strips replace everything else when their price is below this share of its price.
 _CHEAPER = 0.5
-
-
-@dataclass
-class _Kept:
-    """The plans made for one request, by the pairs that must go by strips and by the room for work."""
-
-    variants: dict[Any, Plan] = field(default_factory=dict)
 
 
 def settled(
@@ -39,15 +31,16 @@ def settled(
     ``routes`` are taken as they are.
     """
     chosen = tuple(sorted((routes or {}).items()))
-    kept = state.program.plans.setdefault((request.names, request.leaves, request.pairs, parts, chosen), _Kept())
+    # For each request, the plans by the pairs that must go by strips and by the room for work.
+    kept = state.program.plans.setdefault((request.names, request.leaves, request.pairs, parts, chosen), {})
 
     def made(strips: Collection[Pair] = (), limit: int | None = None) -> Plan:
         key = frozenset(strips), limit
-        if key not in kept.variants:
-            kept.variants[key] = make_plan(
+        if key not in kept:
+            kept[key] = make_plan(
                 state.program, request, samples=state.samples, parts=parts, routes=routes, strips=strips, limit=limit
             )
-        return at(kept.variants[key], state, parts, keep=keep, budget=budget)
+        return at(kept[key], state, parts, keep=keep, budget=budget)
 
     def room(plan: Plan) -> int:
         return budget - copies * plan.result_bytes

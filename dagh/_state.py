@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,14 @@ class State:
     def active(self, node: Node) -> bool:
         """Whether the node depends on something we differentiate with respect to."""
         return node in self._reached
+
+    def narrow(self, window: slice) -> State:
+        """The same point restricted to some samples."""
+        if window.start == 0 and window.stop == self.samples:
+            return self
+        n = self.samples
+        values = {v: t[window] if v.batched and t.shape[0] == n else t for v, t in self.values.items()}
+        return replace(self, values=values, weights=self.weights[window], samples=window.stop - window.start)
 
     @cached_property
     def adjoints(self) -> dict[Node, Tensor]:

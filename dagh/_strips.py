@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dagh._bridge import unit_vectors
+from dagh._chunks import fitting, ranges
 from dagh._linearize import Linearization, Part
-from dagh._plan import CACHE
 from dagh._request import Pair, Request, itemsize
 
 if TYPE_CHECKING:
@@ -58,9 +59,8 @@ class Strip:
 
     def step(self, samples: int, room: int, size: int) -> int:
         """Directions at once."""
-        fits = (room // size - samples * self.fixed) // max(1, samples * self.unit + self.result)
-        cached = CACHE // max(1, max(samples * self.largest, self.result) * size)
-        return max(1, min(self.width, fits, cached))
+        working, held = room - samples * self.fixed * size, samples * self.unit + self.result
+        return fitting(self.width, working, held, max(samples * self.largest, self.result), size)
 
 
 def add_strip(
@@ -78,12 +78,12 @@ def add_strip(
     for part, result, pairs in _passes(plan, strip, parts):
         targets = list(dict.fromkeys(request.leaves[row] for _, row in pairs))
         linear = Linearization(state, [leaf], targets, part)
-        for start in range(0, strip.width, step):
-            columns = slice(start, min(start + step, strip.width))
-            found = linear.product({leaf: _units(state, leaf.shape, columns)})
+        for columns in ranges(strip.width, step):
+            chosen = torch.arange(columns.start, columns.stop)
+            found = linear.product({leaf: unit_vectors(leaf, 1, chosen, state.weights)[0]})
             for _, row in pairs:
                 if request.leaves[row] in found:
-                    piece = found[request.leaves[row]].reshape(columns.stop - start, -1)
+                    piece = found[request.leaves[row]].reshape(len(chosen), -1)
                     result.add(strip.leaf, row, piece.unsqueeze(0) if result.keep else piece, columns, window)
 
 
@@ -98,12 +98,3 @@ def _passes(plan: Plan, strip: Strip, parts: Mapping[str, Accumulator]) -> list[
         if part in parts and pairs:
             passes.append((part, parts[part], pairs))
     return passes
-
-
-def _units(state: State, shape: torch.Size, columns: slice) -> torch.Tensor:
-    """Some of the basis of a leaf: ``[B, *shape]``."""
-    count = columns.stop - columns.start
-    eye = state.weights.new_zeros(count, shape.numel())
-    at = torch.arange(count, device=eye.device)
-    eye[at, columns.start + at] = 1
-    return eye.reshape(count, *shape)

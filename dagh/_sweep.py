@@ -48,8 +48,8 @@ class Scaled:
         """The product in the memory of ``base``, if it fits there."""
         factor = self.factor
         if isinstance(factor, Tensor):
-            pairs = zip(self.base.shape, factor.shape, strict=True)
-            if any(wide not in (1, own) for own, wide in pairs):
+            pairs = zip(self.base.shape, factor.shape, strict=False)
+            if factor.dim() != self.base.dim() or any(wide not in (1, own) for own, wide in pairs):
                 return self.value()
         return self.base.mul_(factor)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import dagh
-from dagh import _bridge, _meeting, _plan
+from dagh import _bridge, _chunks, _meeting
 
 
 class Encoder(nn.Module):
@@ -101,7 +101,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_meeting_changes_nothing(name: str, cache: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     always(monkeypatch)
     if cache is not None:
-        monkeypatch.setattr(_plan, "CACHE", cache)
+        monkeypatch.setattr(_chunks, "CACHE", cache)
     model, x, y = problem(name)
     graph = dagh.trace(model, x)
     expected = reference(model, x, y)

@@ -187,7 +187,7 @@ def test_small_budgets_change_nothing(
     """One sample and one column at a time, and sizes in between that divide neither evenly."""
     _, x, y = build()
     whole = dagh.decompose(graph, "cross_entropy", x, y, reduction=reduction)
-    monkeypatch.setattr("dagh._assemble._FLOOR", working)
+    monkeypatch.setattr("dagh._plan.FLOOR", working)
     for kept, part in (
         ("full", dagh.hessian),
         ("outer", dagh.gauss_newton),
@@ -201,7 +201,7 @@ def test_small_budgets_change_nothing(
 
 def test_chunks_are_really_small(graph: dagh.Graph, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test above means nothing unless the windows and the column widths do shrink."""
-    from dagh import _assemble, _sweep
+    from dagh import _sweep
 
     _, x, y = build()
     seen: list[tuple[int, int]] = []
@@ -215,7 +215,7 @@ def test_chunks_are_really_small(graph: dagh.Graph, monkeypatch: pytest.MonkeyPa
     whole = dagh.hessian(graph, "cross_entropy", x, y)
     assert max(seen) == (5, max(w for _, w in seen)) and max(w for _, w in seen) > 1
     seen.clear()
-    monkeypatch.setattr(_assemble, "_FLOOR", 1)
+    monkeypatch.setattr("dagh._plan.FLOOR", 1)
     assert isinstance(whole.plan, dagh.Plan)
     dagh.hessian(graph, "cross_entropy", x, y, memory_budget=whole.plan.result_bytes + 1)
     assert set(seen) == {(1, 1)}

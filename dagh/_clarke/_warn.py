@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from dagh._assemble import narrow
+from dagh._chunks import ranges
 from dagh._clarke._completion import split
 from dagh._clarke._nearby import branches_at, steps, values_at
 from dagh._clarke._sites import Sites, find_sites
@@ -59,8 +59,8 @@ def warn_at_ties(graph: Graph, state: State) -> None:
     widest = max((v.numel for v in state.program), default=1)
     step = max(1, _ENTRIES // max(1, widest))
     count, node = 0, None
-    for start in range(0, state.samples, step):
-        sites = find_sites(narrow(state, slice(start, min(start + step, state.samples))), sources)
+    for window in ranges(state.samples, step):
+        sites = find_sites(state.narrow(window), sources)
         count += sites.live_ties if sites.live else 0
         if node is None and sites.live and _parts(sites):
             node = sites.live[0].node
