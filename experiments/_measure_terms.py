@@ -50,7 +50,7 @@ def terms(
     if not len(at) or not len(radii):
         return {}, {"reason": f"no k below the {n} samples used"}
     directions = unit_directions(model, config.directions, seed)
-    lines, way, check = lines_along(graph, loss, x, y, directions)
+    lines = lines_along(graph, loss, x, y, directions)
     start, moved, changed = _moved(model, loss, x, y, directions, radii)
     orders = _orders(n, config.shuffles, seed, x.device)
 
@@ -61,10 +61,10 @@ def terms(
         return torch.stack([(rows[:, k] - means[:, k - 1] / k) / (k + 1) for k in at.tolist()])
 
     r = torch.from_numpy(radii).to(x.device)[None, :, None, None]
-    zeroth = difference(start[:, None].expand(-1, len(lines)))[:, None].expand(-1, len(radii), -1, -1)
-    first = r * difference(torch.stack([v.slope.double() for v in lines], 1))[:, None]
-    second = r**2 / 2 * difference(torch.stack([v.curvature.double() for v in lines], 1))[:, None]
-    outer = r**2 / 2 * difference(torch.stack([v.outer.double() for v in lines], 1))[:, None]
+    zeroth = difference(start[:, None].expand(-1, len(directions)))[:, None].expand(-1, len(radii), -1, -1)
+    first = r * difference(lines.slope.double())[:, None]
+    second = r**2 / 2 * difference(lines.curvature.double())[:, None]
+    outer = r**2 / 2 * difference(lines.outer.double())[:, None]
     measured = torch.stack([difference(m) for m in moved], 1)
     predicted, by_outer = zeroth + first + second, zeroth + first + outer
     means = {
@@ -85,10 +85,8 @@ def terms(
     }
     scalars = {
         "samples": n,
-        "way": way,
-        "check": check,
-        "curvature": float(torch.stack([v.curvature.mean() for v in lines]).mean()),
-        "outer_curvature": float(torch.stack([v.outer.mean() for v in lines]).mean()),
+        "curvature": float(lines.curvature.mean()),
+        "outer_curvature": float(lines.outer.mean()),
         "largest_term": _largest(arrays),
     }
     return arrays, scalars
