@@ -39,10 +39,11 @@ def terms(
     Losses are evaluated in float64, as their differences cancel; slopes and curvatures in the dtype of the graph's
     model. Arrays ``[K, R]``, means of absolute values over orders and directions: ``terms_measured``,
     ``terms_zeroth``, ``terms_first``, ``terms_second``, ``terms_second_outer``, ``terms_predicted``,
-    ``terms_predicted_outer``, ``terms_remainder``, ``terms_remainder_outer``; ``terms_level`` is the largest loss seen
-    among the samples, over k + 1. Arrays ``[R]``: ``terms_changed_samples`` (share of samples with another pattern)
-    and ``terms_changed_units`` (share of units). Arrays ``[K, R, S]`` of single pairs, signed:
-    ``terms_pairs_measured`` and ``terms_pairs_predicted``. The axes are ``terms_k`` and ``terms_radius``.
+    ``terms_predicted_outer``, ``terms_remainder``, ``terms_remainder_outer``; ``terms_measured_max`` is the largest of
+    the measured differences, ``terms_level`` the largest loss seen among the samples, over k + 1. Arrays ``[R]``:
+    ``terms_changed_samples`` (share of samples with another pattern) and ``terms_changed_units`` (share of units).
+    Arrays ``[K, R, S]`` of single pairs, signed: ``terms_pairs_measured`` and ``terms_pairs_predicted``. The axes are
+    ``terms_k`` and ``terms_radius``.
     """
     model, n = graph.model, len(x)
     at = np.array([k for k in config.at_k if k < n], dtype=np.int64)
@@ -77,6 +78,7 @@ def terms(
     arrays |= {
         "terms_k": at,
         "terms_radius": radii,
+        "terms_measured_max": measured.abs().amax((2, 3)).cpu().numpy(),
         "terms_level": worst[None] / (at[:, None] + 1),
         "terms_changed_samples": changed[0],
         "terms_changed_units": changed[1],

@@ -15,9 +15,11 @@ from small_net import build
 from torch import Tensor, nn
 
 import dagh
+import dagh.bounds
 from dagh.errors import DaghError, LossError, NonFiniteError, ReductionError, ShapeError
 from dagh.experiments._measure import measure
 from dagh.experiments._measure_config import MeasureConfig, Split
+from dagh.experiments._measure_corollaries import corollaries
 from dagh.experiments._measure_curve import curve, smoothed, thin
 from dagh.experiments._measure_hessian import hessian_scalars, kink_scalars
 from dagh.experiments._measure_line import lines_along, unit_directions
@@ -277,6 +279,30 @@ def test_patterns_are_signs_sides_and_places(model: nn.Module, expected: list[li
     assert torch.cat(masks, 1).int().tolist() == expected
 
 
+def test_corollaries_are_those_of_the_formulas() -> None:
+    torch.manual_seed(2)
+    model = nn.Sequential(
+        nn.Conv2d(1, 3, 3, bias=False), nn.ReLU(), nn.Conv2d(3, 2, 2, bias=False), nn.ReLU(), nn.Flatten(),
+        nn.Linear(18, 3, bias=False),
+    )  # fmt: skip
+    x, y = torch.randn(12, 1, 6, 6), torch.randint(3, (12,))
+    graph = dagh.trace(model, x)
+    arrays, _ = terms(graph, "cross_entropy", x, y, MeasureConfig(at_k=(2, 8), radii=(0.1, 3.0)), seed=0)
+    found, absent = corollaries(graph, "cross_entropy", x, y, arrays)
+    assert not absent
+    ladder = dagh.bounds.report(graph, "cross_entropy", x, y, rows=["P0", "P1", "a3", "c"])
+    alone = dagh.gauss_newton(graph, "cross_entropy", x, y, reduction="none").dense()
+    assert float(torch.linalg.eigvalsh(alone)[:, -1].max()) <= float(ladder["a3"].value or 0)  # of every sample
+    for name, row, two, two_r in (("printed", "P0", 2, 2), ("corrected", "P1", 1, 0.5), ("weights", "a3", 1, 0.5)):
+        b = float(ladder[row].value or 0)
+        for i, k in enumerate((2, 8)):
+            for j, r in enumerate((0.1, 3.0)):
+                worst = arrays["terms_level"][i, j] * (k + 1)
+                expected = (two * worst + two_r * r**2 * b) / (k + 1)
+                assert np.exp(found[f"terms_log_{name}"][i, j]) == pytest.approx(expected)
+                assert arrays["terms_measured"][i, j] <= arrays["terms_measured_max"][i, j] < expected
+
+
 # -- the Hessian -----------------------------------------------------------------------------------
 
 
@@ -356,6 +382,8 @@ def test_measure_gives_everything_and_changes_nothing(trained: tuple[nn.Module, 
     assert "bias" in found.scalars["bounds"]["P0"]["reason"]
     assert {"losses", "gradient", "curve", "hessian", "terms"} <= set(found.scalars["wall_s"])
     assert found.arrays["terms_k"].tolist() == [2, 8]
+    assert list(found.scalars["terms"]["corollaries_absent"]) == ["printed", "corrected"]  # for nets without biases
+    assert (np.exp(found.arrays["terms_log_weights"]) > found.arrays["terms_measured_max"]).all()
     assert len(found.arrays["k"]) == 49
     assert all(np.isfinite(v).all() for v in found.arrays.values())
     again = measure(model, "cross_entropy", data, SMALL, seed=1)
