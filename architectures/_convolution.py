@@ -10,6 +10,7 @@ from dagh import Graph
 
 from ._family import Family
 from ._plugins import Match
+from ._pooling import PoolingLayer, pooling_layer
 from ._walk import Walk
 
 Sizes = tuple[int, ...]
@@ -17,7 +18,7 @@ Sizes = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Pooling:
-    """A pooling step: its operation, kernel and stride (``None`` where adaptive), and the sizes it leaves."""
+    """A pooling step: its operation, kernel and stride (``None`` where windows differ), and the sizes it leaves."""
 
     operation: str
     kernel: Sizes | None
@@ -92,8 +93,8 @@ class ConvolutionChain:
                 continue
             elif pending:
                 break
-            elif walk.is_pooling(following):
-                layers[-1] = dataclasses.replace(last, pooling=(*last.pooling, _pooling(walk, following)))
+            elif walk.is_pooling(following) and (layer := pooling_layer(walk, following)) is not None:
+                layers[-1] = dataclasses.replace(last, pooling=(*last.pooling, _pooling(walk, following, layer)))
             elif walk.is_activation(following):
                 if last.activation is not None:
                     break
@@ -143,15 +144,8 @@ def _layer(walk: Walk, node: str) -> ConvolutionLayer:
     )
 
 
-def _pooling(walk: Walk, node: str) -> Pooling:
-    kernel = walk.option(node, "kernel") or walk.option(node, "kernel_size")
-    stride = walk.option(node, "stride") or kernel
-    return Pooling(
-        operation=walk.operation(node),
-        kernel=tuple(kernel) if kernel else None,
-        stride=tuple(stride) if stride else None,
-        size_after=walk.shape(node)[1:],
-    )
+def _pooling(walk: Walk, node: str, layer: PoolingLayer) -> Pooling:
+    return Pooling(walk.operation(node), layer.kernel, layer.stride, layer.size_after)
 
 
 CONV1D = ConvolutionChain("conv1d", "chain of one-dimensional convolutions, with activations and pooling", dims=1)

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
+from dagh._costs import product_rate
 from dagh.architectures import ConvNet2d
 from dagh.experiments import load_idx, loss_differences
 
@@ -76,12 +77,6 @@ def paper_differences(losses: list[float], orders: int) -> np.ndarray[Any, Any]:
     return mean
 
 
-def product_rate() -> float:
-    """flop/s of a large matrix product."""
-    a, b = torch.rand(2, 1024, 1024)
-    return 2 * 1024**3 / min(clock(lambda: a @ b)[0] for _ in range(20))
-
-
 def flops(model: nn.Module, x: Tensor) -> int:
     with FlopCounterMode(display=False) as counter:
         model(x)
@@ -122,7 +117,7 @@ def evaluation(C: int, data: OneImage, part: float) -> dict[str, Any]:
         "losses_s": one * len(x) / count,
         "orders_s": loop * ORDERS / orders,
         "ours_s": batched,
-        "floor_s": flops(model, x[:1]) * len(x) / product_rate(),
+        "floor_s": flops(model, x[:1]) * len(x) / product_rate(torch.float32, "cpu", torch.get_num_threads()),
         "ratio": paper / batched,
     }
 

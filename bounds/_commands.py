@@ -10,21 +10,7 @@ import torch
 
 import dagh
 from dagh._cli import _output
-from dagh._cli._opened import (
-    BATCH,
-    DROPOUT_SEED,
-    DTYPE,
-    INPUT,
-    LOSS,
-    MODE,
-    OUT,
-    OUTPUT,
-    TARGET,
-    TRACEBACK,
-    WEIGHTS,
-    explained,
-    opened,
-)
+from dagh._cli._opened import MANNER, RESULT, SUBJECT, WEIGHTS, explained, opened
 from dagh.errors import DaghError, UnknownNameError
 
 from ._logs import text
@@ -40,10 +26,7 @@ _FEW = 1_000_000
 
 
 @click.command("bounds")
-@TARGET
-@INPUT
-@BATCH
-@LOSS
+@SUBJECT
 @click.option(
     "--data",
     metavar="digits|random|PATH.npz",
@@ -55,17 +38,13 @@ _FEW = 1_000_000
 @click.option("--radius", type=click.FloatRange(min=0), help="R of a ball of parameters, for the rows .ball.")
 @click.option("--input-norm", type=click.FloatRange(min=0), help="X with ‖x‖ ≤ X. Default: that of the data.")
 @click.option("--layers", is_flag=True, help="Show what every parameter adds (table).")
-@MODE
-@DROPOUT_SEED
-@OUTPUT
-@DTYPE
+@MANNER
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the weights, inputs and targets.")
 @click.option(
     "--format", "form", type=click.Choice(["table", "json", "latex", "html"]), default="table", show_default=True
 )
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the ladder to this file (needs matplotlib).")
-@OUT
-@TRACEBACK
+@RESULT
 def bounds(
     target: str, show_traceback: bool, form: str, plot: Path | None, out: Path | None, layers: bool, **options: Any
 ) -> None:
@@ -78,11 +57,8 @@ def bounds(
         found = _run(target, **options)
         if plot is not None:
             found.plot(plot)
-    if form == "table" and out is None:
-        _output.console().print(found.table(layers=layers))
-        return
-    shown = _form(found, form, layers)
-    _output.emit(shown) if out is None else _output.write(out, shown)
+    written = None if form == "table" and out is None else _form(found, form, layers)
+    _output.deliver(out, written, lambda: found.table(layers=layers))
 
 
 def _form(found: BoundReport, form: str, layers: bool) -> str:

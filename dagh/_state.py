@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dagh import _sweep
+from dagh._directional import Directional, along
 from dagh._ir import Node, Program
 from dagh._linearize import Linearization, Part
 from dagh._rules import Call, Rule, rule_for
@@ -208,6 +209,27 @@ class State:
         """
         if self.per_sample:
             raise CoupledSamplesError("hessian_product sums over samples; evaluate with reduction='mean' or 'sum'")
+        seeds, width, single = self._seeds(v)
+        leaves = {name: leaf for name, leaf in self.program.parameters.items() if leaf in self.sources}
+        found = self._linearization(tuple(seeds), tuple(leaves.values()), part).product(seeds)
+        product = {}
+        for name, leaf in leaves.items():
+            row = found[leaf].clone() if leaf in found else self.values[leaf].new_zeros(width, *leaf.shape)
+            product[name] = row[0] if single else row
+        return product
+
+    def along(self, v: Mapping[str, Tensor]) -> Directional:
+        """Every sample's loss, slope and curvature along directions ``v``, as in :meth:`hessian_product`: one sweep.
+
+        Raises :class:`~dagh.errors.ReductionError` unless the state was evaluated with ``reduction="none"``, and
+        :class:`~dagh.errors.ShapeError` for directions of the wrong shape.
+        """
+        if not self.per_sample:
+            raise ReductionError("along() keeps samples apart; evaluate with reduction='none'")
+        return along(self, self._seeds(v)[0])
+
+    def _seeds(self, v: Mapping[str, Tensor]) -> tuple[dict[Node, Tensor], int, bool]:
+        """Directions by node, as bundles ``[B, *shape]``; B; and whether they were given as single ones."""
         assert self.program.loss is not None
         seeds, widths = {}, set()
         for name, direction in v.items():
@@ -223,14 +245,8 @@ class State:
             widths.add((bundled.shape[0], single))
         if len(widths) != 1:
             raise ShapeError("give one direction for every name, or bundles of the same number of directions")
-        leaves = {name: leaf for name, leaf in self.program.parameters.items() if leaf in self.sources}
-        found = self._linearization(tuple(seeds), tuple(leaves.values()), part).product(seeds)
         ((width, single),) = widths
-        product = {}
-        for name, leaf in leaves.items():
-            row = found[leaf].clone() if leaf in found else self.values[leaf].new_zeros(width, *leaf.shape)
-            product[name] = row[0] if single else row
-        return product
+        return seeds, width, single
 
     def _linearization(self, seeds: tuple[Node, ...], leaves: tuple[Node, ...], part: Part) -> Linearization:
         """The linearization for these directions: the one of the last call where it fits."""

@@ -20,6 +20,7 @@ import dagh
 from dagh.errors import ShapeError
 
 from ._measure_config import MeasureConfig, Split
+from ._measure_corollaries import corollaries
 from ._measure_curve import curve
 from ._measure_hessian import bound_scalars, hessian_scalars, kink_scalars
 from ._measure_losses import gradient_norm, per_sample
@@ -116,11 +117,16 @@ def _second_order(
     if config.bounds:
         with watch("bounds"):
             scalars["bounds"] = bound_scalars(graph, loss, x[few], y[few])
+    more = slice(0, config.term_samples)
     if config.term_samples:
         with watch("terms"):
-            more = slice(0, config.term_samples)
             found, scalars["terms"] = terms(graph, loss, x[more], y[more], config, seed)
             arrays |= found
+    if config.bounds and arrays.keys() >= {"terms_k"}:
+        with watch("corollaries"):
+            found, absent = corollaries(graph, loss, x[more], y[more], arrays)
+            arrays |= found
+            scalars["terms"]["corollaries_absent"] = absent
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class MeasureConfig:
         directions: random unit directions of θ − θ*, the same for all k and R.
         term_samples: training samples used for Taylor terms; 0 leaves the terms out.
         hessian: eigenvalues, norms and traces of H, H_O and H_F.
-        bounds: the ladder of bounds on them.
+        bounds: the ladder of bounds on them; with ``term_samples``, the paper's corollaries at every k and R.
         kinks: counts of elements on and near kinks.
         hessian_samples: training samples of the Hessian, of its bounds and of the kinks.
         bootstrap: resamplings of the orders for the confidence band of the mean; 0 leaves the band out.

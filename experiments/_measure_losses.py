@@ -8,7 +8,6 @@ from difflib import get_close_matches
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dagh.errors import LossError, NonFiniteError
 
@@ -68,18 +67,6 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for module, mode in before:
             module.training = mode
-
-
-@contextmanager
-def plain_attention() -> Iterator[None]:
-    """Attention by elementary operations: fused kernels have no forward or second derivatives."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def per_sample(model: nn.Module, loss: str, x: Tensor, y: Tensor, batch: int) -> tuple[Tensor, float | None]:

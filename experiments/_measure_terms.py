@@ -39,10 +39,11 @@ def terms(
     Losses are evaluated in float64, as their differences cancel; slopes and curvatures in the dtype of the graph's
     model. Arrays ``[K, R]``, means of absolute values over orders and directions: ``terms_measured``,
     ``terms_zeroth``, ``terms_first``, ``terms_second``, ``terms_second_outer``, ``terms_predicted``,
-    ``terms_predicted_outer``, ``terms_remainder``, ``terms_remainder_outer``; ``terms_level`` is the largest loss seen
-    among the samples, over k + 1. Arrays ``[R]``: ``terms_changed_samples`` (share of samples with another pattern)
-    and ``terms_changed_units`` (share of units). Arrays ``[K, R, S]`` of single pairs, signed:
-    ``terms_pairs_measured`` and ``terms_pairs_predicted``. The axes are ``terms_k`` and ``terms_radius``.
+    ``terms_predicted_outer``, ``terms_remainder``, ``terms_remainder_outer``; ``terms_measured_max`` is the largest of
+    the measured differences, ``terms_level`` the largest loss seen among the samples, over k + 1. Arrays ``[R]``:
+    ``terms_changed_samples`` (share of samples with another pattern) and ``terms_changed_units`` (share of units).
+    Arrays ``[K, R, S]`` of single pairs, signed: ``terms_pairs_measured`` and ``terms_pairs_predicted``. The axes are
+    ``terms_k`` and ``terms_radius``.
     """
     model, n = graph.model, len(x)
     at = np.array([k for k in config.at_k if k < n], dtype=np.int64)
@@ -50,7 +51,7 @@ def terms(
     if not len(at) or not len(radii):
         return {}, {"reason": f"no k below the {n} samples used"}
     directions = unit_directions(model, config.directions, seed)
-    lines, way, check = lines_along(graph, loss, x, y, directions)
+    lines = lines_along(graph, loss, x, y, directions)
     start, moved, changed = _moved(model, loss, x, y, directions, radii)
     orders = _orders(n, config.shuffles, seed, x.device)
 
@@ -61,10 +62,10 @@ def terms(
         return torch.stack([(rows[:, k] - means[:, k - 1] / k) / (k + 1) for k in at.tolist()])
 
     r = torch.from_numpy(radii).to(x.device)[None, :, None, None]
-    zeroth = difference(start[:, None].expand(-1, len(lines)))[:, None].expand(-1, len(radii), -1, -1)
-    first = r * difference(torch.stack([v.slope.double() for v in lines], 1))[:, None]
-    second = r**2 / 2 * difference(torch.stack([v.curvature.double() for v in lines], 1))[:, None]
-    outer = r**2 / 2 * difference(torch.stack([v.outer.double() for v in lines], 1))[:, None]
+    zeroth = difference(start[:, None].expand(-1, len(directions)))[:, None].expand(-1, len(radii), -1, -1)
+    first = r * difference(lines.slope.double())[:, None]
+    second = r**2 / 2 * difference(lines.curvature.double())[:, None]
+    outer = r**2 / 2 * difference(lines.outer.double())[:, None]
     measured = torch.stack([difference(m) for m in moved], 1)
     predicted, by_outer = zeroth + first + second, zeroth + first + outer
     means = {
@@ -77,6 +78,7 @@ def terms(
     arrays |= {
         "terms_k": at,
         "terms_radius": radii,
+        "terms_measured_max": measured.abs().amax((2, 3)).cpu().numpy(),
         "terms_level": worst[None] / (at[:, None] + 1),
         "terms_changed_samples": changed[0],
         "terms_changed_units": changed[1],
@@ -85,10 +87,8 @@ def terms(
     }
     scalars = {
         "samples": n,
-        "way": way,
-        "check": check,
-        "curvature": float(torch.stack([v.curvature.mean() for v in lines]).mean()),
-        "outer_curvature": float(torch.stack([v.outer.mean() for v in lines]).mean()),
+        "curvature": float(lines.curvature.mean()),
+        "outer_curvature": float(lines.outer.mean()),
         "largest_term": _largest(arrays),
     }
     return arrays, scalars

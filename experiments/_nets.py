@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
-from dagh.architectures import ConvNet1d, ConvNet2d
+from dagh.architectures import MLP, ConvNet1d, ConvNet2d
 
 from ._config import NetConfig
 from ._validate import ConfigError
@@ -19,7 +21,14 @@ def build(config: NetConfig, shape: tuple[int, ...], classes: int) -> nn.Module:
         ShapeError: a kernel or a pooling window does not fit what is left of the input.
     """
     if config.family == "mlp":
-        return _mlp(config, shape, classes)
+        mlp: nn.Module = MLP(
+            (config.C,) * config.L,
+            inputs=math.prod(shape),
+            classes=classes,
+            bias=config.bias,
+            activation=config.activation,
+        )
+        return mlp
     dims = 1 if config.family == "conv1d" else 2
     if len(shape) != dims + 1:
         axes = "length" if dims == 1 else "rows, columns"
@@ -45,27 +54,6 @@ def build(config: NetConfig, shape: tuple[int, ...], classes: int) -> nn.Module:
         padding_mode=config.padding_mode,
     )
     return net
-
-
-_ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "relu": nn.ReLU,
-    "tanh": nn.Tanh,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-    "sigmoid": nn.Sigmoid,
-    "softplus": nn.Softplus,
-    "elu": nn.ELU,
-}
-
-
-def _mlp(config: NetConfig, shape: tuple[int, ...], classes: int) -> nn.Module:
-    width, layers = 1, list[nn.Module]([nn.Flatten()])
-    for n in shape:
-        width *= n
-    for _ in range(config.L):
-        layers += [nn.Linear(width, config.C, bias=config.bias), _ACTIVATIONS[config.activation]()]
-        width = config.C
-    return nn.Sequential(*layers, nn.Linear(width, classes, bias=config.bias))
 
 
 def initialized(config: NetConfig, shape: tuple[int, ...], classes: int, seed: int, dtype: torch.dtype) -> nn.Module:

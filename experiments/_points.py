@@ -21,7 +21,7 @@ from ._validate import to_plain
 
 TRAIN_VERSION = 1
 """Raised when training gives other numbers for the same configuration."""
-MEASURE_VERSION = 4
+MEASURE_VERSION = 5
 """Raised when measuring gives other numbers for the same weights."""
 
 

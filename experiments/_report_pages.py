@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from ._report_claims import Claim
+from ._report_corollaries import NOTE, corollary_table
 from ._report_data import Panel, Results, number
 from ._report_tables import summary
 
@@ -50,6 +51,9 @@ def markdown(results: Results, claims: Sequence[Claim], figures: Figures) -> str
         lines += ["", f"## {_heading(panel)}", "", *_table(*summary(panel)), ""]
         for figure in figures.get((panel.axis, panel.dataset), ()):
             lines += [f"![{figure.name}](figures/{figure.name}.png)", "", f"*{figure.caption}*", ""]
+        heads, cells = corollary_table(panel)
+        if cells:
+            lines += [*_table(heads, cells), "", f"*{NOTE}*", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -75,6 +79,10 @@ def html(results: Results, claims: Sequence[Claim], figures: Figures) -> str:
                 f"<figcaption>{escape(f.caption)}</figcaption></figure>"
             )
         parts.append(_html_table(heads, cells, "numbers"))
+        heads, cells = corollary_table(panel)
+        if cells:
+            parts.append(f"<p class=facts>{escape(NOTE)}</p>")
+            parts.append(_html_table(heads, cells, "numbers"))
     body = "\n".join(parts)
     return (
         f"<!doctype html>\n<html lang=en><meta charset=utf-8><title>{title}</title>\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,10 +62,10 @@ def curve_rows(results: Results) -> list[Row]:
 
 
 def term_rows(results: Results) -> list[Row]:
-    """The terms of every run at every k and R."""
+    """The terms of every run at every k and R, and log10 of what the corollaries say."""
     names = (
-        "measured", "zeroth", "first", "second", "second_outer", "predicted", "predicted_outer", "remainder",
-        "remainder_outer", "level",
+        "measured", "measured_max", "zeroth", "first", "second", "second_outer", "predicted", "predicted_outer",
+        "remainder", "remainder_outer", "level",
     )  # fmt: skip
     rows = []
     for panel in results.panels:
@@ -78,6 +79,11 @@ def term_rows(results: Results) -> list[Row]:
                         "R": radius, "k": k,
                     }  # fmt: skip
                     row |= {n: float(r.arrays[f"terms_{n}"][i, j]) for n in names if f"terms_{n}" in r.arrays}
+                    row |= {
+                        f"log10_{n}": float(r.arrays[f"terms_log_{n}"][i, j] / math.log(10))
+                        for n in ("printed", "corrected", "weights")
+                        if f"terms_log_{n}" in r.arrays
+                    }
                     row |= {
                         n: float(r.arrays[f"terms_{n}"][j])
                         for n in ("changed_samples", "changed_units")

@@ -30,10 +30,12 @@ def write_results(
     missing: frozenset[tuple[Any, int]] = frozenset(),
     noise: float = 0.02,
     bare: bool = False,
+    corollaries: bool = True,
 ) -> Store:
     """A study whose loss differences have the level ``level(position)``, and ‖H_O‖ the square of its inverse.
 
-    ``failed`` and ``missing`` name runs by value and seed; ``bare`` leaves out everything but the curve.
+    ``failed`` and ``missing`` name runs by value and seed; ``bare`` leaves out everything but the curve,
+    ``corollaries=False`` what results of earlier versions lack.
     """
     study = StudyConfig(name=f"{axis}-study", title=f"A synthetic study of {axis}", axes={axis: values}, seeds=seeds)
     store = Store.create(folder, study)
@@ -49,6 +51,8 @@ def write_results(
                 store.write_failed(config, "Traceback\nNonFiniteError: the loss of sample 0 is NaN", {"wall_s": 1.0})
                 continue
             scalars, arrays = _result(level(position), samples, seed + 100 * position, noise, bare)
+            if not corollaries:
+                arrays = {n: v for n, v in arrays.items() if n != "terms_measured_max" and "_log_" not in n}
             store.write_done(config, scalars, arrays, {"wall_s": 1.0})
     return store
 
@@ -81,5 +85,7 @@ def _result(level: float, samples: int, seed: int, noise: float, bare: bool) -> 
         "measured": zeroth + first + second, "predicted": zeroth + first + second, "remainder": 0.01 * second,
         "predicted_outer": zeroth, "remainder_outer": second, "level": 3 * zeroth, "pairs_measured": pairs,
         "pairs_predicted": 1.01 * pairs, "changed_samples": np.array([0.2, 1.0]), "changed_units": np.array([0.0, 0.1]),
+        "measured_max": 2 * (zeroth + first + second), "log_printed": np.log(zeroth + first + second) + 20,
+        "log_corrected": np.log(zeroth + first + second) + 0.5,  # between the mean and the largest
     }  # fmt: skip
     return scalars, {**found.arrays, **{f"terms_{n}": v for n, v in terms.items()}}

@@ -15,9 +15,11 @@ from small_net import build
 from torch import Tensor, nn
 
 import dagh
+import dagh.bounds
 from dagh.errors import DaghError, LossError, NonFiniteError, ReductionError, ShapeError
 from dagh.experiments._measure import measure
 from dagh.experiments._measure_config import MeasureConfig, Split
+from dagh.experiments._measure_corollaries import corollaries
 from dagh.experiments._measure_curve import curve, smoothed, thin
 from dagh.experiments._measure_hessian import hessian_scalars, kink_scalars
 from dagh.experiments._measure_line import lines_along, unit_directions
@@ -30,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 
 class Normalized(nn.Module):
-    """Attention and LayerNorm, where forward differentiation twice over is wrong."""
+    """Attention and LayerNorm, where PyTorch's forward differentiation twice over is wrong."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,25 +134,44 @@ def test_a_loss_without_values_by_sample_is_named() -> None:
 # -- the terms -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "way"), [("relu", "forward"), ("tanh", "forward"), ("tied", "forward"), ("attention", "dagh")]
-)
-def test_lines_are_those_of_double_backward(name: str, way: str) -> None:
+@pytest.mark.parametrize("name", ["relu", "tanh", "tied", "attention"])
+def test_lines_are_those_of_double_backward(name: str) -> None:
     model, x, y = case(name)
     directions = unit_directions(model, 2, seed=0)
-    lines, used, error = lines_along(dagh.trace(model, x), "cross_entropy", x, y, directions)
-    assert used == way and error < 1e-5
-    for line, direction in zip(lines, directions, strict=True):
+    lines = lines_along(dagh.trace(model, x), "cross_entropy", x, y, directions)
+    for j, direction in enumerate(directions):
         u = torch.cat([t.flatten() for t in direction.values()])
         assert float(u.norm()) == pytest.approx(1)
         for i in range(len(x)):
             one = (model, F.cross_entropy, x[i : i + 1], y[i : i + 1])
             h, g = assemble(hessian_double_backward(*one)), assemble(ggn_reference(*one))
-            assert float(line.curvature[i]) == pytest.approx(float(u @ h @ u), abs=1e-13)
-            assert float(line.outer[i]) == pytest.approx(float(u @ g @ u), abs=1e-13)
+            assert float(lines.curvature[i, j]) == pytest.approx(float(u @ h @ u), abs=1e-13)
+            assert float(lines.outer[i, j]) == pytest.approx(float(u @ g @ u), abs=1e-13)
             loss = F.cross_entropy(model(one[2]), one[3])
-            assert float(line.slope[i]) == pytest.approx(float(gradient(loss, model) @ u), abs=1e-13)
-            assert float(line.loss[i]) == pytest.approx(loss.item(), abs=1e-13)
+            assert float(lines.slope[i, j]) == pytest.approx(float(gradient(loss, model) @ u), abs=1e-13)
+            assert float(lines.loss[i]) == pytest.approx(loss.item(), abs=1e-13)
+
+
+def test_lines_are_those_of_forward_differentiation() -> None:
+    """More samples than are taken at once, against derivatives of ``t ↦ ℓ(θ* + t u)``."""
+    model = conv(nn.Tanh)
+    x, y = torch.randn(70, 1, 6, 6), torch.randint(3, (70,))
+    directions = unit_directions(model, 3, seed=2)
+    lines = lines_along(dagh.trace(model, x[:4]), "cross_entropy", x, y, directions)
+    start = dict(model.named_parameters())
+    for j, u in enumerate(directions):
+
+        def losses(t: Tensor, u: dict[str, Tensor] = u) -> Tensor:
+            moved = {n: p.detach() + t * u[n] for n, p in start.items()}
+            return F.cross_entropy(torch.func.functional_call(model, moved, (x,)), y, reduction="none")
+
+        def slope(t: Tensor, losses: Any = losses) -> Any:
+            return torch.func.jvp(losses, (t,), (torch.ones_like(t),))[1]
+
+        zero = torch.tensor(0.0)
+        first, second = torch.func.jvp(slope, (zero,), (torch.ones_like(zero),))
+        assert torch.allclose(lines.slope[:, j], first, rtol=1e-12, atol=1e-14)
+        assert torch.allclose(lines.curvature[:, j], second, rtol=1e-12, atol=1e-14)
 
 
 def test_terms_are_those_of_the_formula() -> None:
@@ -258,6 +279,30 @@ def test_patterns_are_signs_sides_and_places(model: nn.Module, expected: list[li
     assert torch.cat(masks, 1).int().tolist() == expected
 
 
+def test_corollaries_are_those_of_the_formulas() -> None:
+    torch.manual_seed(2)
+    model = nn.Sequential(
+        nn.Conv2d(1, 3, 3, bias=False), nn.ReLU(), nn.Conv2d(3, 2, 2, bias=False), nn.ReLU(), nn.Flatten(),
+        nn.Linear(18, 3, bias=False),
+    )  # fmt: skip
+    x, y = torch.randn(12, 1, 6, 6), torch.randint(3, (12,))
+    graph = dagh.trace(model, x)
+    arrays, _ = terms(graph, "cross_entropy", x, y, MeasureConfig(at_k=(2, 8), radii=(0.1, 3.0)), seed=0)
+    found, absent = corollaries(graph, "cross_entropy", x, y, arrays)
+    assert not absent
+    ladder = dagh.bounds.report(graph, "cross_entropy", x, y, rows=["P0", "P1", "a3", "c"])
+    alone = dagh.gauss_newton(graph, "cross_entropy", x, y, reduction="none").dense()
+    assert float(torch.linalg.eigvalsh(alone)[:, -1].max()) <= float(ladder["a3"].value or 0)  # of every sample
+    for name, row, two, two_r in (("printed", "P0", 2, 2), ("corrected", "P1", 1, 0.5), ("weights", "a3", 1, 0.5)):
+        b = float(ladder[row].value or 0)
+        for i, k in enumerate((2, 8)):
+            for j, r in enumerate((0.1, 3.0)):
+                worst = arrays["terms_level"][i, j] * (k + 1)
+                expected = (two * worst + two_r * r**2 * b) / (k + 1)
+                assert np.exp(found[f"terms_log_{name}"][i, j]) == pytest.approx(expected)
+                assert arrays["terms_measured"][i, j] <= arrays["terms_measured_max"][i, j] < expected
+
+
 # -- the Hessian -----------------------------------------------------------------------------------
 
 
@@ -335,9 +380,10 @@ def test_measure_gives_everything_and_changes_nothing(trained: tuple[nn.Module, 
     for row in ("a3", "b2", "b3", "c"):
         assert found.scalars["bounds"][row]["log"] >= np.log(found.scalars["hessian"]["outer_max"]) - 1e-4, row
     assert "bias" in found.scalars["bounds"]["P0"]["reason"]
-    assert found.scalars["terms"]["way"] == "forward"
     assert {"losses", "gradient", "curve", "hessian", "terms"} <= set(found.scalars["wall_s"])
     assert found.arrays["terms_k"].tolist() == [2, 8]
+    assert list(found.scalars["terms"]["corollaries_absent"]) == ["printed", "corrected"]  # for nets without biases
+    assert (np.exp(found.arrays["terms_log_weights"]) > found.arrays["terms_measured_max"]).all()
     assert len(found.arrays["k"]) == 49
     assert all(np.isfinite(v).all() for v in found.arrays.values())
     again = measure(model, "cross_entropy", data, SMALL, seed=1)

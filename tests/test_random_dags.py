@@ -306,6 +306,10 @@ def check(seed: int, length: int, samples: int, loss: str) -> None:
         [assemble(hessian_double_backward(model, loss_fn, x[i : i + 1], y[i : i + 1])) for i in range(samples)]
     )
     assert error(each, singles) <= TOLERANCE
+    u = {n: torch.randn(2, *p.shape).double() for n, p in model.named_parameters()}
+    flat = torch.cat([t.flatten(1) for t in u.values()], 1)
+    lines = graph.evaluate(loss, x, y, reduction="none").along(u)
+    assert error(lines.curvature, torch.einsum("bp,npq,bq->nb", flat, singles, flat)) <= TOLERANCE * len(flat[0])
     per_sample = 1 if loss == "cross_entropy" else out  # "sum" adds up the elements that "mean" averages
     assert error(total, full * samples * per_sample) <= TOLERANCE
 

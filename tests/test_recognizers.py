@@ -463,3 +463,12 @@ def test_the_line_names_each_architecture_once() -> None:
     assert line.count("conv2d") == 1
     assert "C=2–4" in line
     assert architecture_line(dagh.trace(nn.Softplus(), torch.randn(2, 3))) is None
+
+
+@pytest.mark.parametrize(("pool", "k_pool"), [(nn.AdaptiveAvgPool2d(3), 4), (nn.AdaptiveAvgPool2d(5), None)])
+def test_a_chain_reads_pooling_as_the_pooling_recognizer_does(pool: nn.Module, k_pool: int | None) -> None:
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), pool, nn.Flatten(), nn.LazyLinear(3))
+    x = torch.randn(2, 1, 14, 14)
+    net(x)
+    found = {m.architecture: m.dims["k_pool"] for m in recognize(dagh.trace(net, x)) if "k_pool" in m.dims}
+    assert set(found.values()) == {k_pool} and len(found) >= 2

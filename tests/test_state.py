@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import assemble, hessian_double_backward
+from oracles import assemble, ggn_reference, hessian_double_backward
 from torch import Tensor, nn
 
 import dagh
@@ -415,3 +415,52 @@ def test_hessian_product_misuse() -> None:
         state.hessian_product({"a.weight": torch.zeros(1)})
     with pytest.raises(dagh.errors.ShapeError, match="direction"):
         state.hessian_product({})
+
+
+class Reweighted(nn.Module):
+    """Curvature in the weights alone, before any sample comes in; a parameter that meets itself; a tied one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v, self.g = nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(3, 1))
+        self.out = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x @ (self.g * self.v / self.v.norm(dim=1, keepdim=True)).T
+        scale = self.g.sum() * self.v.norm()  # a number: no axes at all
+        return self.out(self.out(h * h).sin()) + self.g.squeeze(1) * self.g.squeeze(1) * scale
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+@pytest.mark.parametrize("name", [*NETS, "reweighted"])
+def test_along(name: str, loss: str) -> None:
+    """Slopes and curvatures of every sample along directions, against double backward sample by sample."""
+    torch.manual_seed(3)
+    build, width = {**NETS, "reweighted": (Reweighted, 2)}[name]
+    model, x = build().double(), draw(N, width)
+    y = torch.randint(3, (N,)) if loss == "cross_entropy" else draw(N, 3)
+    function = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}[loss]
+    u = {n: draw(2, *p.shape) for n, p in model.named_parameters()}
+    flat = torch.cat([t.flatten(1) for t in u.values()], 1)
+    state = dagh.trace(model, x).evaluate(loss, x, y, reduction="none")
+    found = state.along(u)
+    for n in range(N):
+        one = (model, function, x[n : n + 1], y[n : n + 1])
+        value = function(model(one[2]), one[3])
+        slope = torch.cat([g.flatten() for g in torch.autograd.grad(value, list(model.parameters()))])
+        close(found.loss[n], value.detach(), "loss")
+        close(found.slope[n], flat @ slope, "slope")
+        for got, reference in ((found.curvature, hessian_double_backward), (found.outer, ggn_reference)):
+            close(got[n], ((flat @ assemble(reference(*one))) * flat).sum(1), reference.__name__)
+    assert torch.equal(found.functional, found.curvature - found.outer)
+    first = next(iter(u))
+    still = {k: t if k == first else torch.zeros_like(t) for k, t in u.items()}
+    close(state.along({first: u[first][0]}).curvature, state.along(still).curvature[:, :1], "one parameter")
+
+
+def test_along_misuse() -> None:
+    _, graph, state, x, y = problem("gate")
+    with pytest.raises(dagh.errors.ReductionError, match="reduction='none'"):
+        state.along({"scale": torch.ones(3)})
+    with pytest.raises(dagh.errors.ShapeError, match="has shape"):
+        graph.evaluate("cross_entropy", x, y, reduction="none").along({"scale": torch.ones(2)})

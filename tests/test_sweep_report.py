@@ -17,9 +17,12 @@ from dagh.experiments import _report_figures
 from dagh.experiments._datasets import MissingPackageError
 from dagh.experiments._report import report
 from dagh.experiments._report_claims import Claim, claims
+from dagh.experiments._report_corollaries import corollary_table
 from dagh.experiments._report_data import label_of, load, number
 from dagh.experiments._report_figures import spaced
+from dagh.experiments._report_pages import html, markdown
 from dagh.experiments._report_stats import Interval, _misfit, correlation, decide, median, monotone, spearman
+from dagh.experiments._report_tables import term_rows
 from dagh.experiments._store import StoreError
 
 pytest.importorskip("matplotlib")
@@ -184,6 +187,31 @@ def test_a_report_has_everything(tmp_path: Path) -> None:
     assert len(linked) == 3 and set(linked) <= names
     assert "12 finished runs (4 nets, 3 seeds)" in text
     assert not re.search(r"\bnan\b|\binf\b", text)
+
+
+def test_corollaries_stand_beside_the_differences(tmp_path: Path) -> None:
+    write_results(tmp_path / "a")
+    results = load([tmp_path / "a"])
+    heads, cells = corollary_table(results.panels[0])
+    assert heads[3:] == ["Corollary as printed (P0)", "violated", "constants corrected, P1", "violated"]
+    assert [row[:2] for row in cells] == [["0.1", "8"], ["0.1", "32"], ["10", "8"], ["10", "32"]]
+    assert {tuple(row[3:]) for row in cells} == {("8.7 [8.7, 8.7]", "0 of 12", "0.2 [0.2, 0.2]", "12 of 12")}
+    for row in term_rows(results):
+        assert row["log10_printed"] == pytest.approx(np.log10(row["measured"]) + 20 / np.log(10))
+    for page in (markdown(results, [], {}), html(results, [], {})):
+        assert "Corollary as printed (P0)" in page and "8.7 [8.7, 8.7]" in page
+
+
+def test_results_of_earlier_versions_have_no_corollaries(tmp_path: Path) -> None:
+    write_results(tmp_path / "old", seeds=(0,), corollaries=False)
+    results = load([tmp_path / "old"])
+    for page in (markdown(results, [], {}), html(results, [], {})):
+        assert "2 of" not in page and "Corollary as printed" not in page
+    assert "measured" in term_rows(results)[0] and "log10_printed" not in term_rows(results)[0]
+    write_results(tmp_path / "new", seeds=(1, 2))
+    (panel,) = load([tmp_path / "old", tmp_path / "new"]).panels
+    _, cells = corollary_table(panel)
+    assert {row[4] for row in cells} == {"0 of 8"}  # of twelve runs
 
 
 def test_partial_results_make_a_report_that_says_so(tmp_path: Path) -> None:

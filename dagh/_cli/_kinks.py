@@ -12,42 +12,20 @@ from rich.text import Text
 
 from dagh._clarke._report import KinkReport, kinks
 from dagh._cli import _output
-from dagh._cli._opened import (
-    BATCH,
-    DATA,
-    DROPOUT_SEED,
-    DTYPE,
-    INPUT,
-    LOSS,
-    MODE,
-    OUT,
-    OUTPUT,
-    TARGET,
-    TRACEBACK,
-    WEIGHTS,
-    explained,
-    opened,
-)
+from dagh._cli._opened import DATA, FORM, MANNER, RESULT, SUBJECT, WEIGHTS, explained, opened
 
 
 @click.command("kinks")
-@TARGET
-@INPUT
-@BATCH
-@LOSS
+@SUBJECT
 @DATA
 @WEIGHTS
 @click.option("--params", multiple=True, metavar="GLOB", help="Parameters that vary. Default: all. Repeatable.")
 @click.option("--tol", type=click.FloatRange(min=0), default=1e-6, show_default=True, help="Distance called near.")
 @click.option("--max-patterns", type=click.IntRange(min=1), default=512, show_default=True, help="Most to enumerate.")
-@MODE
-@DROPOUT_SEED
-@OUTPUT
-@DTYPE
+@MANNER
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the weights, inputs, targets and directions.")
-@click.option("--format", "form", type=click.Choice(["table", "json"]), default="table", show_default=True)
-@OUT
-@TRACEBACK
+@FORM
+@RESULT
 def kinks_command(target: str, show_traceback: bool, form: str, out: Path | None, **options: Any) -> None:
     """Show where the model in FILE stands on kinks of ReLU, max-pooling and the like.
 
@@ -56,13 +34,10 @@ def kinks_command(target: str, show_traceback: bool, form: str, out: Path | None
     """
     with explained(show_traceback):
         label, report = _run(target, **options)
+    text = None
     if form == "json":
         text = json.dumps({"file": label, **report.to_dict()}, indent=2, allow_nan=False) + "\n"
-        _output.emit(text) if out is None else _output.write(out, text)
-    elif out is None:
-        _output.console().print(_shown(label, report))
-    else:
-        _output.write(out, _output.plain(_shown(label, report)))
+    _output.deliver(out, text, lambda: _shown(label, report))
 
 
 def _shown(label: str, report: KinkReport) -> RenderableType:

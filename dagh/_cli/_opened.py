@@ -6,7 +6,7 @@ import contextlib
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from dagh._graph import trace as trace_model
 from dagh._inputs import normalize_inputs
 from dagh._memory import parse_size
 from dagh.errors import DaghError, OutputError, ReductionError
+
+Decorator = Callable[[Any], Any]
 
 TARGET = click.argument("target", metavar="FILE[:ATTR]")
 INPUT = click.option(
@@ -70,6 +72,27 @@ def _size(text: str) -> int:
 MEMORY_BUDGET = click.option(
     "--memory-budget", type=_size, metavar="SIZE", help="As 2GiB. Default: half of the free memory."
 )
+
+
+def stacked(*decorators: Decorator) -> Decorator:
+    """The decorators as one, in the order in which they would be written (and options are listed)."""
+
+    def decorate(command: Any) -> Any:
+        for one in reversed(decorators):
+            command = one(command)
+        return command
+
+    return decorate
+
+
+#: Which model, on what kind of input, under which loss.
+SUBJECT = stacked(TARGET, INPUT, BATCH, LOSS)
+#: How it is run.
+MANNER = stacked(MODE, DROPOUT_SEED, OUTPUT, DTYPE)
+#: Where the result goes.
+RESULT = stacked(OUT, TRACEBACK)
+#: A table for people or JSON for programs.
+FORM = click.option("--format", "form", type=click.Choice(["table", "json"]), default="table", show_default=True)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import io
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
@@ -111,3 +111,16 @@ def emit(text: str) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     click.echo(text, nl=not text.endswith("\n"))
+
+
+def deliver(out: Path | None, text: str | None, shown: Callable[[], RenderableType]) -> None:
+    """A result to the standard output or into a file: ``text`` where there is one, else what ``shown`` makes.
+
+    On the standard output that is laid out for the width of the terminal.
+    """
+    if text is None and out is None:
+        console().print(shown())
+    elif out is None:
+        emit(text or "")
+    else:
+        write(out, plain(shown()) if text is None else text)

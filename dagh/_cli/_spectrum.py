@@ -14,19 +14,7 @@ from rich.text import Text
 
 from dagh._cli import _output
 from dagh._cli._data import InputSpec
-from dagh._cli._opened import (
-    DROPOUT_SEED,
-    DTYPE,
-    MEMORY_BUDGET,
-    MODE,
-    OUT,
-    OUTPUT,
-    TARGET,
-    TRACEBACK,
-    WEIGHTS,
-    explained,
-    opened,
-)
+from dagh._cli._opened import FORM, MANNER, MEMORY_BUDGET, RESULT, TARGET, WEIGHTS, explained, opened
 from dagh._operator import HessianOperator, operator
 from dagh._spectra import Estimate, SpectralDensity
 from dagh.errors import ReductionError
@@ -47,15 +35,11 @@ _PROBES, _STEPS = 8, 60
 @click.option("--part", "parts", type=click.Choice(list(_LABELS)), multiple=True, help="Default: all three.")
 @click.option("--k", type=click.IntRange(min=1), default=5, show_default=True, help="Eigenvalues at either end.")
 @click.option("--density", is_flag=True, help="Estimate the spectral density.")
-@MODE
-@DROPOUT_SEED
-@OUTPUT
-@DTYPE
+@MANNER
 @click.option("--seed", type=int, default=0, show_default=True, help="Of weights, data and random directions.")
 @MEMORY_BUDGET
-@click.option("--format", "form", type=click.Choice(["table", "json"]), default="table", show_default=True)
-@OUT
-@TRACEBACK
+@FORM
+@RESULT
 def spectrum(target: str, show_traceback: bool, form: str, out: Path | None, **options: Any) -> None:
     """Largest and smallest eigenvalues of the Hessian of the model in FILE, trace, norm and density.
 
@@ -64,13 +48,8 @@ def spectrum(target: str, show_traceback: bool, form: str, out: Path | None, **o
     """
     with explained(show_traceback):
         found = _run(target, **options)
-    if form == "json":
-        text = json.dumps(found, indent=2) + "\n"
-        _output.emit(text) if out is None else _output.write(out, text)
-    elif out is None:
-        _output.console().print(_renderable(found))
-    else:
-        _output.write(out, _output.plain(_renderable(found)))
+    text = json.dumps(found, indent=2) + "\n" if form == "json" else None
+    _output.deliver(out, text, lambda: _renderable(found))
 
 
 def _run(

@@ -12,23 +12,7 @@ import click
 from dagh._cli import _output
 from dagh._cli._blocks import block_table, with_norms
 from dagh._cli._facts import plugin_facts
-from dagh._cli._opened import (
-    BATCH,
-    DATA,
-    DROPOUT_SEED,
-    DTYPE,
-    INPUT,
-    LOSS,
-    MEMORY_BUDGET,
-    MODE,
-    OUT,
-    OUTPUT,
-    TARGET,
-    TRACEBACK,
-    WEIGHTS,
-    explained,
-    opened,
-)
+from dagh._cli._opened import DATA, MANNER, MEMORY_BUDGET, RESULT, SUBJECT, WEIGHTS, explained, opened
 from dagh._cli._report import Report
 from dagh._export import node_rows
 from dagh._memory import budget_bytes
@@ -50,10 +34,7 @@ def _block_pair(text: str) -> tuple[str, str]:
 
 
 @click.command()
-@TARGET
-@INPUT
-@BATCH
-@LOSS
+@SUBJECT
 @DATA
 @WEIGHTS
 @click.option("--depth", type=click.IntRange(min=1), help="Levels of modules to show (table, html).")
@@ -68,10 +49,7 @@ def _block_pair(text: str) -> tuple[str, str]:
 )
 @click.option("--norms", is_flag=True, help="Compute the Frobenius norms of H_O and H_F of every block.")
 @click.option("--plan", "show_plan", is_flag=True, help="Show how the blocks would be computed.")
-@MODE
-@DROPOUT_SEED
-@OUTPUT
-@DTYPE
+@MANNER
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the weights, inputs and targets.")
 @MEMORY_BUDGET
 @click.option(
@@ -81,8 +59,7 @@ def _block_pair(text: str) -> tuple[str, str]:
     default="table",
     show_default=True,
 )
-@OUT
-@TRACEBACK
+@RESULT
 def trace(target: str, show_traceback: bool, form: str, out: Path | None, **options: Any) -> None:
     """Trace the model in FILE and show the structure of its Hessian.
 
@@ -91,17 +68,12 @@ def trace(target: str, show_traceback: bool, form: str, out: Path | None, **opti
     """
     with explained(show_traceback):
         report = _run(target, **options)
-        text = _render(report, form, out)
-    if text is None:
-        _output.console().print(report.renderable())
-    elif out is None:
-        _output.emit(text)
-    else:
-        _output.write(out, text)
+        text = _render(report, form)
+    _output.deliver(out, text, report.renderable)
 
 
-def _render(report: Report, form: str, out: Path | None) -> str | None:
-    """The text of the report; None for a table on the terminal, which is laid out for its width."""
+def _render(report: Report, form: str) -> str | None:
+    """The text of the report; None for a table."""
     if form == "json":
         return report.as_json() + "\n"
     if form == "dot":
@@ -112,7 +84,7 @@ def _render(report: Report, form: str, out: Path | None) -> str | None:
         from dagh._cli._page import page
 
         return page(report)
-    return None if out is None else _output.plain(report.renderable())
+    return None
 
 
 def _run(
