@@ -96,7 +96,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_meeting, "saving", lambda gained, price: 1.0)
 
 
-@pytest.mark.parametrize("cache", [None, SMALL])
+@pytest.mark.parametrize("cache", [None, pytest.param(SMALL, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CASES)
 def test_meeting_changes_nothing(name: str, cache: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     always(monkeypatch)
