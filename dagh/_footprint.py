@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 #: The allocator of the C library keeps freed blocks of up to 32 MiB for itself and cannot always use them again:
 #: with sizes that change from node to node, resident memory was 1.1 to 2 times what is alive (median 1.5).
 RESIDENT = 1.6
+#: The same where all samples' rows of H_O are pulled back: ranges of samples alike, one after the other.
+RESIDENT_ROWS = 1.25
 #: The same at its worst, which budgets are cut for.
 RESIDENT_MOST = 2.0
 #: Kernels' own memory (packed factors of matrix products, oneDNN's compiled convolutions), whatever the problem.
@@ -107,6 +109,7 @@ class Walk:
         self.live = _Live()
         self.tangents: dict[Node, int] = {}
         self.lazy: set[Node] = set()
+        self.own: set[Node] = set()  # rows that the sweep may change in place
 
     @property
     def alive(self) -> Alive:
@@ -167,40 +170,52 @@ class Walk:
         live = self.live
         rows: dict[Node, int] = {n: live.take(0, size) for n, size in start.items()}
         lazy: set[Node] = set()
+        self.own = set()
         found: list[int] = []
         route = self.program.descendants(list(targets))
         for node in reversed(self.program.nodes):
             if node not in spare:
                 live.drop(self.tangents.pop(node, None))
-            current = rows.pop(node, None)
+            current, own = rows.pop(node, None), node in self.own
             if node in targets and current is not None:
+                if not own:
+                    current = self._written(node, current, lazy)
+                lazy.discard(node)
                 found.append(live.share(current))
+                own = False
             if node.op is None or node not in route:
                 live.drop(current)
                 continue
             rule = rule_for(node)
             args = [i for i, p in enumerate(node.inputs) if p in route and p.dtype.is_floating_point]
             if current is not None:
+                scaled = {i for i in args if _scales(rule, node, i)}
+                if len(scaled) < len(args):
+                    current = current if own else self._written(node, current, lazy)
+                    lazy.discard(node)
                 for i in args:
                     parent = node.inputs[i]
-                    if _scales(rule, node, i):
-                        self._add(rows, parent, live.share(current), lazy, True)
+                    if i in scaled:
+                        self._add(rows, parent, live.share(current), lazy, scaled=True, own=own and len(args) == 1)
                         continue
-                    if node in lazy:
-                        lazy.discard(node)
-                        written = live.take(0, self._row(node))
-                        live.drop(current)
-                        current = written
                     if node.operation in VIEWS:
-                        self._add(rows, parent, live.share(current), lazy, False)
+                        self._add(rows, parent, live.share(current), lazy)
                         continue
                     into = self._row(node) * (self.copies if self._spread(node, parent) else 1)
                     kind, size = (0 if parent.batched or self.keep else 1), self._row(parent)
                     live.need(_scratch(rule, node, into, size))
-                    self._add(rows, parent, live.take(kind, size), lazy, False)
+                    self._add(rows, parent, live.take(kind, size), lazy, own=rule.fresh)
                 live.drop(current)
             if node in curved and rule.curved(node):
                 self._curve(rule, node, args, rows, lazy)
+
+    def _written(self, node: Node, token: int, lazy: set[Node]) -> int:
+        """A row with its factor multiplied out, in memory of its own."""
+        if node not in lazy:
+            return token
+        written = self.live.take(0, self._row(node))
+        self.live.drop(token)
+        return written
 
     def _spread(self, node: Node, parent: Node) -> bool:
         return bool(self.backward[node.index] < self.backward[parent.index])
@@ -216,22 +231,31 @@ class Walk:
             parent = node.inputs[i]
             kind, size = (0 if parent.batched or self.keep else 1), self._row(parent)
             self.live.need(_scratch(rule, node, self._tangent(others[0]), size) + (size if kind == 0 else 0))
-            self._add(rows, parent, self.live.take(kind, size), lazy, False)
+            self._add(rows, parent, self.live.take(kind, size), lazy)
 
-    def _add(self, rows: dict[Node, int], node: Node, token: int, lazy: set[Node], scaled: bool) -> None:
-        """A row arrives: the first one stays as it is, others are added to it in a new bundle."""
+    def _add(
+        self, rows: dict[Node, int], node: Node, token: int, lazy: set[Node], *, scaled: bool = False, own: bool = False
+    ) -> None:
+        """A row arrives: the first one stays as it is, others are added to it, in place if nobody else holds it."""
         before = rows.get(node)
         if before is None:
             rows[node] = token
             if scaled:
                 lazy.add(node)
+            if own:
+                self.own.add(node)
             return
         kind, size = (0 if node.batched or self.keep else 1), self._row(node)
-        rows[node] = self.live.take(kind, size)
-        if kind == 0:
-            self.live.need(size * ((node in lazy) + scaled))
+        if node in self.own:
+            if kind == 0 and scaled:
+                self.live.need(size)
+        else:
+            rows[node] = self.live.take(kind, size)
+            if kind == 0:
+                self.live.need(size * ((node in lazy) + scaled))
+            self.live.drop(before)
+            self.own.add(node)
         lazy.discard(node)
-        self.live.drop(before)
         self.live.drop(token)
 
 

@@ -16,7 +16,7 @@ from rich.console import RenderableType
 from dagh import _workers
 from dagh._chunks import fitting
 from dagh._costs import PASS, product_rate
-from dagh._footprint import BASE, NOTHING, RESIDENT, RESIDENT_MOST, Alive
+from dagh._footprint import BASE, NOTHING, RESIDENT, RESIDENT_MOST, RESIDENT_ROWS, Alive
 from dagh._ir import Node, Program
 from dagh._request import Pair, itemsize
 
@@ -271,14 +271,14 @@ class Plan:
         window, working = self.chunks(self.budget or 1 << 62)
         values, local = self.state
         results = self.result_elements * copies * size
-        work = [0.0]
+        work, rows = [0.0], 0.0
         if self.has_outer:
             step = self.outer_step(window, working)
-            gathered = window * self._gathered
+            gathered = window * self._gathered / RESIDENT_ROWS  # in one piece: the allocator loses nothing there
             # In the first window there are no blocks yet while the rows are pulled back.
-            early = results / RESIDENT / size if window == n else 0.0
+            early = results / RESIDENT_ROWS / size if window == n else 0.0
             pulled = gathered + step * (self.outer_rows * self.outer_alive.each + local)
-            work += [pulled - early, gathered + self._mixed(window), _FACTORS * self.outer_rows**2]
+            rows = n * values + max(pulled - early, gathered + self._mixed(window), _FACTORS * self.outer_rows**2)
         if "functional" in self.parts and self.columns:
             kept = window * local + window * sum(b.elements for b in self.bridges.values())
             moving = [s.alive.elements(window, s.step(window, working, size)) for s in self._sweeps()]
@@ -290,8 +290,7 @@ class Plan:
             work.append(strip + max(0.0, at_once * s.fixed - n * values))
         # Every share but the first has sums of its own.
         results += (self.shares(working, self.summed_bytes) - 1) * self.summed_bytes
-        alive = n * values + max(work)
-        return int(results + BASE + RESIDENT * alive * size)
+        return int(results + BASE + size * max(RESIDENT_ROWS * rows, RESIDENT * (n * values + max(work))))
 
     def _sweeps(self) -> list[Column | Bridge]:
         return [*self.columns, *self.bridges.values()]
