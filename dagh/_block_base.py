@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from math import prod
 from typing import Any, ClassVar
 
@@ -66,6 +66,10 @@ class Block(ABC):
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors held, in the order of ``fields``; each leads with N when per sample."""
         return tuple(getattr(self, name) for name in self.fields)
+
+    def held(self) -> tuple[Tensor, ...]:
+        """The tensors of the block and of the blocks that it is made of."""
+        return self.tensors()
 
     def rebuild(self, *tensors: Tensor) -> Block:
         """A block of the same structure on other tensors."""
@@ -169,6 +173,16 @@ class Block(ABC):
     def __repr__(self) -> str:
         per_sample = "" if self.samples is None else f", N={self.samples}"
         return f"{type(self).__name__}({self.shape[0]} x {self.shape[1]}{per_sample}, {self.dtype})"
+
+
+def identity(tensor: Tensor) -> Hashable:
+    """The same for two tensors that are the same numbers in memory."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def distinct(blocks: Iterable[Block]) -> list[Tensor]:
+    """The tensors that blocks hold, each once however many of them share it."""
+    return list({identity(t): t for block in blocks for t in block.held()}.values())
 
 
 def copy_transposed(target: Tensor, source: Tensor) -> None:

@@ -13,6 +13,7 @@ from dagh._block_base import (
     Block,
     cancels,
     check_same_kind,
+    copy_transposed,
     gram_inner,
     matrix_norm,
     samples_of,
@@ -21,6 +22,9 @@ from dagh._block_base import (
 from dagh._block_layers import write_layers
 from dagh._block_simple import DiagonalBlock, ZeroBlock
 from dagh.errors import ShapeError
+
+#: Rows written out at once where the rest follows by symmetry.
+_PANEL = 256
 
 
 class LowRankBlock(Block):
@@ -50,6 +54,17 @@ class LowRankBlock(Block):
 
     def rows(self, start: int, stop: int) -> Tensor:
         return (self.left[..., start:stop] * self.signs[..., None]).mT @ self.right
+
+    def write_into(self, out: Tensor) -> None:
+        if self.left is not self.right:
+            super().write_into(out)
+            return
+        size = self.shape[0]
+        for start in range(0, size, _PANEL):  # symmetric: the upper half, and its mirror image
+            stop = min(start + _PANEL, size)
+            panel = (self.left[..., start:stop] * self.signs[..., None]).mT @ self.right[..., start:]
+            out[..., start:stop, start:] = panel
+            copy_transposed(out[..., stop:, start:stop], panel[..., stop - start :])
 
     def matmat(self, v: Tensor) -> Tensor:
         return self.left.mT @ (self.signs[..., None] * (self.right @ v))
@@ -101,7 +116,9 @@ class LowRankBlock(Block):
     def merge(self, other: Block) -> Block | None:
         if not isinstance(other, LowRankBlock):
             return None
-        left, right = torch.cat([self.left, other.left], -2), torch.cat([self.right, other.right], -2)
+        left = right = torch.cat([self.left, other.left], -2)
+        if self.left is not self.right or other.left is not other.right:
+            right = torch.cat([self.right, other.right], -2)
         return LowRankBlock(left, right, torch.cat([self.signs, other.signs], -1))
 
     def inner(self, other: Block) -> Tensor:
