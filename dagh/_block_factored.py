@@ -63,6 +63,8 @@ class LowRankBlock(Block):
         for start in range(0, size, _PANEL):  # symmetric: the upper half, and its mirror image
             stop = min(start + _PANEL, size)
             panel = (self.left[..., start:stop] * self.signs[..., None]).mT @ self.right[..., start:]
+            own = panel[..., : stop - start]
+            own.copy_(0.5 * (own + own.mT))
             out[..., start:stop, start:] = panel
             copy_transposed(out[..., stop:, start:stop], panel[..., stop - start :])
 
