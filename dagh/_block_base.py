@@ -160,6 +160,10 @@ class Block(ABC):
             return torch.stack([self.sample(n).spectral() for n in range(self.samples)])
         return _lanczos_spectral(self)
 
+    def norm(self, kind: str, memo: dict[int, Tensor]) -> Tensor:
+        """:meth:`fro` (``"fro"``) or :meth:`spectral`; ``memo`` is for blocks that share factors, one for each kind."""
+        return self.fro() if kind == "fro" else self.spectral()
+
     def add(self, other: Block) -> Block:
         """Sum with a block of the same shape; keeps the structure while that takes less memory than dense."""
         from dagh._blocks import add_blocks  # the concrete structures derive from this class

@@ -294,8 +294,9 @@ class BlockMatrix:
         if kind not in ("fro", "spectral"):
             raise ReductionError(f"kind of norm is 'fro' or 'spectral', not {kind!r}")
         values: dict[Pair, Any] = {}
+        memo: dict[int, Tensor] = {}
         for pair, block in self.blocks.items():
-            norm = block.fro() if kind == "fro" else block.spectral()
+            norm = block.norm(kind, memo)
             values[pair] = norm.item() if self.samples is None else norm.cpu().numpy()
         return NormTable(kind, self.names, values, self.samples)
 
