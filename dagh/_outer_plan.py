@@ -47,12 +47,16 @@ def dense_rows(plan: Plan) -> int:
     return sum(plan.sizes[i] for i in {i for p in plan.factored for i in p} if i not in plan.gates)
 
 
+def gathered_rows(plan: Plan) -> int:
+    """Entries of one row that are held until they are multiplied: those that are not a result."""
+    return dense_rows(plan) - sum(plan.sizes[i] for i in plan.kept_rows if i not in plan.gates)
+
+
 def gathered_elements(plan: Plan) -> int:
     """Numbers per sample in the rows of H_O that are held until they are multiplied."""
     leaves = {i for p in plan.factored for i in p}
     layers = [plan.gates[i] for i in leaves if i in plan.gates]
-    dense = dense_rows(plan) - sum(plan.sizes[i] for i in plan.kept_rows if i not in plan.gates)
-    return plan.outer_rows * (dense + sum(g.shape[0] for g in layers)) + sum(g.shape[1] for g in layers)
+    return plan.outer_rows * (gathered_rows(plan) + sum(g.shape[0] for g in layers)) + sum(g.shape[1] for g in layers)
 
 
 def largest_product(plan: Plan, window: int) -> int:

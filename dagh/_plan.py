@@ -19,7 +19,7 @@ from dagh._chunks import fitting
 from dagh._costs import PASS, product_rate
 from dagh._footprint import BASE, NOTHING, RESIDENT, RESIDENT_MOST, Alive
 from dagh._ir import Node, Program
-from dagh._outer_plan import dense_rows, gathered_elements, kept_rows, largest_product
+from dagh._outer_plan import dense_rows, gathered_elements, gathered_rows, kept_rows, largest_product
 from dagh._request import Pair, itemsize
 
 if TYPE_CHECKING:
@@ -365,7 +365,7 @@ class Plan:
         """Elements that H_O takes at least: the factor of the loss of one sample, and its rows."""
         if not self.has_outer:
             return 0
-        return self.outer_rows * (_FACTORS * self.outer_rows + 4 * self.widest + 2 * dense_rows(self))
+        return self.outer_rows * (_FACTORS * self.outer_rows + 4 * self.widest + dense_rows(self) + gathered_rows(self))
 
     @property
     def least_memory(self) -> int:

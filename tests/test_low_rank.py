@@ -240,6 +240,18 @@ def test_only_the_outer_part_alone(graph: dagh.Graph) -> None:
     torch.testing.assert_close(each.dense().mean(0), parts.outer.dense(), rtol=1e-10, atol=1e-14)
 
 
+def test_strips_beside_low_rank_blocks(graph: dagh.Graph) -> None:
+    x, y, _ = batch(3)
+    usual = dagh.gauss_newton(graph, "cross_entropy", x, y)
+    pair = ("0.weight", "4.bias")
+    (strips,) = [r for r in usual.plan.alternatives[0, 7] if r == "strips of 4.bias"]
+    plan = dagh.plan(graph, "cross_entropy", x, y, part="outer", routes={pair: strips})
+    H = dagh.gauss_newton(graph, "cross_entropy", x, y, plan=plan)
+    assert {p: s for p, s in structures(H).items() if s != structures(usual)[p]} == {pair: "dense"}
+    assert H.plan.result_bytes == H.nbytes == held_bytes(H)
+    torch.testing.assert_close(H.dense(), usual.dense(), rtol=1e-10, atol=1e-14)
+
+
 def test_a_parameter_without_influence() -> None:
     class Cut(nn.Module):
         def __init__(self) -> None:
