@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dagh._block_layers import LayerPairBlock, write_layers
 from dagh._blocks import Block, DenseBlock, KroneckerSumBlock, ZeroBlock
+from dagh._low_rank import LossRows
 from dagh._memory import zeros
 from dagh._plan import Plan
 from dagh._request import Pair, Request
@@ -54,6 +55,7 @@ class Accumulator:
         self.samples = state.samples
         self.blocks: dict[Pair, Tensor] = {}
         self.layers: dict[Pair, Layers] = {}
+        self.rows = LossRows(self.samples, self.like)
         self._lock = Lock()
 
     def fork(self) -> Accumulator:
@@ -183,7 +185,10 @@ class Accumulator:
         for i, j in self.request.pairs:
             held = self.layers.pop((i, j), None) or self.layers.pop((j, i), None)
             dense = self.blocks.get((i, j))
-            if held is not None:
+            shared = self.rows.block((i, j)) if self.plan.low_rank(i, j) else None
+            if shared is not None:
+                out[i, j] = shared
+            elif held is not None:
                 block = held.block()
                 block = block if held.key == (i, j) else block.T
                 out[i, j] = block if dense is None else DenseBlock(dense + block.dense())

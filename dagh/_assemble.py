@@ -105,7 +105,9 @@ def _add_outer(share: _Share, result: Accumulator) -> None:
     if factor.columns.shape[1] == 0:
         return
     # Pulled back in ranges of samples that stay in the cache; multiplied all at once.
-    rows = _outer.Gathered(state.samples)
+    rows = _outer.Gathered(
+        state.samples, plan.kept_rows, lambda leaf, r, width: result.rows.room(leaf, r, width, share.window)
+    )
     for part in ranges(state.samples, plan.outer_step(state.samples, share.room)):
         rows.put(part, _outer.pull_rows(state.narrow(part), factor.columns[part], share.request, plan, leaves))
     add_outer(rows, pairs, factor.signs, plan, result, share.window)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from math import prod
 from typing import Any, ClassVar
 
@@ -66,6 +66,10 @@ class Block(ABC):
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors held, in the order of ``fields``; each leads with N when per sample."""
         return tuple(getattr(self, name) for name in self.fields)
+
+    def held(self) -> tuple[Tensor, ...]:
+        """The tensors of the block and of the blocks that it is made of."""
+        return self.tensors()
 
     def rebuild(self, *tensors: Tensor) -> Block:
         """A block of the same structure on other tensors."""
@@ -156,6 +160,10 @@ class Block(ABC):
             return torch.stack([self.sample(n).spectral() for n in range(self.samples)])
         return _lanczos_spectral(self)
 
+    def norm(self, kind: str, memo: dict[int, Tensor]) -> Tensor:
+        """:meth:`fro` (``"fro"``) or :meth:`spectral`; ``memo`` is for blocks that share factors, one for each kind."""
+        return self.fro() if kind == "fro" else self.spectral()
+
     def add(self, other: Block) -> Block:
         """Sum with a block of the same shape; keeps the structure while that takes less memory than dense."""
         from dagh._blocks import add_blocks  # the concrete structures derive from this class
@@ -169,6 +177,16 @@ class Block(ABC):
     def __repr__(self) -> str:
         per_sample = "" if self.samples is None else f", N={self.samples}"
         return f"{type(self).__name__}({self.shape[0]} x {self.shape[1]}{per_sample}, {self.dtype})"
+
+
+def identity(tensor: Tensor) -> Hashable:
+    """The same for two tensors that are the same numbers in memory."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def distinct(blocks: Iterable[Block]) -> list[Tensor]:
+    """The tensors that blocks hold, each once however many of them share it."""
+    return list({identity(t): t for block in blocks for t in block.held()}.values())
 
 
 def copy_transposed(target: Tensor, source: Tensor) -> None:

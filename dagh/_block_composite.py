@@ -58,6 +58,9 @@ class SumBlock(Block):
     def sample(self, n: int) -> Block:
         return SumBlock([t.sample(n) for t in self.terms])
 
+    def held(self) -> tuple[Tensor, ...]:
+        return tuple(tensor for t in self.terms for tensor in t.held())
+
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.terms)
@@ -118,6 +121,9 @@ class TransposedBlock(Block):
 
     def sample(self, n: int) -> Block:
         return TransposedBlock(self.base.sample(n))
+
+    def held(self) -> tuple[Tensor, ...]:
+        return self.base.held()
 
     @property
     def nbytes(self) -> int:
@@ -195,6 +201,9 @@ class GridBlock(Block):
 
     def sample(self, n: int) -> Block:
         return self._map("sample", n)
+
+    def held(self) -> tuple[Tensor, ...]:
+        return tuple(tensor for row in self.grid for b in row for tensor in b.held())
 
     @property
     def nbytes(self) -> int:

@@ -5,6 +5,8 @@ Products, diagonals, traces and Frobenius norms come from the factors, without t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from dagh._block_base import (
     Block,
     cancels,
     check_same_kind,
+    copy_transposed,
     gram_inner,
     matrix_norm,
     samples_of,
@@ -21,6 +24,9 @@ from dagh._block_base import (
 from dagh._block_layers import write_layers
 from dagh._block_simple import DiagonalBlock, ZeroBlock
 from dagh.errors import ShapeError
+
+#: Rows written out at once where the rest follows by symmetry.
+_PANEL = 256
 
 
 class LowRankBlock(Block):
@@ -51,6 +57,19 @@ class LowRankBlock(Block):
     def rows(self, start: int, stop: int) -> Tensor:
         return (self.left[..., start:stop] * self.signs[..., None]).mT @ self.right
 
+    def write_into(self, out: Tensor) -> None:
+        if self.left is not self.right:
+            super().write_into(out)
+            return
+        size = self.shape[0]
+        for start in range(0, size, _PANEL):  # symmetric: the upper half, and its mirror image
+            stop = min(start + _PANEL, size)
+            panel = (self.left[..., start:stop] * self.signs[..., None]).mT @ self.right[..., start:]
+            own = panel[..., : stop - start]
+            own.copy_(0.5 * (own + own.mT))
+            out[..., start:stop, start:] = panel
+            copy_transposed(out[..., stop:, start:stop], panel[..., stop - start :])
+
     def matmat(self, v: Tensor) -> Tensor:
         return self.left.mT @ (self.signs[..., None] * (self.right @ v))
 
@@ -78,30 +97,46 @@ class LowRankBlock(Block):
         return self.dense_numel * (self.rank + 1)
 
     def fro(self) -> Tensor:
-        if self._gram_flops() < self._dense_flops():
-            factors = self._gram_factors()
-            total, magnitude = gram_inner(factors, factors)
-            if not cancels(total, magnitude):
-                return total.sqrt()
-        return streamed_fro(self)
+        return self.norm("fro", {})
 
     def fro_flops(self) -> int:
         return min(self._gram_flops(), self._dense_flops())
 
     def spectral(self) -> Tensor:
+        return self.norm("spectral", {})
+
+    def norm(self, kind: str, memo: dict[int, Tensor]) -> Tensor:
+        """``‖LᵀΣR‖_F² = ⟨Σ LLᵀ Σ, RRᵀ⟩``, and ``‖LᵀΣR‖₂ = ‖U Σ Vᵀ‖₂`` with the triangular factors of L and R.
+
+        What is computed from one factor alone is left in ``memo`` for the next block.
+        """
+
+        def once(factor: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+            if id(factor) not in memo:
+                memo[id(factor)] = make(factor)
+            return memo[id(factor)]
+
+        if kind == "fro":
+            missing = {id(f): f.shape[-1] for f in (self.left, self.right) if id(f) not in memo}
+            if (self.samples or 1) * self.rank**2 * sum(missing.values()) >= self._dense_flops():
+                return streamed_fro(self)
+            left, right = (once(t, lambda f: f @ f.mT) for t in (self.left, self.right))
+            terms = self.signs[..., None] * left * self.signs[..., None, :] * right
+            total = terms.sum((-2, -1))
+            return streamed_fro(self) if cancels(total, terms.abs().sum((-2, -1))) else total.sqrt()
         if self.rank == 0:
             return self.left.new_zeros(self.lead)
         if self.rank >= min(self.shape):
             return super().spectral()
-        left, right = self._gram_factors()
-        r_left = torch.linalg.qr(left.mT, mode="r").R
-        r_right = torch.linalg.qr(right.mT, mode="r").R
-        return matrix_norm(r_left @ r_right.mT, 2)
+        left, right = (once(t, lambda f: torch.linalg.qr(f.mT, mode="r").R) for t in (self.left, self.right))
+        return matrix_norm((left * self.signs[..., None, :]) @ right.mT, 2)
 
     def merge(self, other: Block) -> Block | None:
         if not isinstance(other, LowRankBlock):
             return None
-        left, right = torch.cat([self.left, other.left], -2), torch.cat([self.right, other.right], -2)
+        left = right = torch.cat([self.left, other.left], -2)
+        if self.left is not self.right or other.left is not other.right:
+            right = torch.cat([self.right, other.right], -2)
         return LowRankBlock(left, right, torch.cat([self.signs, other.signs], -1))
 
     def inner(self, other: Block) -> Tensor:

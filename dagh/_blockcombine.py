@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING
 
-from dagh._blocks import Block, GridBlock
+import torch
+from torch import Tensor
+
+from dagh._block_base import identity
+from dagh._blocks import Block, GridBlock, LowRankBlock
 from dagh._blocktables import Pair, join_kinds, join_parts, restrict_kind
 from dagh.errors import DtypeError, ReductionError, ShapeError
 
@@ -31,6 +36,22 @@ def combine(first: BlockMatrix, second: BlockMatrix, sign: int) -> BlockMatrix:
         blocks[pair] = block.add(other if sign > 0 else other.scale(-1.0))
         kinds[pair] = restrict_kind(join_kinds(first.kinds[pair], second.kinds[pair]), part)
     return first.derive(blocks, kinds=kinds, part=part, plan=None, info={})
+
+
+def converted(blocks: Mapping[Pair, Block], dtype: torch.dtype, device: torch.device) -> dict[Pair, Block]:
+    """Blocks in another dtype or on another device; low-rank blocks go on sharing their factors."""
+    made: dict[Hashable, Tensor] = {}
+
+    def once(t: Tensor) -> Tensor:
+        key = identity(t)
+        if key not in made:
+            made[key] = t.to(dtype=dtype, device=device)
+        return made[key]
+
+    return {
+        pair: block.rebuild(*map(once, block.tensors())) if isinstance(block, LowRankBlock) else block.to(dtype, device)
+        for pair, block in blocks.items()
+    }
 
 
 def merge_by_module(matrix: BlockMatrix, by: str, depth: int | None) -> BlockMatrix:

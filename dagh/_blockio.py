@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+from collections.abc import Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from dagh._block_base import identity
 from dagh._blocks import (
     Block,
     DenseBlock,
@@ -37,6 +39,8 @@ VERSION = 1
 _HEADER = "header"
 
 Arrays = dict[str, np.ndarray[Any, Any]]
+#: Key of each tensor that was packed, and the tensor, which stays alive as long as its place in memory tells it apart.
+Seen = dict[Hashable, tuple[str, Tensor]]
 
 _FACTORED: dict[str, type[Block]] = {
     cls.structure: cls for cls in (DenseBlock, DiagonalBlock, LowRankBlock, KroneckerSumBlock, LayerPairBlock)
@@ -47,6 +51,7 @@ def save(matrix: BlockMatrix, path: Path) -> None:
     """Write ``matrix``; an interrupted write leaves whatever was at ``path`` untouched."""
     suffix = _suffix(path)
     arrays: Arrays = {}
+    seen: Seen = {}
     header = {
         "format": FORMAT,
         "version": VERSION,
@@ -58,7 +63,7 @@ def save(matrix: BlockMatrix, path: Path) -> None:
         "samples": matrix.samples,
         "dtype": str(matrix.dtype).removeprefix("torch."),
         "info": matrix.info,
-        "blocks": [[i, j, matrix.kinds[i, j], _pack(block, arrays)] for (i, j), block in matrix.blocks.items()],
+        "blocks": [[i, j, matrix.kinds[i, j], _pack(block, arrays, seen)] for (i, j), block in matrix.blocks.items()],
     }
     text = json.dumps(header, default=str)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -94,10 +99,11 @@ def load(path: Path, *, memory_budget: int | None = None) -> BlockMatrix:
             raise FileFormatError(f"{path} has format version {header['version']}, this reads {VERSION}")
         dtype = {"float32": torch.float32, "float64": torch.float64}[header["dtype"]]
         samples = header["samples"]
+        tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
         blocks: dict[Pair, Block] = {}
         kinds: dict[Pair, str] = {}
         for i, j, kind, spec in header["blocks"]:
-            blocks[i, j] = _unpack(spec, arrays, samples, dtype)
+            blocks[i, j] = _unpack(spec, tensors, samples, dtype)
             kinds[i, j] = kind
             if blocks[i, j].dtype != dtype:
                 raise ValueError(f"block ({i}, {j}) is {blocks[i, j].dtype}, the header says {dtype}")
@@ -146,35 +152,36 @@ def _read_safetensors(path: Path) -> tuple[str | None, Arrays]:
         return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-def _pack(block: Block, arrays: Arrays) -> dict[str, Any]:
-    """Description of a block, its tensors added to ``arrays``."""
+def _pack(block: Block, arrays: Arrays, seen: Seen) -> dict[str, Any]:
+    """Description of a block, its tensors added to ``arrays`` unless they were ``seen``."""
     if isinstance(block, ZeroBlock):
         return {"structure": "zero", "shape": block.shape}
     if isinstance(block, SumBlock):
-        return {"structure": "sum", "terms": [_pack(term, arrays) for term in block.terms]}
+        return {"structure": "sum", "terms": [_pack(term, arrays, seen) for term in block.terms]}
     if isinstance(block, GridBlock):
-        return {"structure": "grid", "grid": [[_pack(b, arrays) for b in row] for row in block.grid]}
+        return {"structure": "grid", "grid": [[_pack(b, arrays, seen) for b in row] for row in block.grid]}
     if isinstance(block, TransposedBlock):
-        return {"structure": "transpose", "base": _pack(block.base, arrays)}
+        return {"structure": "transpose", "base": _pack(block.base, arrays, seen)}
     if type(block) not in _FACTORED.values():
         block = DenseBlock(block.dense())
     keys = []
     for tensor in block.tensors():
-        keys.append(f"t{len(arrays)}")
-        arrays[keys[-1]] = np.ascontiguousarray(tensor.detach().cpu().numpy())
+        key, _ = seen.setdefault(identity(tensor), (f"t{len(arrays)}", tensor))
+        if key not in arrays:
+            arrays[key] = np.ascontiguousarray(tensor.detach().cpu().numpy())
+        keys.append(key)
     return {"structure": block.structure, "tensors": keys}
 
 
-def _unpack(spec: dict[str, Any], arrays: Arrays, samples: int | None, dtype: torch.dtype) -> Block:
+def _unpack(spec: dict[str, Any], tensors: dict[str, Tensor], samples: int | None, dtype: torch.dtype) -> Block:
     structure = spec["structure"]
     if structure == "zero":
         rows, columns = spec["shape"]
         return ZeroBlock((rows, columns), samples, dtype=dtype)
     if structure == "sum":
-        return SumBlock([_unpack(term, arrays, samples, dtype) for term in spec["terms"]])
+        return SumBlock([_unpack(term, tensors, samples, dtype) for term in spec["terms"]])
     if structure == "grid":
-        return GridBlock([[_unpack(b, arrays, samples, dtype) for b in row] for row in spec["grid"]])
+        return GridBlock([[_unpack(b, tensors, samples, dtype) for b in row] for row in spec["grid"]])
     if structure == "transpose":
-        return TransposedBlock(_unpack(spec["base"], arrays, samples, dtype))
-    tensors: list[Tensor] = [torch.from_numpy(arrays[key]) for key in spec["tensors"]]
-    return _FACTORED[structure](*tensors)  # type: ignore[arg-type]
+        return TransposedBlock(_unpack(spec["base"], tensors, samples, dtype))
+    return _FACTORED[structure](*(tensors[key] for key in spec["tensors"]))  # type: ignore[arg-type]

@@ -16,8 +16,8 @@ from rich.console import RenderableType
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from dagh._block_base import copy_transposed
-from dagh._blockcombine import combine, merge_by_module
+from dagh._block_base import copy_transposed, distinct
+from dagh._blockcombine import combine, converted, merge_by_module
 from dagh._blockio import load, save
 from dagh._blockproducts import eigenvalues, multiply, multiply_dict, scipy_operator
 from dagh._blocks import Block, DenseBlock, ZeroBlock
@@ -169,8 +169,8 @@ class BlockMatrix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the blocks hold, in the structure they are kept in."""
-        return sum(block.nbytes for block in self.blocks.values())
+        """Bytes that the blocks hold, in the structure they are kept in; what they share counts once."""
+        return sum(t.numel() * t.element_size() for t in distinct(self.blocks.values()))
 
     @property
     def pairs(self) -> tuple[tuple[str, str], ...]:
@@ -294,8 +294,9 @@ class BlockMatrix:
         if kind not in ("fro", "spectral"):
             raise ReductionError(f"kind of norm is 'fro' or 'spectral', not {kind!r}")
         values: dict[Pair, Any] = {}
+        memo: dict[int, Tensor] = {}
         for pair, block in self.blocks.items():
-            norm = block.fro() if kind == "fro" else block.spectral()
+            norm = block.norm(kind, memo)
             values[pair] = norm.item() if self.samples is None else norm.cpu().numpy()
         return NormTable(kind, self.names, values, self.samples)
 
@@ -337,8 +338,7 @@ class BlockMatrix:
                 device = torch.device(target)
         if dtype not in (torch.float32, torch.float64):
             raise DtypeError(f"{dtype} is not supported; use torch.float32 or torch.float64")
-        blocks = {pair: block.to(dtype, device) for pair, block in self.blocks.items()}
-        return self.derive(blocks, dtype=dtype, device=device)
+        return self.derive(converted(self.blocks, dtype, device), dtype=dtype, device=device)
 
     def __add__(self, other: object) -> BlockMatrix:
         return combine(self, other, 1) if isinstance(other, BlockMatrix) else NotImplemented

@@ -11,8 +11,9 @@ import torch
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 
+from dagh._block_factored import LowRankBlock
 from dagh._block_simple import ZeroBlock
-from dagh._blocktables import check_budget, find_name
+from dagh._blocktables import Pair, check_budget, find_name
 from dagh.errors import DtypeError, ReductionError, ShapeError
 
 if TYPE_CHECKING:
@@ -59,13 +60,33 @@ def multiply_dict(matrix: BlockMatrix, v: Mapping[str, Tensor]) -> dict[str, Ten
 def _product(matrix: BlockMatrix, pieces: list[Tensor]) -> list[Tensor]:
     k = pieces[0].shape[-1]
     out = [torch.zeros((*matrix.lead, n, k), dtype=matrix.dtype, device=matrix.device) for n in matrix.numels]
+    shared = {pair: block for pair, block in matrix.blocks.items() if isinstance(block, LowRankBlock)}
+    _add_low_rank(shared, pieces, out)
     for (i, j), block in matrix.blocks.items():
-        if isinstance(block, ZeroBlock):
+        if isinstance(block, ZeroBlock | LowRankBlock):
             continue
         out[i] += block.matmat(pieces[j])
         if i != j:
             out[j] += block.rmatmat(pieces[i])
     return out
+
+
+def _add_low_rank(blocks: Mapping[Pair, LowRankBlock], pieces: list[Tensor], out: list[Tensor]) -> None:
+    """Blocks that share their factors: each factor is read twice, however many blocks it is part of."""
+    factors: dict[int, Tensor] = {}
+    inner: dict[Pair, Tensor] = {}  # by factor and parameter
+    weighted: dict[Pair, Tensor] = {}
+    for (i, j), block in blocks.items():
+        sides = [(i, block.left, j, block.right), (j, block.right, i, block.left)]
+        for a, left, b, right in sides[: 1 if i == j else 2]:
+            factors[id(left)] = left
+            if (id(right), b) not in inner:
+                inner[id(right), b] = right @ pieces[b]
+            term = block.signs[..., None] * inner[id(right), b]
+            before = weighted.get((id(left), a))
+            weighted[id(left), a] = term if before is None else before + term
+    for (key, a), total in weighted.items():
+        out[a] += factors[key].mT @ total
 
 
 def _check_tensor(matrix: BlockMatrix, what: str, tensor: Tensor) -> None:

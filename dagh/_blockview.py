@@ -19,6 +19,8 @@ from dagh._blockcombine import module_members
 from dagh._blocktables import PARTS, join_kinds
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dagh._blockmatrix import BlockMatrix
 
 MAX_ROWS = 24  # more parameters than this are shown module by module
@@ -86,7 +88,8 @@ class BlockMap:
         blocks = self.matrix.blocks
         if sum(block.fro_flops() for block in blocks.values()) > CHEAP_FLOPS:
             return None
-        return {pair: float(block.fro().mean()) for pair, block in blocks.items()}
+        memo: dict[int, Tensor] = {}
+        return {pair: float(block.norm("fro", memo).mean()) for pair, block in blocks.items()}
 
     @cached_property
     def cells(self) -> list[list[Cell]]:

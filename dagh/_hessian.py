@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from dagh import _memory
 from dagh._accumulate import Accumulator
 from dagh._assemble import assemble
+from dagh._block_base import distinct
 from dagh._blockmatrix import BlockMatrix
-from dagh._blocks import Block, TransposedBlock, add_blocks
+from dagh._blocks import Block, add_blocks
 from dagh._clarke._limiting import resolve
 from dagh._clarke._policy import AtKinks
 from dagh._clarke._warn import warn_at_ties
@@ -295,7 +296,7 @@ def _matrices(wanted: tuple[str, ...], state: State, ready: Prepared, reduction:
             pieces["full"] = {pair: add_blocks(pieces["outer"][pair], block) for pair, block in both}
     for part in wanted:
         found = pieces[part]
-        if not all(_finite(t) for block in found.values() for t in _tensors(block)):
+        if not all(_finite(t) for t in distinct(found.values())):
             assert program.loss is not None
             raise non_finite(program, state.values, program.loss)
         out[part] = _matrix(part, found, request, state, plan, reduction, keep, ready.budget, info)
@@ -305,10 +306,6 @@ def _matrices(wanted: tuple[str, ...], state: State, ready: Prepared, reduction:
 def _finite(t: Tensor) -> bool:
     # One pass settles nearly every case; only a sum that overflows needs the second look.
     return bool(torch.isfinite(t.sum())) or bool(torch.isfinite(t).all())
-
-
-def _tensors(block: Block) -> tuple[Tensor, ...]:
-    return _tensors(block.base) if isinstance(block, TransposedBlock) else block.tensors()
 
 
 def _matrix(

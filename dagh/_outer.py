@@ -7,6 +7,7 @@ products ``s ⊗ x`` and are never formed: with them the sum over r is taken fir
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -89,12 +90,18 @@ class Rows:
 class Gathered(dict[int, Rows]):
     """Rows of several ranges of samples as those of all, each written in its place as it comes.
 
-    Dense rows lie side by side in ``dense`` ``[N, r, sum of p]``, in the order of ``members``.
+    Dense rows lie side by side in ``dense`` ``[N, r, sum of p]``, in the order of ``members``; those of the leaves
+    ``kept`` lie where ``room(leaf, r, p)`` says.
     """
 
-    def __init__(self, samples: int) -> None:
+    def __init__(
+        self,
+        samples: int,
+        kept: Collection[int] = (),
+        room: Callable[[int, int, int], Tensor] | None = None,
+    ) -> None:
         super().__init__()
-        self.samples = samples
+        self.samples, self.kept, self.room = samples, kept, room
         self.members: list[int] = []
         self.dense: Tensor | None = None
 
@@ -108,6 +115,9 @@ class Gathered(dict[int, Rows]):
 
     def _make_room(self, piece: dict[int, Rows]) -> None:
         dense = {i: rows.dense for i, rows in sorted(piece.items()) if rows.dense is not None}
+        if self.room is not None:
+            for i in [i for i in dense if i in self.kept]:
+                self[i] = Rows(dense=self.room(i, *dense.pop(i).shape[1:]))
         self.members = list(dense)
         for i, rows in piece.items():
             if rows.cotangent is not None and rows.inputs is not None:
@@ -147,6 +157,13 @@ def pull_rows(state: State, columns: Tensor, request: Request, plan: Plan, leave
         else:
             rows[i] = Rows(cotangent=s.reshape(n, r, -1), inputs=layer_inputs(state, gate)[:, 0])
     return rows
+
+
+def write_rows(rows: Rows, out: Tensor) -> None:
+    """The rows of a linear layer, ``s ⊗ x``, written out: ``[N, r, o·i]``."""
+    assert rows.cotangent is not None and rows.inputs is not None
+    s, x = rows.cotangent.unsqueeze(3), rows.inputs[:, None, None, :]
+    torch.mul(s, x, out=out.view(*out.shape[:2], s.shape[2], x.shape[3]))
 
 
 def layer_inputs(state: State, gate: Gate) -> Tensor:

@@ -12,7 +12,8 @@ from dagh._accumulate import Accumulator
 from dagh._chunks import ranges
 from dagh._ir import Node
 from dagh._outer import Gathered, Rows
-from dagh._plan import MIXED, Plan
+from dagh._outer_plan import MIXED
+from dagh._plan import Plan
 from dagh._request import Pair
 
 #: Rows of one product of dense rows: enough for full speed, few enough to skip most of the lower half.
@@ -22,8 +23,9 @@ _PANEL = 256
 def add_outer(
     rows: Gathered, pairs: list[Pair], signs: Tensor | None, plan: Plan, result: Accumulator, window: slice
 ) -> None:
-    """Add ``Σ_r σ_r B_aᵀ B_b`` for every pair with rows."""
-    pairs = [(i, j) for i, j in pairs if i in rows and j in rows]
+    """Add ``Σ_r σ_r B_aᵀ B_b`` for every pair with rows; where these are kept, nothing is multiplied."""
+    _keep_rows(rows, signs, plan, result, window)
+    pairs = [(i, j) for i, j in pairs if i in rows and j in rows and not plan.low_rank(i, j)]
     layers = [p for p in pairs if rows[p[0]].kronecker and rows[p[1]].kronecker]
     meeting: dict[tuple[Node, Node], list[Pair]] = {}  # weight and bias of a layer have the same cotangents
     for i, j in layers:
@@ -54,6 +56,18 @@ def add_outer(
             partners.setdefault(layer, []).append(other)
     for layer, others in partners.items():
         _add_mixed(rows, layer, others, signs, result)
+
+
+def _keep_rows(rows: Gathered, signs: Tensor | None, plan: Plan, result: Accumulator, window: slice) -> None:
+    """Write out those of linear layers; the dense ones were gathered where they are kept."""
+    kept = [i for i in sorted(plan.kept_rows) if i in rows]
+    for i in kept:
+        cotangent = rows[i].cotangent
+        if cotangent is not None:
+            _outer.write_rows(rows[i], result.rows.room(i, cotangent.shape[1], result.request.sizes[i], window))
+    if kept:
+        first = next(t for t in (rows[kept[0]].dense, rows[kept[0]].cotangent) if t is not None)
+        result.rows.put_signs(signs, first.shape[1], window)
 
 
 def _add_all(rows: Gathered, members: list[int], signs: Tensor | None, result: Accumulator) -> None:

@@ -8,6 +8,7 @@ curved nodes that matter, and the rows pulled back to the other leaf of the pair
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -18,6 +19,7 @@ from dagh._chunks import fitting
 from dagh._costs import PASS, product_rate
 from dagh._footprint import BASE, NOTHING, RESIDENT, RESIDENT_MOST, RESIDENT_ROWS, Alive
 from dagh._ir import Node, Program
+from dagh._outer_plan import dense_rows, gathered_elements, gathered_rows, kept_rows, largest_product
 from dagh._request import Pair, itemsize
 
 if TYPE_CHECKING:
@@ -29,8 +31,6 @@ Basis = Literal["parameter", "activation", "channel", "input", "strips"]
 _FACTORS = 4
 #: Smallest working memory the chunking aims for.
 FLOOR = 4 * 2**20
-#: Entries of the product of a layer's cotangents with dense rows that are formed at once.
-MIXED = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -195,24 +195,45 @@ class Plan:
         crossed = (i, j) in self._swept and self.gates[i].node is not self.gates[j].node
         return samples * (o_a * o_b + i_a + i_b + (o_a * i_b + o_b if crossed else 0))
 
+    @cached_property
+    def kept_rows(self) -> frozenset[int]:
+        """Leaves whose rows of the loss factor are kept for the low-rank blocks between them."""
+        return kept_rows(self)
+
+    def low_rank(self, i: int, j: int) -> bool:
+        """Whether the block is kept as rows of the loss factor, which it shares with others."""
+        if i not in self.kept_rows or j not in self.kept_rows or (i in self.gates and j in self.gates):
+            return False
+        return self.kinds[i, j] != "zero" and (i, j) not in self.stripped
+
+    @property
+    def kept_elements(self) -> int:
+        """Numbers in the rows that are kept, and their signs."""
+        widths = [self.sizes[i] for i in self.kept_rows]
+        return self.samples * self.outer_rows * (sum(widths) + bool(widths))
+
     def held_elements(self, i: int, j: int) -> int:
-        """Numbers that the block of a pair holds, in the structure it is kept in."""
+        """Numbers that the block of a pair holds, in the structure it is kept in; its rows if it is of low rank."""
         dense = self.sizes[i] * self.sizes[j]
         if self.keep:
             return self.samples * dense
+        if self.low_rank(i, j):
+            return self.samples * self.outer_rows * sum(self.sizes[k] for k in {i, j})
         if self.structured(i, j, self.samples):
             return self._per_sample(*self.oriented(i, j), self.samples)
         return 0 if self.kinds[i, j] == "zero" else dense
 
     @property
     def result_elements(self) -> int:
-        """Numbers that all blocks of one part hold."""
-        return sum(self.held_elements(i, j) for i, j in self.pairs)
+        """Numbers that all blocks of one part hold; rows of the loss factor that they share count once."""
+        return self.kept_elements + sum(self.held_elements(*p) for p in self.pairs if not self.low_rank(*p))
 
     # -- totals ------------------------------------------------------------------------------------
 
     def outer_product(self, i: int, j: int) -> float:
         """Arithmetic per sample of the products of the rows of H_O for a pair (half of it spared by symmetry)."""
+        if self.low_rank(i, j):
+            return 0.0
         if i in self.gates and j in self.gates:
             core = 2.0 * self.outer_rows * self.gates[i].shape[0] * self.gates[j].shape[0]
             return core + (0.0 if self.structured(i, j, self.samples) else 2.0 * self.sizes[i] * self.sizes[j])
@@ -274,11 +295,12 @@ class Plan:
         work, rows = [0.0], 0.0
         if self.has_outer:
             step = self.outer_step(window, working)
-            gathered = window * self._gathered / RESIDENT_ROWS  # in one piece: the allocator loses nothing there
-            # In the first window there are no blocks yet while the rows are pulled back.
-            early = results / RESIDENT_ROWS / size if window == n else 0.0
+            gathered = window * gathered_elements(self) / RESIDENT_ROWS  # in one piece: the allocator loses nothing
+            # In the first window there are no blocks but kept rows yet while the rows are pulled back.
+            early = (results / size - self.kept_elements) / RESIDENT_ROWS if window == n else 0.0
             pulled = gathered + step * (self.outer_rows * self.outer_alive.each + local)
-            rows = n * values + max(pulled - early, gathered + self._mixed(window), _FACTORS * self.outer_rows**2)
+            product = gathered + largest_product(self, window)
+            rows = n * values + max(pulled - early, product, _FACTORS * self.outer_rows**2)
         if "functional" in self.parts and self.columns:
             kept = window * local + window * sum(b.elements for b in self.bridges.values())
             moving = [s.alive.elements(window, s.step(window, working, size)) for s in self._sweeps()]
@@ -295,24 +317,6 @@ class Plan:
     def _sweeps(self) -> list[Column | Bridge]:
         return [*self.columns, *self.bridges.values()]
 
-    def _mixed(self, window: int) -> int:
-        """Entries of the largest product of a layer's cotangents with other rows that are formed at once."""
-        cores = [
-            window * self.gates[i].shape[0] * self.gates[j].shape[0]
-            for i, j in self.factored
-            if i in self.gates and j in self.gates
-        ]
-        mixed = [p for p in self.factored if (p[0] in self.gates) != (p[1] in self.gates)]
-        layers = [(i, j) if i in self.gates else (j, i) for i, j in mixed]
-        return max([0, *cores, *(min(MIXED, window * self.gates[i].shape[0] * self.sizes[j]) for i, j in layers)])
-
-    @property
-    def _gathered(self) -> float:
-        """Numbers per sample in the rows of H_O."""
-        leaves = {i for p in self.factored for i in p}
-        layers = [self.gates[i] for i in leaves if i in self.gates]
-        return self.outer_rows * (self._dense_rows + sum(g.shape[0] for g in layers)) + sum(g.shape[1] for g in layers)
-
     def chunks(self, budget: float) -> tuple[int, float]:
         """Samples taken at once within a budget, and the bytes that are left for the bundles of their sweeps."""
         size, copies = itemsize(self.dtype), len(set(self.parts)) if self.keep else 1
@@ -321,8 +325,8 @@ class Plan:
         free = max(free, FLOOR)
         each, least = 0.0, 1.0
         if self.has_outer:
-            each = max(each, self._gathered)
-            least = max(least, self._gathered + self.outer_rows * self.outer_alive.each + local)
+            each = max(each, gathered_elements(self))
+            least = max(least, each + self.outer_rows * self.outer_alive.each + local)
         if "functional" in self.parts:
             kept = local + sum(b.elements for b in self.bridges.values())
             each = max(each, kept)
@@ -336,12 +340,13 @@ class Plan:
         if self.keep:
             return 0
         dense = [p for p in self.pairs if self.kinds[p] != "zero" and not self.structured(*p, self.samples)]
+        dense = [p for p in dense if not self.low_rank(*p)]
         return sum(self.sizes[i] * self.sizes[j] for i, j in dense) * itemsize(self.dtype)
 
     def shares(self, working: float, dense: int) -> int:
         """Into how many shares the samples are divided: one per thread, where sums of each have room."""
         most = min(_workers.shares(torch.device(self.device)), self.samples // _workers.FEWEST)
-        if most < 2 or not self.columns or self.flops < _workers.WORTH:
+        if most < 2 or not self.columns or self.parts == ("outer",) or self.flops < _workers.WORTH:
             return 1  # the outer part alone is a few large operations
         return max(1, min(most, 1 + int(working / (4 * max(1, dense)))))
 
@@ -356,16 +361,11 @@ class Plan:
         return (self.budget or 1 << 62) - self.result_bytes
 
     @property
-    def _dense_rows(self) -> int:
-        """Entries of one row of H_O's factor that are written out."""
-        return sum(self.sizes[i] for i in {i for p in self.factored for i in p} if i not in self.gates)
-
-    @property
     def least_outer(self) -> int:
         """Elements that H_O takes at least: the factor of the loss of one sample, and its rows."""
         if not self.has_outer:
             return 0
-        return self.outer_rows * (_FACTORS * self.outer_rows + 4 * self.widest + 2 * self._dense_rows)
+        return self.outer_rows * (_FACTORS * self.outer_rows + 4 * self.widest + dense_rows(self) + gathered_rows(self))
 
     @property
     def least_memory(self) -> int:

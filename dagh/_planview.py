@@ -51,6 +51,14 @@ def render(plan: Plan) -> RenderableType:
     lines.append(blocks)
     if len(shown) > _SHOWN:
         lines.append(Text(f"… and {len(shown) - _SHOWN} more blocks (plan.routes has them all)"))
+    if plan.kept_rows:
+        widths = sum(plan.sizes[i] for i in plan.kept_rows)
+        lines.append(
+            Text(
+                f"rows of the loss factor are held once for all low-rank blocks: "
+                f"{plan.samples * plan.outer_rows:,} rows × {widths:,} columns"
+            )
+        )
     if plan.fallbacks:
         lines.append(Text("generic derivatives (no rule): " + ", ".join(plan.fallbacks)))
     return Group(*lines)
@@ -80,6 +88,8 @@ def _block_row(plan: Plan, pair: Pair) -> tuple[str, ...]:
     held = f"{plan.held_elements(i, j):,}"
     if not plan.keep and plan.structured(i, j, plan.samples):
         held = "factors " + held
+    elif plan.low_rank(i, j):
+        held = "rows " + held
     name = plan.names[i] if i == j else f"{plan.names[i]} × {plan.names[j]}"
     return (
         name,
