@@ -26,7 +26,7 @@ RESIDENT = 1.6
 #: The same where all samples' rows of H_O are pulled back: ranges of samples alike, one after the other.
 RESIDENT_ROWS = 1.25
 #: The same at its worst, which budgets are cut for.
-RESIDENT_MOST = 2.0
+RESIDENT_MOST = 2.2
 #: Kernels' own memory (packed factors of matrix products, oneDNN's compiled convolutions), whatever the problem.
 BASE = 3 * 2**20
 

@@ -71,7 +71,8 @@ def hessian(
             function of nodes; ``"direction"``, ``"mean"``, ``"min_norm"``, ``"min_norm_block"``, ``"box"``,
             ``"raise"``, or ``"enumerate"`` (the result is then a :class:`~dagh.LimitingSet`); see
             :class:`~dagh.AtKinks` and the docs.
-        memory_budget: bytes for results and work, a number or ``"2GiB"`` (default: half of the free memory).
+        memory_budget: bytes for results and work, a number or ``"2GiB"`` (default: half of the free memory). It is
+            kept to within a tenth from 64 MiB on, or the request is refused (``MemoryBudgetError``).
         plan: a plan made for the same graph and request, e.g. another matrix's ``H.plan``.
         output: which output to differentiate, when the model returns several.
         mode: ``"eval"`` (default) or ``"train"``.
@@ -269,6 +270,9 @@ def _compute(
     if needed > budget:
         what = f"{len(request.pairs)} blocks" if len(request.pairs) > 1 else "one block"
         raise _memory.refuse(what, request.total, needed, budget, ready.state.weights.device)
+    least = ready.plan.peak_memory
+    if memory_budget is not None and least > _memory.TOLERANCE * max(budget, _memory.ENFORCED):
+        raise _memory.too_tight(least, budget, ready.state.samples)
 
     def compute(state: State) -> dict[str, BlockMatrix]:
         return _matrices(wanted, state, ready, reduction)

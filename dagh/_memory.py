@@ -33,6 +33,10 @@ def zeros(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> 
     return torch.from_numpy(np.zeros(tuple(shape), dtype=kinds[dtype]))
 
 
+#: Budgets are kept up to this factor, from this size on: kernels' own buffers come on top of smaller ones.
+TOLERANCE, ENFORCED = 1.1, 64 * 2**20
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that can still be allocated on ``device``."""
     if device.type == "cuda":
@@ -69,6 +73,15 @@ def human(n: float) -> str:
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
         n /= 1024
     raise AssertionError
+
+
+def too_tight(needed: int, budget: int, samples: int) -> MemoryBudgetError:
+    """The error where the smallest pieces of the work do not fit beside values and results."""
+    fewer = "fewer samples at once (sum their Hessians with reduction='sum'), " if samples > 1 else ""
+    return MemoryBudgetError(
+        f"work, values and results take about {human(needed)} at least; the budget is {human(budget)}. "
+        f"Cheaper: {fewer}fewer parameters or blocks, products alone (dagh.operator); or raise memory_budget"
+    )
 
 
 def refuse(what: str, p: int, needed: int, budget: int, device: torch.device) -> MemoryBudgetError:
