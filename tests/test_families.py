@@ -17,8 +17,11 @@ TOLERANCE = 1e-10
 #: Several seconds each.
 LONG = {"transformer_decoder", "transformer_encoder_two_layers", "lstm_projected", "lstm_two_layers_bidirectional"}
 PARAMS = [
-    # Neighbors in the list are variants of one kind: every second one is for the slow run.
-    *(pytest.param(c, id=c.name, marks=[pytest.mark.slow] * (k % 2 or c.name in LONG)) for k, c in enumerate(CASES)),
+    # Neighbors in the list are variants of one kind: every third one runs each time, the rest with the slow tests.
+    *(
+        pytest.param(c, id=c.name, marks=[pytest.mark.slow] * (k % 3 > 0 or c.name in LONG))
+        for k, c in enumerate(CASES)
+    ),
     *(pytest.param(c, id=c.name, marks=[pytest.mark.transformers, pytest.mark.slow]) for c in HUGGING_FACE),
 ]
 UNTRACED = [

@@ -114,7 +114,7 @@ def test_meeting_changes_nothing(name: str, cache: int | None, monkeypatch: pyte
     assert made.plan.bridges
 
 
-@pytest.mark.parametrize("name", ["encoder", "hourglass"])
+@pytest.mark.parametrize("name", [pytest.param("encoder", marks=pytest.mark.slow), "hourglass"])
 def test_every_bottleneck(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each node that separates, one after the other, as the only candidate."""
     model, x, y = problem(name)
