@@ -270,9 +270,10 @@ def _compute(
     if needed > budget:
         what = f"{len(request.pairs)} blocks" if len(request.pairs) > 1 else "one block"
         raise _memory.refuse(what, request.total, needed, budget, ready.state.weights.device)
-    least = ready.plan.peak_memory
-    if memory_budget is not None and least > _memory.TOLERANCE * max(budget, _memory.ENFORCED):
-        raise _memory.too_tight(least, budget, ready.state.samples)
+    if memory_budget is not None:
+        least = ready.plan.peak_memory
+        if least > _memory.TOLERANCE * max(budget, _memory.ENFORCED):
+            raise _memory.too_tight(least, budget, ready.state.samples)
 
     def compute(state: State) -> dict[str, BlockMatrix]:
         return _matrices(wanted, state, ready, reduction)
