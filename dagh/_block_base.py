@@ -12,6 +12,7 @@ import torch
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 
+from dagh._chunks import ranges
 from dagh._memory import zeros
 from dagh.errors import ShapeError
 
@@ -93,7 +94,7 @@ class Block(ABC):
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(t.numel() * t.element_size() for t in self.tensors())
+        return sum(t.numel() * t.element_size() for t in self.held())
 
     @property
     def dense_nbytes(self) -> int:
@@ -112,9 +113,8 @@ class Block(ABC):
     def strips(self) -> Iterator[tuple[int, int, Tensor]]:
         """Yield ``(start, stop, rows)`` with a bounded temporary."""
         step = max(1, CHUNK_NUMEL // self.row_numel())
-        for start in range(0, self.shape[0], step):
-            stop = min(start + step, self.shape[0])
-            yield start, stop, self.rows(start, stop)
+        for part in ranges(self.shape[0], step):
+            yield part.start, part.stop, self.rows(part.start, part.stop)
 
     def write_into(self, out: Tensor) -> None:
         """Fill ``out`` [(N,) p_a, p_b] with the dense form."""
@@ -146,9 +146,9 @@ class Block(ABC):
         check_same_kind(self, other)
         total = torch.zeros(self.lead, dtype=self.dtype, device=self.device)
         step = max(1, CHUNK_NUMEL // max(self.row_numel(), other.row_numel()))
-        for start in range(0, self.shape[0], step):
-            stop = min(start + step, self.shape[0])
-            total = total + (self.rows(start, stop) * other.rows(start, stop)).sum((-2, -1))
+        for part in ranges(self.shape[0], step):
+            ends = part.start, part.stop
+            total = total + (self.rows(*ends) * other.rows(*ends)).sum((-2, -1))
         return total
 
     def spectral(self) -> Tensor:

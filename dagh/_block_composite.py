@@ -61,10 +61,6 @@ class SumBlock(Block):
     def held(self) -> tuple[Tensor, ...]:
         return tuple(tensor for t in self.terms for tensor in t.held())
 
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in self.terms)
-
     def inner(self, other: Block) -> Tensor:
         check_same_kind(self, other)
         return self._sum([t.inner(other) for t in self.terms])
@@ -124,10 +120,6 @@ class TransposedBlock(Block):
 
     def held(self) -> tuple[Tensor, ...]:
         return self.base.held()
-
-    @property
-    def nbytes(self) -> int:
-        return self.base.nbytes
 
     def fro(self) -> Tensor:
         return self.base.fro()
@@ -204,10 +196,6 @@ class GridBlock(Block):
 
     def held(self) -> tuple[Tensor, ...]:
         return tuple(tensor for row in self.grid for b in row for tensor in b.held())
-
-    @property
-    def nbytes(self) -> int:
-        return sum(b.nbytes for row in self.grid for b in row)
 
     def merge(self, other: Block) -> Block | None:
         if not isinstance(other, GridBlock) or (other.heights, other.widths) != (self.heights, self.widths):

@@ -23,6 +23,7 @@ from dagh._block_base import (
 )
 from dagh._block_layers import write_layers
 from dagh._block_simple import DiagonalBlock, ZeroBlock
+from dagh._chunks import ranges
 from dagh.errors import ShapeError
 
 #: Rows written out at once where the rest follows by symmetry.
@@ -61,14 +62,13 @@ class LowRankBlock(Block):
         if self.left is not self.right:
             super().write_into(out)
             return
-        size = self.shape[0]
-        for start in range(0, size, _PANEL):  # symmetric: the upper half, and its mirror image
-            stop = min(start + _PANEL, size)
-            panel = (self.left[..., start:stop] * self.signs[..., None]).mT @ self.right[..., start:]
-            own = panel[..., : stop - start]
+        for part in ranges(self.shape[0], _PANEL):  # symmetric: the upper half, and its mirror image
+            panel = (self.left[..., part] * self.signs[..., None]).mT @ self.right[..., part.start :]
+            width = part.stop - part.start
+            own = panel[..., :width]
             own.copy_(0.5 * (own + own.mT))
-            out[..., start:stop, start:] = panel
-            copy_transposed(out[..., stop:, start:stop], panel[..., stop - start :])
+            out[..., part, part.start :] = panel
+            copy_transposed(out[..., part.stop :, part], panel[..., width:])
 
     def matmat(self, v: Tensor) -> Tensor:
         return self.left.mT @ (self.signs[..., None] * (self.right @ v))

@@ -178,9 +178,7 @@ class Walk:
                 live.drop(self.tangents.pop(node, None))
             current, own = rows.pop(node, None), node in self.own
             if node in targets and current is not None:
-                if not own:
-                    current = self._written(node, current, lazy)
-                lazy.discard(node)
+                current = self._written(node, current, lazy, own)
                 found.append(live.share(current))
                 own = False
             if node.op is None or node not in route:
@@ -191,8 +189,7 @@ class Walk:
             if current is not None:
                 scaled = {i for i in args if _scales(rule, node, i)}
                 if len(scaled) < len(args):
-                    current = current if own else self._written(node, current, lazy)
-                    lazy.discard(node)
+                    current = self._written(node, current, lazy, own)
                 for i in args:
                     parent = node.inputs[i]
                     if i in scaled:
@@ -209,9 +206,12 @@ class Walk:
             if node in curved and rule.curved(node):
                 self._curve(rule, node, args, rows, lazy)
 
-    def _written(self, node: Node, token: int, lazy: set[Node]) -> int:
-        """A row with its factor multiplied out, in memory of its own."""
+    def _written(self, node: Node, token: int, lazy: set[Node], own: bool) -> int:
+        """A row with its factor multiplied out: in place where it is our ``own``, else in new memory."""
         if node not in lazy:
+            return token
+        lazy.discard(node)
+        if own:
             return token
         written = self.live.take(0, self._row(node))
         self.live.drop(token)

@@ -94,12 +94,7 @@ class Gathered(dict[int, Rows]):
     ``kept`` lie where ``room(leaf, r, p)`` says.
     """
 
-    def __init__(
-        self,
-        samples: int,
-        kept: Collection[int] = (),
-        room: Callable[[int, int, int], Tensor] | None = None,
-    ) -> None:
+    def __init__(self, samples: int, kept: Collection[int], room: Callable[[int, int, int], Tensor]) -> None:
         super().__init__()
         self.samples, self.kept, self.room = samples, kept, room
         self.members: list[int] = []
@@ -115,9 +110,8 @@ class Gathered(dict[int, Rows]):
 
     def _make_room(self, piece: dict[int, Rows]) -> None:
         dense = {i: rows.dense for i, rows in sorted(piece.items()) if rows.dense is not None}
-        if self.room is not None:
-            for i in [i for i in dense if i in self.kept]:
-                self[i] = Rows(dense=self.room(i, *dense.pop(i).shape[1:]))
+        for i in [i for i in dense if i in self.kept]:
+            self[i] = Rows(dense=self.room(i, *dense.pop(i).shape[1:]))
         self.members = list(dense)
         for i, rows in piece.items():
             if rows.cotangent is not None and rows.inputs is not None:

@@ -219,7 +219,7 @@ def pull_back(
                 if factor is not None:
                     rows.add(parent, Scaled.by(current, factor), thin, own=own and len(args) == 1)
                     continue
-                current = written_out(current)
+                assert isinstance(current, Tensor)
                 if keeps and parent.batched:
                     rows.put(parent, rule, call, current, i, True)
                     continue

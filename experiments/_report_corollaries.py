@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._report_data import Array, Panel
+from ._report_data import Array, Panel, term_points
 
 #: Heading of a bound on |L(k+1) − L(k)|, by the name of its array.
-_BOUNDS = {
+BOUNDS = {
     "printed": "Corollary as printed (P0)",
     "corrected": "constants corrected, P1",
     "weights": "constants corrected, a3",
@@ -27,31 +27,26 @@ def excess(panel: Panel, name: str) -> dict[tuple[float, int], tuple[Array, int]
             continue
         bound, mean = r.arrays[f"terms_log_{name}"], r.arrays["terms_measured"]
         largest = r.arrays["terms_measured_max"]
-        for i, k in enumerate(r.arrays["terms_k"].tolist()):
-            for j, radius in enumerate(r.arrays["terms_radius"].tolist()):
-                if not mean[i, j] > 0:
-                    continue
-                values, above = found.get((radius, k), ([], 0))
-                value = float((bound[i, j] - np.log(mean[i, j])) / np.log(10))
-                found[radius, k] = [*values, value], above + bool(np.log(largest[i, j]) > bound[i, j])
+        for i, k, j, radius in term_points(r):
+            if not mean[i, j] > 0:
+                continue
+            values, above = found.get((radius, k), ([], 0))
+            value = float((bound[i, j] - np.log(mean[i, j])) / np.log(10))
+            found[radius, k] = [*values, value], above + bool(np.log(largest[i, j]) > bound[i, j])
     return {point: (np.array(values), above) for point, (values, above) in found.items()}
 
 
 def corollary_table(panel: Panel) -> tuple[list[str], list[list[str]]]:
     """Heads and cells: one row per R and k, one column per bound that some run has; no cells where none has."""
-    columns = {head: found for name, head in _BOUNDS.items() if (found := excess(panel, name))}
+    columns = {head: found for name, head in BOUNDS.items() if (found := excess(panel, name))}
     points = sorted({point for found in columns.values() for point in found})
+    measured: dict[tuple[float, int], list[float]] = {}
+    for r in panel:
+        for i, k, j, radius in term_points(r):
+            measured.setdefault((radius, k), []).append(float(r.arrays["terms_measured"][i, j]))
     cells = []
     for radius, k in points:
-        mean = [
-            float(r.arrays["terms_measured"][i, j])
-            for r in panel
-            if "terms_k" in r.arrays
-            for i, at in enumerate(r.arrays["terms_k"].tolist())
-            for j, near in enumerate(r.arrays["terms_radius"].tolist())
-            if (near, at) == (radius, k)
-        ]
-        row = [f"{radius:g}", str(k), f"{np.median(mean):.2g}"]
+        row = [f"{radius:g}", str(k), f"{np.median(measured[radius, k]):.2g}"]
         for found in columns.values():
             row += _cells(*found[radius, k]) if (radius, k) in found else ["–", "–"]
         cells.append(row)

@@ -160,6 +160,14 @@ def _dataset_names(records: list[RunRecord]) -> dict[str, str]:
     }
 
 
+def term_points(record: RunRecord) -> Iterator[tuple[int, int, int, float]]:
+    """``(i, k, j, R)`` for every entry [i, j] of a run's Taylor terms; nothing where it has none."""
+    if "terms_k" in record.arrays:
+        for i, k in enumerate(record.arrays["terms_k"].tolist()):
+            for j, radius in enumerate(record.arrays["terms_radius"].tolist()):
+                yield i, k, j, radius
+
+
 def label_of(value: Any) -> str:
     """A value of an axis for people: ``[2]`` is 2."""
     if isinstance(value, (list, tuple)):

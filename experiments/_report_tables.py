@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ._report_claims import Claim
-from ._report_data import Array, Panel, Results, label_of
+from ._report_corollaries import BOUNDS
+from ._report_data import Array, Panel, Results, label_of, term_points
 from ._report_figures import curves_of, norm_ratio, spaced
 
 Row = dict[str, Any]
@@ -70,26 +71,23 @@ def term_rows(results: Results) -> list[Row]:
     rows = []
     for panel in results.panels:
         for r in panel:
-            if "terms_k" not in r.arrays:
-                continue
-            for i, k in enumerate(r.arrays["terms_k"].tolist()):
-                for j, radius in enumerate(r.arrays["terms_radius"].tolist()):
-                    row: Row = {
-                        "axis": panel.axis, "value": label_of(r.value), "dataset": panel.dataset, "seed": r.seed,
-                        "R": radius, "k": k,
-                    }  # fmt: skip
-                    row |= {n: float(r.arrays[f"terms_{n}"][i, j]) for n in names if f"terms_{n}" in r.arrays}
-                    row |= {
-                        f"log10_{n}": float(r.arrays[f"terms_log_{n}"][i, j] / math.log(10))
-                        for n in ("printed", "corrected", "weights")
-                        if f"terms_log_{n}" in r.arrays
-                    }
-                    row |= {
-                        n: float(r.arrays[f"terms_{n}"][j])
-                        for n in ("changed_samples", "changed_units")
-                        if f"terms_{n}" in r.arrays
-                    }
-                    rows.append(row)
+            for i, k, j, radius in term_points(r):
+                row: Row = {
+                    "axis": panel.axis, "value": label_of(r.value), "dataset": panel.dataset, "seed": r.seed,
+                    "R": radius, "k": k,
+                }  # fmt: skip
+                row |= {n: float(r.arrays[f"terms_{n}"][i, j]) for n in names if f"terms_{n}" in r.arrays}
+                row |= {
+                    f"log10_{n}": float(r.arrays[f"terms_log_{n}"][i, j] / math.log(10))
+                    for n in BOUNDS
+                    if f"terms_log_{n}" in r.arrays
+                }
+                row |= {
+                    n: float(r.arrays[f"terms_{n}"][j])
+                    for n in ("changed_samples", "changed_units")
+                    if f"terms_{n}" in r.arrays
+                }
+                rows.append(row)
     return rows
 
 
