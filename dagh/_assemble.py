@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from threading import Event
 
@@ -12,10 +12,12 @@ from torch import Tensor
 
 from dagh import _contract, _outer, _sweep
 from dagh._accumulate import Accumulator
-from dagh._bridge import Crossing, build, cross, unit_vectors
+from dagh._bridge import Crossing, build, cross, fold, unit_vectors
 from dagh._chunks import ranges
+from dagh._ir import Node
 from dagh._outer_blocks import add_outer
-from dagh._plan import Column, Plan
+from dagh._plan import Plan
+from dagh._plan_sweeps import Column
 from dagh._request import Request, itemsize
 from dagh._rules._conv import Convolution
 from dagh._state import State
@@ -34,6 +36,13 @@ class _Share:
     window: slice
     """Where they lie in the batch."""
     room: float
+
+    def narrow(self, part: slice) -> _Share:
+        """Some of its samples, counted from its first one."""
+        if part == slice(0, self.state.samples):
+            return self
+        window = slice(self.window.start + part.start, self.window.start + part.stop)
+        return replace(self, state=self.state.narrow(part), window=window)
 
 
 def assemble(state: State, request: Request, plan: Plan, *, parts: dict[str, Accumulator], budget: int) -> None:
@@ -57,11 +66,8 @@ def assemble(state: State, request: Request, plan: Plan, *, parts: dict[str, Acc
             return
         if plan.columns:
             _ = share.state.adjoints  # what lives longest is made first: nothing is left between its pieces
-        crossings = {v: build(share.state, bridge, room) for v, bridge in plan.bridges.items()}
-        for column in plan.columns:
-            if enough.is_set():
-                raise Stopped
-            _add_column(share, column, None if column.via is None else crossings[column.via], mine["functional"])
+        for part in ranges(share.state.samples, plan.tile(share.state.samples)):
+            _add_functional(share.narrow(part), mine["functional"], enough)
 
     for window in ranges(state.samples, step):
         side_by_side([partial(fill, *one) for one in zip(forks, _split(window, count), strict=False)])
@@ -111,6 +117,15 @@ def _add_outer(share: _Share, result: Accumulator) -> None:
     for part in ranges(state.samples, plan.outer_step(state.samples, share.room)):
         rows.put(part, _outer.pull_rows(state.narrow(part), factor.columns[part], share.request, plan, leaves))
     add_outer(rows, pairs, factor.signs, plan, result, share.window)
+
+
+def _add_functional(share: _Share, result: Accumulator, enough: Event) -> None:
+    plan = share.plan
+    crossings = {v: build(share.state, bridge, share.room) for v, bridge in plan.bridges.items()}
+    for column in plan.columns:
+        if enough.is_set():
+            raise Stopped
+        _add_column(share, column, None if column.via is None else crossings[column.via], result)
 
 
 def _add_column(share: _Share, column: Column, crossing: Crossing | None, result: Accumulator) -> None:
@@ -170,8 +185,17 @@ def _sweep_column(
         return tangents, found
     beyond = cross(state, column, crossing, tangents, per_sample)
     here = [t for t in targets if t not in column.after]
-    start = Tangents({v: beyond[v] for v in [crossing.node] if v in beyond}, beyond.channelwise & {crossing.node})
+    folded: dict[Node, Tensor] = {}
+    start = Tangents({v: beyond.pop(v) for v in [crossing.node] if v in beyond}, beyond.channelwise & {crossing.node})
+    if column.folded and start:
+        rows = start.dense(crossing.node)
+        folded = {t: fold(crossing, rows, t, per_sample) for t in dict.fromkeys(here) if t in crossing.tables}
+        start = Tangents({})
+        del rows
     found = _sweep.pull_back(state, start, here, tangents=tangents, curved=curved, keep=per_sample, spare=spare)
+    for node, rows in folded.items():
+        found[node] = found.dense(node) + rows if node in found else rows
+        found.channelwise.discard(node)
     for node in column.after:
         if node in beyond:
             found[node] = beyond[node]

@@ -114,17 +114,18 @@ def _write_bias(
     n, o_a, o_b = core.shape
     i_a, i_b = left.shape[1], right.shape[1]
     if i_a == 1:
-        core = core * left.unsqueeze(2)
-        block = (core.reshape(n, -1).T @ right).reshape(o_a, o_b, i_b)
+        flat, each = core.reshape(n, -1), right * left
+        product = each.T @ flat if i_b == 1 else flat.T @ each  # a single row reads the cores where they lie
+        block = product.reshape(o_a, o_b, i_b)
         if jacobian is not None and adjoint is not None:
-            path = (jacobian * left.unsqueeze(2)).reshape(n, -1).T @ adjoint  # [(o, i'), o']
+            path = jacobian.reshape(n, -1).T @ (adjoint * left)  # [(o, i'), o']
             block = block + path.reshape(o_a, i_b, o_b).transpose(1, 2)
         block = block.reshape(o_a, -1)
     else:
-        core = core * right.unsqueeze(2)
+        weights = left * right
         if jacobian is not None and adjoint is not None:
-            core = core + jacobian * adjoint.unsqueeze(1)
-        block = (left.T @ core.reshape(n, -1)).reshape(i_a, o_a, o_b).transpose(0, 1).reshape(o_a * i_a, o_b)
+            core, weights = core * right.unsqueeze(2) + jacobian * adjoint.unsqueeze(1), left
+        block = (weights.T @ core.reshape(n, -1)).reshape(i_a, o_a, o_b).transpose(0, 1).reshape(o_a * i_a, o_b)
     if add:
         out += block
     else:

@@ -10,8 +10,9 @@ from torch import Tensor
 from dagh import _sweep
 from dagh._chunks import ranges
 from dagh._ir import Node
-from dagh._plan import Bridge, Column
+from dagh._plan_sweeps import Bridge, Column, Table
 from dagh._request import itemsize
+from dagh._rules._conv import Convolution
 from dagh._state import State
 from dagh._sweep import Tangents
 
@@ -21,11 +22,13 @@ class Crossing:
     """``rows``: derivatives of the adjoints of the bridge's targets; ``paths``: of the values of some nodes.
 
     Bundles over the directions of the bridge's node; channel-diagonal ones (tokens) are marked as such.
+    ``tables``: tangents at the bridge's node by the directions of targets before it.
     """
 
     node: Node
     rows: Tangents
     paths: Tangents
+    tables: dict[Node, Tensor]
 
 
 def build(state: State, bridge: Bridge, working: float) -> Crossing:
@@ -44,7 +47,51 @@ def build(state: State, bridge: Bridge, working: float) -> Crossing:
         bridge.node,
         _joined([rows for rows, _ in pieces], bridge.targets, bridge.copies),
         _joined([tangents for _, tangents in pieces], bridge.paths, bridge.copies),
+        {table.target: _table(state, table, bridge.node, working) for table in bridge.tables},
     )
+
+
+def _table(state: State, table: Table, node: Node, working: float) -> Tensor:
+    """Tangents at ``node`` by all directions of the table's target, a part at a time: ``[C or 1, N, d, width]``.
+
+    In the order that the products want; channel-diagonal ones have an axis for the channel in front.
+    """
+    like = state.values[table.seed]
+    step = table.step(state.samples, working, itemsize(like.dtype))
+    pieces: list[Tensor] = []
+    apart = 1
+    for part in ranges(table.width, step):
+        if table.gate is not None:
+            seed = Convolution().seed_channels(state.call(table.seed), table.gate.argument)[:, part]
+        else:
+            seed = unit_vectors(table.seed, table.copies, torch.arange(part.start, part.stop), like)
+        tangents = _sweep.push_forward(state, {table.seed: seed}, table.within, {node}, channelwise=table.copies > 1)
+        packed = node in tangents.channelwise
+        t, c = tangents[node], node.shape[1] if packed else 1
+        apart = 1 if packed else table.copies
+        t = t.expand(state.samples, *t.shape[1:]).reshape(state.samples, apart, -1, *_split(node, c))
+        pieces.append(t.permute(4, 0, 3, 5, 1, 2))  # [C or 1, N, m, rest, copies, part]
+    return torch.cat(pieces, 5).flatten(4).flatten(2, 3)
+
+
+def _split(node: Node, channels: int) -> tuple[int, int, int]:
+    """A node's axes before the channels, the channels, and what comes after them."""
+    before = node.shape[0] if channels > 1 else 1
+    return before, channels, node.numel // (before * channels)
+
+
+def fold(crossing: Crossing, rows: Tensor, target: Node, keep: bool) -> Tensor:
+    """Rows at a target from ``rows`` ``[N, B, *node]`` at the bridge's node: their products with its tangents.
+
+    Summed over samples (``[1, B, *target]``) where the target is one and the same for all, unless ``keep``.
+    """
+    table = crossing.tables[target]
+    (n, b), c = rows.shape[:2], table.shape[0]
+    left = rows.reshape(n, b, *_split(crossing.node, c)).permute(3, 1, 0, 2, 4)  # [C, B, N, m, rest]
+    if keep or target.batched:
+        each = [part.flatten(2).transpose(0, 1) @ right for part, right in zip(left, table, strict=True)]
+        return torch.stack(each, 2).reshape(n, b, *target.shape)
+    return (left.flatten(2) @ table.flatten(1, 2)).transpose(0, 1).reshape(1, b, *target.shape)
 
 
 def unit_vectors(node: Node, copies: int, chosen: Tensor, like: Tensor) -> Tensor:
@@ -104,8 +151,21 @@ def _carry(
         if packed:
             into.channelwise.add(node)
         return
+    table = table.flatten(2)
+    if v in tangents.channelwise:  # each channel meets its own part of the table alone
+        c, width = v.shape[1], table.shape[2]
+        left = tangents[v].expand(n, *tangents[v].shape[1:])
+        b = left.shape[1]
+        left = left.reshape(n, b, v.shape[0], c, -1)
+        right = table.reshape(n, v.shape[0], c, -1, width)
+        if keep:
+            product = left.permute(0, 3, 1, 2, 4).flatten(3) @ right.transpose(1, 2).flatten(2, 3)
+        else:
+            product = left.permute(3, 1, 0, 2, 4).flatten(2) @ right.permute(2, 0, 1, 3, 4).flatten(1, 3)
+        into[node] = product.reshape(-1, c * b, *node.shape)
+        return
     t = _sweep.matrices(tangents.dense(v))
-    t, table = t.expand(n, *t.shape[1:]), table.flatten(2)
+    t = t.expand(n, *t.shape[1:])
     if keep:
         into[node] = (t @ table).reshape(n, t.shape[1], *node.shape)
     else:

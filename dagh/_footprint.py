@@ -17,7 +17,7 @@ from dagh._rules import Rule, rule_for
 from dagh._rules._elementwise import Unary
 
 if TYPE_CHECKING:
-    from dagh._plan import Column
+    from dagh._plan_sweeps import Column, Table
     from dagh._pricing import Reach, Regions
 
 #: The allocator of the C library keeps freed blocks of up to 32 MiB for itself and cannot always use them again:
@@ -297,9 +297,23 @@ def of_sweep(reach: Reach, part: Any, meeting: Any, back: Any, targets: Collecti
         if via is not None:
             for node in [*part.after, *(p for p in part.paths if p not in walk.tangents)]:
                 walk.live.take(0 if node.batched or keep else 1, float(node.numel * copies))
-            start = {via: float(via.numel * backward[via.index])}
+            if part.folded:  # the rows at the bridge, and a copy in the order of the product
+                walk.live.need(2.0 * via.numel * copies)
+            else:
+                start = {via: float(via.numel * backward[via.index])}
         here = [t for t in targets if t not in getattr(part, "after", ())]
         walk.pull(start, here, part.curved, part.paths)
+    return walk.alive
+
+
+def of_push(reach: Reach, table: Table, at: Node) -> Alive:
+    """What the sweep of a table, forward to the node ``at``, keeps alive."""
+    forward = reach.numel * 0 + 1
+    if table.copies > 1:
+        forward = forward + (table.copies - 1) * ~reach.thin(table.seed)
+    walk = Walk(reach.program, False, forward, forward, table.copies)
+    unfolded = table.gate is not None and table.gate.argument == 1 and table.copies > 1
+    walk.push(table.seed, table.within, {at}, table.seed.numel / table.copies if unfolded else 0.0)
     return walk.alive
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dagh import _sweep
 from dagh._ir import Node
-from dagh._plan import Gate, Plan
+from dagh._plan import Plan
+from dagh._plan_sweeps import Gate
 from dagh._request import Request
 from dagh._rules._losses import loss_factor
 

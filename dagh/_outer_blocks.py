@@ -48,7 +48,10 @@ def add_outer(
         _add_all(rows, members, signs, result)
     else:
         for i, j in dense:
-            result.add(i, j, _outer.combine_dense(rows[i], rows[j], signs), slice(None), window)
+            if i == j and _dense(rows[i]).shape[2] > _PANEL:
+                _add_all(rows, [i], signs, result)
+            else:
+                result.add(i, j, _outer.combine_dense(rows[i], rows[j], signs), slice(None), window)
     partners: dict[int, list[int]] = {}
     for i, j in rest:
         if (i, j) not in set(dense):

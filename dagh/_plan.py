@@ -9,120 +9,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import RenderableType
 
 from dagh import _workers
-from dagh._chunks import fitting
+from dagh._chunks import CACHE, fitting
 from dagh._costs import PASS, product_rate
-from dagh._footprint import BASE, NOTHING, RESIDENT, RESIDENT_MOST, RESIDENT_ROWS, Alive
+from dagh._footprint import BASE, RESIDENT, RESIDENT_MOST, RESIDENT_ROWS, Alive
 from dagh._ir import Node, Program
 from dagh._outer_plan import dense_rows, gathered_elements, gathered_rows, kept_rows, largest_product
+from dagh._plan_sweeps import Bridge, Column, Gate, Table
 from dagh._request import Pair, itemsize
 
 if TYPE_CHECKING:
     from dagh._strips import Strip
 
-Basis = Literal["parameter", "activation", "channel", "input", "strips"]
-
 #: Matrices of the size of a sample's loss curvature that are held while it is factored.
 _FACTORS = 4
+#: Directions that should go together, samples that at least do, and the share of the price that makes a sweep notable.
+_TOGETHER, _FEWEST, _NOTABLE = 4, 16, 0.1
 #: Smallest working memory the chunking aims for.
 FLOOR = 4 * 2**20
-
-
-@dataclass(frozen=True)
-class Gate:
-    """The layer through which alone a leaf acts: a linear one, or a convolution."""
-
-    node: Node
-    argument: int
-    channels: int = 0
-    """Output channels of a convolution; 0 for a linear layer."""
-    rows: int = 1
-    """Rows per sample to which a linear layer is applied."""
-    tokens: int = 1
-    """Length of axis 1, along which a linear layer acts row by row."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Outputs and inputs of a linear layer per row; one input for its bias."""
-        return self.node.shape[-1], self.node.inputs[0].shape[-1] if self.argument == 1 else 1
-
-
-@dataclass
-class Column:
-    """One sweep: tangents of ``leaves`` (in ``basis``), rows of the leaves that they are paired with.
-
-    In the activation basis the leaves are the weight and bias of one layer, and the rows of another linear layer are
-    taken at its output as well: ``targets`` says where.
-    """
-
-    leaves: list[int]
-    basis: Basis
-    gate: Gate | None
-    pairs: list[Pair]
-    """(leaf, row) in that order."""
-    targets: dict[int, Node]
-    width: int
-    order: int
-    """Directions come in groups of this many: the rows of a layer's output, which are summed together."""
-    seed: Node
-    copies: int
-    """Channels or tokens that one direction stands for, as long as each stays by itself."""
-    within: frozenset[Node]
-    held: frozenset[Node]
-    curved: frozenset[Node]
-    cost: float
-    """Price per sample in operations of a matrix product, passes over memory included."""
-    flops: float
-    moved: float
-    """Arithmetic, and elements written, per sample."""
-    unit: int
-    """Elements held per sample and direction."""
-    largest: int
-    """Elements of the largest bundle per sample and direction."""
-    paths: list[Node] = field(default_factory=list)
-    """Inputs of the layers whose outputs are targets: nodes whose tangents are read at the end."""
-    via: Node | None = None
-    """Where the sweep stops, and the bridge from there on takes over."""
-    after: frozenset[Node] = frozenset()
-    """Targets that the bridge reaches."""
-    alive: Alive = NOTHING
-
-    @property
-    def rows(self) -> list[int]:
-        return list(self.targets)
-
-    def step(self, samples: int, working: float, size: int) -> int:
-        """Directions swept at once, in ``working`` bytes."""
-        step = fitting(self.width, working, self.alive.elements(samples, 1), self.largest * samples, size)
-        return min(self.width, max(self.order, step // self.order * self.order))
-
-
-@dataclass(frozen=True)
-class Bridge:
-    """Derivatives by the directions of one node, shared by the sweeps that stop there (:mod:`dagh._meeting`)."""
-
-    node: Node
-    copies: int
-    width: int
-    within: frozenset[Node]
-    held: frozenset[Node]
-    curved: frozenset[Node]
-    targets: tuple[Node, ...]
-    paths: tuple[Node, ...]
-    elements: int
-    """Numbers held per sample."""
-    largest: int
-    """Elements of the largest bundle per sample and direction, at most."""
-    alive: Alive = NOTHING
-
-    def step(self, samples: int, working: float, size: int) -> int:
-        """Directions swept at once, in ``working`` bytes."""
-        return fitting(self.width, working, self.alive.elements(samples, 1), self.largest * samples, size)
 
 
 @dataclass
@@ -314,8 +223,9 @@ class Plan:
         results += (self.shares(working, self.summed_bytes) - 1) * self.summed_bytes
         return int(results + BASE + size * max(RESIDENT_ROWS * rows, RESIDENT * (n * values + max(work))))
 
-    def _sweeps(self) -> list[Column | Bridge]:
-        return [*self.columns, *self.bridges.values()]
+    def _sweeps(self) -> list[Column | Bridge | Table]:
+        bridges = self.bridges.values()
+        return [*self.columns, *bridges, *(t for b in bridges for t in b.tables)]
 
     def chunks(self, budget: float) -> tuple[int, float]:
         """Samples taken at once within a budget, and the bytes that are left for the bundles of their sweeps."""
@@ -349,6 +259,15 @@ class Plan:
         if most < 2 or not self.columns or self.parts == ("outer",) or self.flops < _workers.WORTH:
             return 1  # the outer part alone is a few large operations
         return max(1, min(most, 1 + int(working / (4 * max(1, dense)))))
+
+    def tile(self, samples: int) -> int:
+        """Samples that the sweeps take at a time: where a bundle of a few directions would not fit the cache, fewer."""
+        size, most, total = itemsize(self.dtype), samples, sum(c.cost for c in self.columns)
+        for column in self.columns:
+            if column.cost > _NOTABLE * total:
+                together = min(column.width, max(column.order, _TOGETHER))
+                most = min(most, CACHE // max(1, column.largest * together * size))
+        return -(-samples // -(-samples // max(most, _FEWEST)))
 
     def outer_step(self, window: int, working: float) -> int:
         """Samples whose rows of H_O are pulled back at once."""

@@ -15,7 +15,8 @@ from dagh._costs import node_cost, node_flops, node_moved
 from dagh._footprint import held_by_state, of_rows
 from dagh._ir import Node, Program
 from dagh._meeting import meet
-from dagh._plan import Bridge, Column, Plan
+from dagh._plan import Plan
+from dagh._plan_sweeps import Bridge, Column
 from dagh._pricing import Key, Option, Reach, Sweeps, gate_of
 from dagh._request import Pair, Request, itemsize
 from dagh._rules import rule_for
@@ -83,7 +84,7 @@ def make_plan(
         if limit is not None and sum(b.elements for b in bridges.values()) > limit // 2:
             columns, bridges = whole, {}
         columns = [replace(c, alive=sweeps.alive(c)) for c in columns]
-        bridges = {v: replace(b, alive=sweeps.alive_bridge(b)) for v, b in bridges.items()}
+        bridges = {v: sweeps.measured(b) for v, b in bridges.items()}
     rows = list(
         dict.fromkeys(
             layers[i].node if i in layers and layers[i].rows == 1 else leaf for i, leaf in enumerate(request.leaves)

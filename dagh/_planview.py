@@ -13,7 +13,8 @@ from dagh._memory import human
 from dagh._request import Pair, itemsize
 
 if TYPE_CHECKING:
-    from dagh._plan import Column, Plan
+    from dagh._plan import Plan
+    from dagh._plan_sweeps import Column
     from dagh._strips import Strip
 
 _SHOWN = 30

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from dagh._costs import PASS, node_cost, node_flops, node_moved
-from dagh._footprint import Alive, of_column, of_sweep
+from dagh._footprint import Alive, of_column, of_push, of_sweep
 from dagh._ir import Node, Program
-from dagh._plan import Basis, Bridge, Column, Gate
+from dagh._plan_sweeps import Basis, Bridge, Column, Gate
 from dagh._request import Pair, Request
 from dagh._rules import rule_for
 from dagh._strips import Strip
@@ -59,7 +60,7 @@ class Reach:
         self.batched = np.array([v.batched for v in program], dtype=bool)
         self.keeps = np.array([v.op is not None and rule_for(v).keeps_channels(v) for v in program], dtype=bool)
         self._thin: dict[Node, np.ndarray[Any, Any]] = {}
-        self._packed: dict[tuple[Node, bytes, bytes], tuple[Any, Any]] = {}
+        self._packed: dict[tuple[Node, bytes, bytes, Node | None], tuple[Any, Any]] = {}
 
     def nodes(self, mask: np.ndarray[Any, Any]) -> frozenset[Node]:
         return frozenset(self.program.nodes[i] for i in np.flatnonzero(mask))
@@ -78,17 +79,26 @@ class Reach:
             self._thin[seed] = thin
         return self._thin[seed]
 
-    def packed(self, seed: Node, meeting: np.ndarray[Any, Any], back: np.ndarray[Any, Any]) -> tuple[Any, Any]:
-        """Curved nodes where such tangents leave rows that stay in their channel, and nodes whose rows all do."""
-        key = seed, meeting.tobytes(), back.tobytes()
+    def packed(
+        self, seed: Node, meeting: np.ndarray[Any, Any], back: np.ndarray[Any, Any], spread: Node | None = None
+    ) -> tuple[Any, Any]:
+        """Curved nodes where such tangents leave rows that stay in their channel, and nodes whose rows all do.
+
+        At ``spread``, rows begin that do not.
+        """
+        key = seed, meeting.tobytes(), back.tobytes(), spread
         if key not in self._packed:
-            self._packed[key] = self._pack(seed, meeting, back)
+            self._packed[key] = self._pack(seed, meeting, back, spread)
         return self._packed[key]
 
-    def _pack(self, seed: Node, meeting: np.ndarray[Any, Any], back: np.ndarray[Any, Any]) -> tuple[Any, Any]:
+    def _pack(
+        self, seed: Node, meeting: np.ndarray[Any, Any], back: np.ndarray[Any, Any], spread: Node | None
+    ) -> tuple[Any, Any]:
         thin, below = self.thin(seed), self.above[:, seed.index]
         curves = np.zeros(len(thin), dtype=bool)
         rows = self.batched.copy()
+        if spread is not None:
+            rows[spread.index] = False
         for u in np.flatnonzero(meeting | back)[::-1]:
             parents = [p.index for p in self.program.nodes[u].inputs]
             keeps = self.keeps[u]
@@ -269,13 +279,15 @@ class Sweeps:
         back = above[entry].any(0) & reachable
         return within, held, meeting, back
 
-    def sweep_cost(self, seed: Node, regions: Regions, copies: int, cost: Any = None) -> float:
-        """Price per sample and direction (or any other figure per node, summed alike)."""
+    def sweep_cost(
+        self, seed: Node, regions: Regions, copies: int, cost: Any = None, spread: Node | None = None
+    ) -> float:
+        """Price per sample and direction (or another figure per node, summed alike); rows are spread at ``spread``."""
         within, _, meeting, back = regions
         cost = self.reach.cost if cost is None else cost
         forward = curve = backward = cost
         if copies > 1:
-            curves, rows = self.reach.packed(seed, meeting, back)
+            curves, rows = self.reach.packed(seed, meeting, back, spread)
             forward, curve, backward = (
                 cost * np.where(thin, 1, copies) for thin in (self.reach.thin(seed), curves, rows)
             )
@@ -287,13 +299,8 @@ class Sweeps:
         leaves, rows = sorted({leaf for leaf, _ in pairs}), sorted({row for _, row in pairs})
         seed, (width, copies) = self.seed(leaves[0], basis), self.shape(leaves[0], basis)
         regions = self._regions(leaves[0], basis, rows)
-        within, held, meeting, back = regions
-        thin, spread = self.reach.thin(seed), self.reach.batched
-        if copies > 1:
-            spread = self.reach.packed(seed, meeting, back)[1]
-        forward, backward = (self.reach.numel * np.where(apart, 1, copies) for apart in (thin, spread))
-        largest = int(max(forward[within].max(initial=1), backward[back & self.reach.batched].max(initial=1)))
-        unit = int(forward[held].sum()) + 2 * largest
+        within, held, meeting, _ = regions
+        backward, largest, unit = self.sizes(seed, regions, copies)
         targets = {r: self.target(basis, r) for r in rows}
         gate = None if basis == "parameter" else self.gates[leaves[0]]
         order = 1
@@ -328,6 +335,18 @@ class Sweeps:
             cost=cost, flops=flops, moved=moved, unit=unit, largest=largest,
         )  # fmt: skip
 
+    def sizes(
+        self, seed: Node, regions: Regions, copies: int, spread: Node | None = None
+    ) -> tuple[np.ndarray[Any, Any], int, int]:
+        """Elements of every node's rows per sample and direction, of the largest bundle, and of all that is held."""
+        within, held, meeting, back = regions
+        thin, apart = self.reach.thin(seed), self.reach.batched
+        if copies > 1:
+            apart = self.reach.packed(seed, meeting, back, spread)[1]
+        forward, backward = (self.reach.numel * np.where(alone, 1, copies) for alone in (thin, apart))
+        largest = int(max(forward[within].max(initial=1), backward[back & self.reach.batched].max(initial=1)))
+        return backward, largest, int(forward[held].sum()) + 2 * largest
+
     def strip(self, pairs: list[Pair]) -> Strip:
         """The strips of one leaf for several (leaf, row) pairs."""
         leaf, rows = pairs[0][0], sorted({row for _, row in pairs})
@@ -349,10 +368,17 @@ class Sweeps:
 
     def alive(self, column: Column) -> Alive:
         """What the sweep of a column keeps in memory."""
-        regions = self.regions(column.seed, list(column.targets.values()), column.paths)
+        targets = list(column.targets.values())
+        regions = self.regions(column.seed, targets, column.paths)
+        if column.folded:
+            meeting: Any = np.isin(np.arange(len(self.program.nodes)), [u.index for u in column.curved])
+            reachable = self.reach.above[:, [t.index for t in targets]].any(1)
+            regions = (*regions[:2], meeting, self.reach.above[meeting].any(0) & reachable)
         return of_column(self.reach, column, regions, self.request.sizes)
 
-    def alive_bridge(self, bridge: Bridge) -> Alive:
-        """What the sweep of a bridge keeps in memory, apart from what it finds."""
+    def measured(self, bridge: Bridge) -> Bridge:
+        """The bridge with what its sweeps and those of its tables keep in memory, apart from what they find."""
         regions = self.regions(bridge.node, list(bridge.targets), list(bridge.paths))
-        return of_sweep(self.reach, bridge, regions[2], regions[3], list(bridge.targets), keep=True)
+        alive = of_sweep(self.reach, bridge, regions[2], regions[3], list(bridge.targets), keep=True)
+        tables = tuple(replace(t, alive=of_push(self.reach, t, bridge.node)) for t in bridge.tables)
+        return replace(bridge, alive=alive, tables=tables)

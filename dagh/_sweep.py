@@ -223,6 +223,10 @@ def pull_back(
                 if keeps and parent.batched:
                     rows.put(parent, rule, call, current, i, True)
                     continue
+                row = rule.vjp_channels(call, current, i, keep) if thin and not parent.batched else None
+                if row is not None:
+                    rows.add(parent, row, own=True)
+                    continue
                 if dense is None:
                     dense = expand_channels(current) if thin else current
                 if parent.batched:

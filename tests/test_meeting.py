@@ -97,9 +97,11 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("cache", [None, pytest.param(SMALL, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("fold", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_meeting_changes_nothing(name: str, cache: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_meeting_changes_nothing(name: str, fold: bool, cache: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     always(monkeypatch)
+    monkeypatch.setattr(_meeting, "FOLDS", (fold,))
     if cache is not None:
         monkeypatch.setattr(_chunks, "CACHE", cache)
     model, x, y = problem(name)
@@ -111,11 +113,13 @@ def test_meeting_changes_nothing(name: str, cache: int | None, monkeypatch: pyte
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
     stopped = [c for c in made.plan.columns if c.via is not None]
     assert stopped, "no sweep was stopped: the test says nothing"
+    assert all(c.folded == fold for c in stopped)
     assert made.plan.bridges
 
 
-@pytest.mark.parametrize("name", [pytest.param("encoder", marks=pytest.mark.slow), "hourglass"])
-def test_every_bottleneck(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("name", [pytest.param("encoder", marks=pytest.mark.slow), "hourglass", "convolutional"])
+def test_every_bottleneck(name: str, fold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each node that separates, one after the other, as the only candidate."""
     model, x, y = problem(name)
     graph = dagh.trace(model, x)
@@ -123,6 +127,7 @@ def test_every_bottleneck(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     program = dagh.plan(graph, "cross_entropy", x, y).program
     nodes = [v for v in program if v.op is not None and v.part == "model"]
     always(monkeypatch)
+    monkeypatch.setattr(_meeting, "FOLDS", (fold,))
     used = 0
     for node in nodes:
         monkeypatch.setattr(_meeting, "worthwhile", lambda column, v, only=node.index: v.index == only)
@@ -130,7 +135,7 @@ def test_every_bottleneck(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         made = dagh.hessian(graph, "cross_entropy", x, y)
         used += any(c.via is not None for c in made.plan.columns)
         torch.testing.assert_close(made.dense(), expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
-    assert used >= (10 if name == "encoder" else 3)
+    assert used >= {"encoder": (10, 1), "hourglass": (3, 2), "convolutional": (3, 3)}[name][fold]
 
 
 def test_bottlenecks_are_found_where_they_pay() -> None:

@@ -172,6 +172,13 @@ class Rule:
             return set()
         return None
 
+    def vjp_channels(self, call: Call, cotangent: Tensor, arg: int, keep: bool) -> Tensor | None:
+        """Rows of an argument that does not depend on the sample, from channel-diagonal ones, written out.
+
+        ``[N, b, m, C, …]`` to ``[N or 1, C·b, *arg]``; ``None`` where nothing is gained by it.
+        """
+        return None
+
     def keeps_channels(self, node: Node) -> bool:
         """Whether a change of one channel (axis 1) of the arguments changes that channel of the result alone.
 

@@ -187,6 +187,15 @@ class Convolution(Rule):
         rows.diagonal(dim1=1, dim2=4).copy_(grad.movedim(3, -1))
         return {1: rows.reshape(n, c * b, *grad.shape[2:])}
 
+    def vjp_channels(self, call: Call, cotangent: Tensor, arg: int, keep: bool) -> Tensor | None:
+        if not self._channelwise(call.node) or call.xs[1].shape[0] > 1 or arg == 0:
+            return None
+        own = self.vjp(call, cotangent, arg, keep)  # [N or 1, b, C, …]: each direction's own channel
+        n, b, c = own.shape[:3]
+        rows = own.new_zeros(n, c, *own.shape[1:])
+        rows.diagonal(dim1=1, dim2=3).copy_(own.movedim(2, -1))
+        return rows.reshape(n, c * b, *own.shape[2:])
+
     def seed_channels(self, call: Call, argument: int) -> Tensor:
         """Tangents of the output along the weight (or bias), channel-diagonal: ``[N, b, m, C_out, *space]``."""
         node = call.node

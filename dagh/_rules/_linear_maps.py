@@ -99,9 +99,8 @@ class PerChannel(LinearMap):
 
 
 _PER_CHANNEL = """
-avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d
-_adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_linear1d
-upsample_trilinear3d upsample_bicubic2d
+avg_pool3d adaptive_avg_pool3d _adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d upsample_nearest3d
+upsample_bilinear2d upsample_linear1d upsample_trilinear3d upsample_bicubic2d
 """
 for _name in _PER_CHANNEL.split():
     register_rule(f"aten.{_name}")(PerChannel())
