@@ -121,6 +121,12 @@ class Block(ABC):
         for start, stop, rows in self.strips():
             out[..., start:stop, :] = rows
 
+    def write_share(self, out: Tensor, share: int, count: int) -> Iterator[slice]:
+        """Fill one of ``count`` shares of ``out``, which threads write at the same time; yields the rows written."""
+        if share == 0:
+            self.write_into(out)
+            yield slice(0, self.shape[0])
+
     def dense(self) -> Tensor:
         """The dense tensor [(N,) p_a, p_b]."""
         out = zeros((*self.lead, *self.shape), dtype=self.dtype, device=self.device)

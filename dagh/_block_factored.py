@@ -5,7 +5,7 @@ Products, diagonals, traces and Frobenius norms come from the factors, without t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from dagh._block_base import (
     samples_of,
     streamed_fro,
 )
-from dagh._block_layers import write_layers
+from dagh._block_layers import layers_share, write_layers
 from dagh._block_simple import DiagonalBlock, ZeroBlock
 from dagh._chunks import ranges
 from dagh.errors import ShapeError
@@ -208,6 +208,11 @@ class KroneckerSumBlock(Block):
         outer = (self.left[..., :, None] * self.right[..., None, :]).flatten(-2)
         product = (self.core.flatten(-2).mT @ outer).reshape(*self.lead, o_a, o_b, i_a, i_b)
         torch.unflatten(torch.unflatten(out, -1, (o_b, i_b)), -3, (o_a, i_a)).copy_(product.transpose(-3, -2))
+
+    def write_share(self, out: Tensor, share: int, count: int) -> Iterator[slice]:
+        if self.samples is not None or not self.terms:
+            return super().write_share(out, share, count)
+        return layers_share(out, share, count, self.core, self.left, self.right, symmetric=self.symmetric)
 
     def matmat(self, v: Tensor) -> Tensor:
         o_a, i_a, o_b, i_b = self.factor_shape

@@ -10,6 +10,8 @@ With ``z_a = W_a x_a`` and ``z_b = W_b x_b`` (one row per sample), the block of 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 
@@ -47,6 +49,10 @@ class LayerPairBlock(Block):
     def write_into(self, out: Tensor) -> None:
         write_layers(out, self.core, self.left, self.right, self.jacobian, self.adjoint)
 
+    def write_share(self, out: Tensor, share: int, count: int) -> Iterator[slice]:
+        factors = self.core, self.left, self.right, self.jacobian, self.adjoint
+        return layers_share(out, share, count, *factors)
+
     def matmat(self, v: Tensor) -> Tensor:
         v = v.reshape(self.core.shape[2], self.right.shape[1], -1)
         middle = self.core @ torch.einsum("ni,oik->nok", self.right, v)
@@ -81,11 +87,13 @@ def write_layers(
     *,
     symmetric: bool = False,
     add: bool = False,
+    outputs: Iterable[int] | None = None,
 ) -> None:
     """Fill (or ``add`` to) ``out`` [p_a, p_b], any strides, by matrix products over the samples, panel by panel.
 
     ``symmetric``: the block is that of one weight against itself (``left`` is ``right``, ``core`` symmetric); half of
-    the products are then copies (and ``add`` does not go with it).
+    the products are then copies (and ``add`` does not go with it). ``outputs``: only what belongs to these outputs of
+    the first layer (neither of the layers being a bias), with the mirror images.
     """
     o_a, o_b, i_a, i_b = core.shape[1], core.shape[2], left.shape[1], right.shape[1]
     n = max(1, core.shape[0])
@@ -95,7 +103,7 @@ def write_layers(
     assert not (symmetric and add)
     transposed = left.T
     step = max(1, _PANEL // (n * i_b))
-    for o in range(o_a):
+    for o in range(o_a) if outputs is None else outputs:
         rows = out[o * i_a : (o + 1) * i_a]
         for start in range(o if symmetric else 0, o_b, step):
             stop = min(start + step, o_b)
@@ -103,8 +111,30 @@ def write_layers(
             if jacobian is not None and adjoint is not None:
                 panel.addcmul_(adjoint[:, start:stop, None], jacobian[:, o, None, :])
             _product(rows[:, start * i_b : stop * i_b], transposed, panel.flatten(1), add)
-    if symmetric:
-        _mirror(out, o_a, i_a)
+        if symmetric:
+            _mirror(out, o, o_a, i_a)
+
+
+def layers_share(
+    out: Tensor,
+    share: int,
+    count: int,
+    core: Tensor,
+    left: Tensor,
+    right: Tensor,
+    *path: Tensor,
+    symmetric: bool = False,
+) -> Iterator[slice]:
+    """One of ``count`` shares of :func:`write_layers`: every ``count``-th output of the first layer."""
+    o, i = core.shape[1], left.shape[1]
+    if i == 1 or right.shape[1] == 1:
+        if share == 0:
+            write_layers(out, core, left, right, *path, symmetric=symmetric)
+            yield slice(0, o * i)
+        return
+    for k in range(share, o, count):
+        write_layers(out, core, left, right, *path, symmetric=symmetric, outputs=(k,))
+        yield slice(k * i, (k + 1) * i)
 
 
 def _write_bias(
@@ -139,9 +169,8 @@ def _product(target: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
         torch.mm(a, b, out=target)
 
 
-def _mirror(out: Tensor, o: int, i: int) -> None:
-    """Copy the sub-blocks (o, o') with o' > o to (o', o): each is symmetric, so no transpose is needed."""
+def _mirror(out: Tensor, k: int, o: int, i: int) -> None:
+    """Copy the sub-blocks (k, o') with o' > k to (o', k): each is symmetric, so no transpose is needed."""
     row, column = out.stride()
     grid = out.as_strided((o, i, o, i), (i * row, row, i * column, column), out.storage_offset())
-    for k in range(o - 1):
-        grid[k + 1 :, :, k] = grid[k, :, k + 1 :].transpose(0, 1)
+    grid[k + 1 :, :, k] = grid[k, :, k + 1 :].transpose(0, 1)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from itertools import accumulate, combinations_with_replacement
 from math import prod
 from numbers import Real
 from pathlib import Path
-from threading import Event
 from typing import Any, Literal, overload
 
 import torch
@@ -16,19 +14,16 @@ from rich.console import RenderableType
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from dagh._block_base import copy_transposed, distinct
+from dagh._block_base import distinct
 from dagh._blockcombine import combine, converted, merge_by_module
 from dagh._blockio import load, save
 from dagh._blockproducts import eigenvalues, multiply, multiply_dict, scipy_operator
 from dagh._blocks import Block, DenseBlock, ZeroBlock
 from dagh._blocktables import KINDS, PARTS, NormTable, Pair, check_budget, find_name, no_such_block
 from dagh._blockview import BlockMap
+from dagh._blockwrite import write_out
 from dagh._memory import zeros
-from dagh._workers import Stopped, divide, shares, side_by_side
 from dagh.errors import DtypeError, ReductionError, ShapeError, UnknownNameError
-
-#: Entries from which a matrix is written out in several threads.
-_LARGE = 4_000_000
 
 Vector = Tensor | Mapping[str, Tensor]
 
@@ -241,19 +236,7 @@ class BlockMatrix:
         cheaper = "named blocks H['a', 'b'], H.diagonal(), H @ v, H.eigvalsh(k)"
         check_budget(what, prod(self.shape) * self.dtype.itemsize, self.memory_budget, self.device, cheaper)
         out = zeros(self.shape, dtype=self.dtype, device=self.device)
-        slices = self.slices()
-
-        def write(pairs: Sequence[Pair], enough: Event) -> None:
-            for i, j in pairs:
-                if enough.is_set():
-                    raise Stopped
-                self.blocks[i, j].write_into(out[..., slices[i], slices[j]])
-                if i != j:
-                    copy_transposed(out[..., slices[j], slices[i]], out[..., slices[i], slices[j]])
-
-        count = shares(self.device) if out.numel() >= _LARGE else 1
-        groups = divide(self.blocks, lambda pair: self.blocks[pair].dense_numel, count)
-        side_by_side([partial(write, group) for group in groups])
+        write_out(self.blocks, self.slices(), out)
         return out
 
     def slices(self) -> list[slice]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from threading import Event
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dagh
-from dagh import _assemble, _blockmatrix, _workers
+from dagh import _assemble, _block_factored, _block_layers, _blockwrite, _workers
 
 F = nn.functional
 
@@ -24,7 +26,7 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(_assemble, "FEWEST", 1)
     monkeypatch.setattr(_workers, "FEWEST", 1)
     monkeypatch.setattr(_workers, "WORTH", 0)
-    monkeypatch.setattr(_blockmatrix, "_LARGE", 0)
+    monkeypatch.setattr(_blockwrite, "_LARGE", 0)
     counts: list[int] = []
     original = _workers.side_by_side
 
@@ -125,3 +127,27 @@ def test_an_error_in_one_share_stops_the_others() -> None:
 def test_groups_are_of_similar_size() -> None:
     groups = _workers.divide([5, 4, 3, 3, 3, 1], float, 2)
     assert sorted(map(sum, groups)) == [9, 10] and _workers.divide([], float, 3) == [[]]
+
+
+@pytest.mark.parametrize("widths", [(9, 7), (6, 5, 4)])
+def test_a_large_block_is_written_by_all(widths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One wide layer, and two layers whose pair is large: shares of their rows, mirror images included."""
+    torch.manual_seed(5)
+    layers = [f for a, b in itertools.pairwise(widths) for f in (nn.Linear(a, b), nn.Tanh())]
+    model = nn.Sequential(*layers, nn.Linear(widths[-1], 2)).double()
+    x, y = torch.randn(2, widths[0]).double(), torch.randint(2, (2,))
+    H = dagh.hessian(model, "cross_entropy", x, y)
+    written: list[int] = []
+    real = _block_layers.layers_share
+
+    def watched(out: Tensor, share: int, *rest: Any, **options: Any) -> Any:
+        written.append(share)
+        return real(out, share, *rest, **options)
+
+    for module in (_block_layers, _block_factored):
+        monkeypatch.setattr(module, "layers_share", watched)
+    found = H.dense()
+    assert sorted(set(written)) == [0, 1, 2]
+    blocks = hessian_double_backward(model, F.cross_entropy, x, y)
+    rows = [torch.cat([blocks[a, b] for b in H.names], 1) for a in H.names]
+    torch.testing.assert_close(found, torch.cat(rows), rtol=1e-10, atol=1e-12)
