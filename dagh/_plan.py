@@ -211,9 +211,11 @@ class Plan:
             product = gathered + largest_product(self, window)
             rows = n * values + max(pulled - early, product, _FACTORS * self.outer_rows**2)
         if "functional" in self.parts and self.columns:
-            kept = window * local + window * sum(b.elements for b in self.bridges.values())
-            moving = [s.alive.elements(window, s.step(window, working, size)) for s in self._sweeps()]
-            work.append(kept + max(moving))
+            count = self.shares(working, self.summed_bytes)
+            tile = self.tile(-(-window // count))
+            kept = window * local + count * tile * sum(b.elements for b in self.bridges.values())
+            moving = [s.alive.elements(tile, s.step(tile, working / count, size)) for s in self._sweeps()]
+            work.append(kept + count * max(moving))
         for s in self.strips:
             at_once = 1 if self.keep else s.window(n, self.room, size)
             strip = s.step(at_once, self.room, size) * (at_once * s.unit + s.result)

@@ -32,6 +32,13 @@ def exact_diagonal(graph: dagh.Graph, problem: Problem, options: dict[str, Any])
     return H.diagonal(), H.plan
 
 
+def _written(H: dagh.BlockMatrix, found: dict[str, Tensor], task: str) -> int:
+    """Bytes of the results that are not held by the blocks themselves."""
+    if task in ("hessian", "ggn"):
+        return sum(t.numel() * t.element_size() for t in found.values())
+    return sum(block.dense_nbytes for block in H.blocks.values() if block.structure != "dense")
+
+
 def _products(graph: dagh.Graph, problem: Problem) -> Callable[[Tensor], Tensor]:
     if hasattr(dagh, "operator"):
         operator = dagh.operator(graph, LOSS, problem.x, problem.y)
@@ -68,6 +75,8 @@ def _make(task: str) -> Callable[[Problem, Spec, dict[str, Any]], Callable[[], d
                 found = {"products": torch.stack([product(v) for v in directions(problem)])}
             if plan is not None and "plan" not in row:
                 row["plan"] = plan_totals(plan)
+                if task != "diagonal":
+                    row["plan"]["peak_memory"] = max(plan.peak_memory, plan.result_bytes + _written(H, found, task))
             return found
 
         return run
