@@ -42,10 +42,15 @@ def arranged(model: nn.Module, x: Tensor) -> Step:
     folded = _leading(list(model), (x.shape[2], x.shape[3]))
     if len(folded) < _RUN:
         return plain
-    steps: list[Step] = [_fold]
-    for layer in folded:
-        steps.append(_folded(layer) if isinstance(layer, nn.Conv2d) else layer)
-    steps += [_unfold, *list(model)[len(folded) :]]
+    steps: list[Step] = [_first(convolutions[0])]
+    for layer in folded[1:]:
+        fresh = type(layer) is nn.ReLU  # what a convolution has just made may be overwritten
+        steps.append(_folded(layer) if isinstance(layer, nn.Conv2d) else torch.relu_ if fresh else layer)
+    rest = list(model)[len(folded) :]
+    if len(rest) > 1 and isinstance(rest[0], nn.Flatten) and isinstance(rest[1], nn.Linear):
+        steps += [_flat(rest[1]), *rest[2:]]
+    else:
+        steps += [_unfold, *rest]
 
     def forward(batch: Tensor) -> Tensor:
         for step in steps:
@@ -69,20 +74,42 @@ def _leading(layers: list[nn.Module], size: tuple[int, int]) -> list[nn.Module]:
     return layers
 
 
-def _fold(x: Tensor) -> Tensor:
-    return _innermost(F.pixel_unshuffle(x, 2))
-
-
-def _unfold(x: Tensor) -> Tensor:
-    return F.pixel_shuffle(x, 2)
+def _first(layer: nn.Conv2d) -> Step:
+    """The layer from an image to a folded one: by steps of two pixels, once for every pixel of a square."""
+    weight, bias = _moved(layer).flatten(0, 1), _repeated(layer)
+    return lambda x: F.conv2d(_innermost(x), weight, bias, stride=2)
 
 
 def _folded(layer: nn.Conv2d) -> Step:
-    """The layer between folded images: output pixel (r, s) of a square sees the kernel moved by r and s."""
-    moved = [F.pixel_unshuffle(F.pad(layer.weight, (s, 1 - s, r, 1 - r)), 2) for r in (0, 1) for s in (0, 1)]
-    weight = torch.stack(moved, 1).flatten(0, 1)
-    bias = None if layer.bias is None else layer.bias.repeat_interleave(4)
+    """The layer between folded images ``[N, 4C, H, W]``, whose channel 4c + 2r + s is pixel (r, s) of the squares."""
+    moved = _moved(layer)
+    weight = torch.stack([F.pixel_unshuffle(w, 2) for w in moved.unbind(1)], 1).flatten(0, 1)
+    bias = _repeated(layer)
     return lambda x: F.conv2d(x, weight, bias)
+
+
+def _moved(layer: nn.Conv2d) -> Tensor:
+    """``[O, 4, I, k+1, k+1]``: pixel (r, s) of a square sees the kernel moved by r and s."""
+    return torch.stack([F.pad(layer.weight, (s, 1 - s, r, 1 - r)) for r in (0, 1) for s in (0, 1)], 1)
+
+
+def _repeated(layer: nn.Conv2d) -> Tensor | None:
+    return None if layer.bias is None else layer.bias.repeat_interleave(4)
+
+
+def _flat(layer: nn.Linear) -> Step:
+    """The layer on a flattened image, from a folded one as it lies in memory."""
+
+    def step(x: Tensor) -> Tensor:
+        _, c, h, w = x.shape
+        weight = layer.weight.reshape(-1, c // 4, h, 2, w, 2).permute(0, 2, 4, 1, 3, 5).flatten(1)
+        return F.linear(x.permute(0, 2, 3, 1).flatten(1), weight, layer.bias)
+
+    return step
+
+
+def _unfold(x: Tensor) -> Tensor:
+    return F.pixel_shuffle(x.contiguous(), 2)
 
 
 def _innermost(x: Tensor) -> Tensor:
