@@ -79,7 +79,7 @@ def loss_differences(
         order = generator.permutation(losses)
         means = np.cumsum(order[:-1]) / k
         np.abs((order[1:] - means) / (k + 1), out=row)
-    levels = np.quantile(differences, list(quantiles), axis=0)
+    levels = quantiles_over(differences, quantiles)
     return LossDifferences(
         k=k,
         mean=differences.mean(0),
@@ -87,3 +87,19 @@ def loss_differences(
         samples=len(losses),
         shuffles=shuffles,
     )
+
+
+def quantiles_over(rows: Array, levels: Sequence[float]) -> Array:
+    """Quantiles over axis 0 of ``rows`` ``[S, K]``, those of :func:`numpy.quantile`: ``[Q, K]``.
+
+    Whole columns are sorted, each contiguous: twice as fast as selecting few elements of each.
+    """
+    ordered = np.sort(np.ascontiguousarray(rows.T), axis=1)
+    last = len(rows) - 1
+    found = np.empty((len(levels), rows.shape[1]))
+    for row, level in zip(found, levels, strict=True):
+        below = min(int(level * last), last)
+        share = level * last - below
+        low, high = ordered[:, below], ordered[:, min(below + 1, last)]
+        row[:] = low + (high - low) * share if share < 0.5 else high - (high - low) * (1 - share)
+    return found

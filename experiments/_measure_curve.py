@@ -12,6 +12,8 @@ from torch import Tensor
 
 from dagh.errors import ShapeError
 
+from ._convergence import quantiles_over
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
 #: Every k below this is kept; above it, this many spaced evenly and this many by ratio.
@@ -43,22 +45,24 @@ def curve(losses: Tensor, shuffles: int, smooth: float, bootstrap: int, seed: in
     losses = losses.double()
     rng = np.random.default_rng(seed)
     keep = thin(n - 1)
-    k = torch.arange(1, n, dtype=torch.float64, device=losses.device)
+    counts = torch.arange(1, n + 1, dtype=torch.float64, device=losses.device)
     chosen = torch.from_numpy(keep).to(losses.device)
     total = torch.zeros(n - 1, dtype=torch.float64, device=losses.device)
-    rows, residual, level = [], 0.0, 0.0
+    residual = torch.zeros((), dtype=torch.float64, device=losses.device)
+    rows = []
     for _ in range(shuffles):
         order = torch.from_numpy(rng.permutation(n)).to(losses.device)
         one = losses[order]
-        means = one.cumsum(0) / torch.cat([k, k.new_tensor([n])])
-        signed = (one[1:] - means[:-1]) / (k + 1)
-        residual = max(residual, float((means.diff() - signed).abs().max()))
-        total += signed.abs()
-        rows.append(signed.abs()[chosen])
+        means = one.cumsum(0).div_(counts)
+        signed = (one[1:] - means[:-1]).div_(counts[1:])
+        residual = torch.maximum(residual, (means.diff() - signed).abs_().max())
+        size = signed.abs_()
+        total += size
+        rows.append(size[chosen])
     mean = (total / shuffles).cpu().numpy()
     kept = torch.stack(rows).cpu().numpy()
     ks = keep + 1
-    quantiles = np.quantile(kept, [0.05, 0.5, 0.95], axis=0)
+    quantiles = quantiles_over(kept, (0.05, 0.5, 0.95))
     arrays: dict[str, Array] = {"k": ks, "mean": mean[keep], "smooth": smoothed(mean, smooth)[keep]}
     arrays |= dict(zip(("q05", "q50", "q95"), quantiles, strict=True))
     half = mean[(n - 1) // 2 :]
@@ -67,12 +71,12 @@ def curve(losses: Tensor, shuffles: int, smooth: float, bootstrap: int, seed: in
         "slope": float(_slope(ks, mean[keep][None])[0]),
         "level": level,
         "mad": float((losses - losses.mean()).abs().mean()),
-        "identity_residual": residual,
+        "identity_residual": float(residual),
     }
     if bootstrap:
         weights = rng.multinomial(shuffles, np.full(shuffles, 1 / shuffles), size=bootstrap) / shuffles
         means_again = weights @ kept
-        arrays["boot_lo"], arrays["boot_hi"] = np.quantile(means_again, [0.025, 0.975], axis=0)
+        arrays["boot_lo"], arrays["boot_hi"] = quantiles_over(means_again, (0.025, 0.975))
         lo, hi = np.quantile(_slope(ks, means_again), [0.025, 0.975])
         scalars |= {"slope_lo": float(lo), "slope_hi": float(hi)}
     return Curve(arrays, scalars)

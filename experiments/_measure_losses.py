@@ -11,9 +11,14 @@ from torch import Tensor, nn
 
 from dagh.errors import LossError, NonFiniteError
 
+from ._forward import arranged
+
 F = nn.functional
 
 SampleLoss = Callable[[Tensor, Tensor], Tensor]
+
+#: Samples at once on a processor, whose caches hold the activations of about as many; a GPU takes all that is allowed.
+_CACHED = 128
 
 
 def _elementwise(loss: Callable[..., Tensor]) -> SampleLoss:
@@ -49,6 +54,8 @@ def sample_loss(name: str) -> SampleLoss:
 
 
 def _batches(x: Tensor, y: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    if x.device.type == "cpu":
+        size = min(size, _CACHED)
     return zip(torch.split(x, size), torch.split(y, size), strict=True)
 
 
@@ -72,14 +79,17 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
 def per_sample(model: nn.Module, loss: str, x: Tensor, y: Tensor, batch: int) -> tuple[Tensor, float | None]:
     """Losses ``[N]`` (float64, summed over nothing) and the accuracy, ``None`` where targets are not classes.
 
+    At most ``batch`` samples are evaluated at once, fewer on a processor.
+
     Raises :class:`~dagh.errors.NonFiniteError` where a loss is NaN or Inf: the net did not train.
     """
     each, right = sample_loss(loss), 0
     classes = loss == "cross_entropy" and not y.is_floating_point()
     losses = []
     with evaluating(model), torch.no_grad():
+        forward = arranged(model, x)
         for xs, ys in _batches(x, y, batch):
-            output = model(xs)
+            output = forward(xs)
             losses.append(each(output, ys).double())
             if classes:
                 right += int((output.argmax(1) == ys).sum())
@@ -97,7 +107,8 @@ def gradient_norm(model: nn.Module, loss: str, x: Tensor, y: Tensor, batch: int)
     total = [torch.zeros_like(p, dtype=torch.float64) for p in params]
     with evaluating(model), torch.enable_grad():
         for xs, ys in _batches(x, y, batch):
-            found = torch.autograd.grad(each(model(xs), ys).sum(), params, materialize_grads=True)
+            output = arranged(model, xs)(xs)
+            found = torch.autograd.grad(each(output, ys).sum(), params, materialize_grads=True)
             for t, g in zip(total, found, strict=True):
                 t += g
     return float(torch.stack([t.norm() for t in total]).norm()) / len(x)

@@ -54,6 +54,7 @@ def _write(results: Results, out: Path) -> list[Path]:
         for name, caption, figure in draw(panel):
             png, pdf = (out / "figures" / f"{name}.{kind}" for kind in ("png", "pdf"))
             figure.savefig(png, dpi=_DPI)
+            figure.set_layout_engine("none")  # found once: the PDF has the layout of the PNG
             figure.savefig(pdf)
             written += [png, pdf]
             data = base64.b64encode(png.read_bytes()).decode()

@@ -129,7 +129,7 @@ def _size(dataset: str, runs: list[RunRecord]) -> Iterator[Claim]:
             "H ≈ H_O at the trained point", "eq. (2)", dataset, f"‖H_F‖/‖H‖ (median), below {_CLOSE:g}", share,
             decide(lambda v: v < _CLOSE, share), len(x),
         )  # fmt: skip
-    for row, words in (("P0", "the published bound"), ("a3", "the best bound from weights alone")):
+    for row, words in (("P0", "the published bound"), ("a3", "the bound from the norms of the layers")):
         found = _columns(runs, f"bounds.{row}.log", "hessian.outer_max")
         if found is None:
             continue

@@ -1,10 +1,10 @@
-"""The measured differences beside what the paper's corollaries say about them."""
+"""The measured differences beside their second-order prediction, and beside what the paper's corollaries say."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from ._report_data import Array, Panel, term_points
+from ._report_data import Array, Panel, plain, term_points
 
 #: Heading of a bound on |L(k+1) − L(k)|, by the name of its array.
 BOUNDS = {
@@ -16,6 +16,13 @@ NOTE = (
     "Orders of magnitude by which the corollaries exceed the mean of |L(k+1) − L(k)| at the distance R from the "
     "trained point: median over runs [smallest, largest]. W is the largest loss seen. “Violated”: runs in which a "
     "single difference is above the bound."
+)
+PREDICTED_NOTE = (
+    "The second-order prediction at the distance R from the trained point, over orders and directions: the mean of "
+    "|L(k+1) − L(k)| as measured, the same mean of the predictions over it, and the mean absolute error of single "
+    "predictions over it, with H and with H_O in its place: medians over runs [smallest, largest]. Changed: samples "
+    "whose pattern of active units is not that at the trained point, and units that are switched, medians. There the "
+    "gradient has jumped in between, which no expansion predicts."
 )
 
 
@@ -36,6 +43,29 @@ def excess(panel: Panel, name: str) -> dict[tuple[float, int], tuple[Array, int]
     return {point: (np.array(values), above) for point, (values, above) in found.items()}
 
 
+def predicted_table(panel: Panel) -> tuple[list[str], list[list[str]]]:
+    """Heads and cells: one row per R and k, of the runs that have predictions; no cells where none has."""
+    names = ("measured", "predicted", "remainder", "remainder_outer")
+    found: dict[tuple[float, int], list[list[float]]] = {}
+    for r in panel:
+        if any(f"terms_{n}" not in r.arrays for n in (*names, "changed_samples", "changed_units")):
+            continue
+        for i, k, j, radius in term_points(r):
+            values = [float(r.arrays[f"terms_{n}"][i, j]) for n in names]
+            if values[0] > 0:
+                changed = [float(r.arrays[f"terms_changed_{n}"][j]) for n in ("samples", "units")]
+                found.setdefault((radius, k), []).append([values[0], *(v / values[0] for v in values[1:]), *changed])
+    cells = []
+    for (radius, k), rows in sorted(found.items()):
+        columns = np.array(rows).T
+        spans = [_span(columns[i], spec) for i, spec in ((1, ".3f"), (2, ".1g"), (3, ".1g"))]
+        size, samples, units = (float(np.median(columns[i])) for i in (0, 4, 5))
+        shares = [f"{100 * samples:.0f} %", f"{plain(100 * units, 1)} %"]
+        cells.append([f"{radius:g}", str(k), f"{size:.2g}", *spans, *shares])
+    heads = ["R", "k", "|L(k+1) − L(k)|", "predicted / measured", "error / measured", "error with H_O / measured"]
+    return [*heads, "samples changed", "units changed"], cells
+
+
 def corollary_table(panel: Panel) -> tuple[list[str], list[list[str]]]:
     """Heads and cells: one row per R and k, one column per bound that some run has; no cells where none has."""
     columns = {head: found for name, head in BOUNDS.items() if (found := excess(panel, name))}
@@ -54,6 +84,10 @@ def corollary_table(panel: Panel) -> tuple[list[str], list[list[str]]]:
 
 
 def _cells(values: Array, above: int) -> list[str]:
-    middle = f"{np.median(values):.1f}"
-    span = f" [{values.min():.1f}, {values.max():.1f}]" if len(values) > 1 else ""
-    return [middle + span, f"{above} of {len(values)}"]
+    return [_span(values, ".1f"), f"{above} of {len(values)}"]
+
+
+def _span(values: Array, spec: str) -> str:
+    """The median, and the range of more than one."""
+    middle, low, high = (format(float(v), spec) for v in (np.median(values), values.min(), values.max()))
+    return f"{middle} [{low}, {high}]" if len(values) > 1 else middle

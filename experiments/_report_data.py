@@ -168,6 +168,12 @@ def term_points(record: RunRecord) -> Iterator[tuple[int, int, int, float]]:
                 yield i, k, j, radius
 
 
+def plain(value: float, digits: int) -> str:
+    """A number to some significant digits, without an exponent where it is between 1e-4 and 1e6: 30, not 3e+01."""
+    rounded = float(f"{value:.{digits}g}")
+    return f"{rounded:.0f}" if 10 ** (digits - 1) <= abs(rounded) < 1e6 else f"{rounded:.{digits}g}"
+
+
 def label_of(value: Any) -> str:
     """A value of an axis for people: ``[2]`` is 2."""
     if isinstance(value, (list, tuple)):

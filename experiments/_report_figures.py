@@ -193,7 +193,9 @@ def _hessian(panel: Panel) -> Figure | None:
             ("gradient_norm", "#9ca3af", r"$\Vert\nabla L\Vert$"),
         ],
     )  # fmt: skip
-    left.legend(fontsize=7.5, frameon=False, ncols=2, loc="best")
+    low, high = left.get_ylim()
+    left.set_ylim(low, high * (high / low) ** 0.12)  # room for the legend
+    left.legend(fontsize=7.5, frameon=False, ncols=4, loc="upper left")
     _titled(left, "measured", panel.label, "spectral norm")
     x = panel.positions
     for row, color, label in _LADDER:

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from ._report_claims import Claim
-from ._report_corollaries import NOTE, corollary_table
+from ._report_corollaries import NOTE, PREDICTED_NOTE, corollary_table, predicted_table
 from ._report_data import Panel, Results, number
 from ._report_tables import summary
 
@@ -51,9 +51,8 @@ def markdown(results: Results, claims: Sequence[Claim], figures: Figures) -> str
         lines += ["", f"## {_heading(panel)}", "", *_table(*summary(panel)), ""]
         for figure in figures.get((panel.axis, panel.dataset), ()):
             lines += [f"![{figure.name}](figures/{figure.name}.png)", "", f"*{figure.caption}*", ""]
-        heads, cells = corollary_table(panel)
-        if cells:
-            lines += [*_table(heads, cells), "", f"*{NOTE}*", ""]
+        for (heads, cells), note in _around(panel):
+            lines += [*_table(heads, cells), "", f"*{note}*", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -79,9 +78,8 @@ def html(results: Results, claims: Sequence[Claim], figures: Figures) -> str:
                 f"<figcaption>{escape(f.caption)}</figcaption></figure>"
             )
         parts.append(_html_table(heads, cells, "numbers"))
-        heads, cells = corollary_table(panel)
-        if cells:
-            parts.append(f"<p class=facts>{escape(NOTE)}</p>")
+        for (heads, cells), note in _around(panel):
+            parts.append(f"<p class=facts>{escape(note)}</p>")
             parts.append(_html_table(heads, cells, "numbers"))
     body = "\n".join(parts)
     return (
@@ -91,10 +89,16 @@ def html(results: Results, claims: Sequence[Claim], figures: Figures) -> str:
     )
 
 
+def _around(panel: Panel) -> list[tuple[tuple[list[str], list[list[str]]], str]]:
+    """The tables of the differences around the trained point that have cells, each with its note."""
+    tables = [(predicted_table(panel), PREDICTED_NOTE), (corollary_table(panel), NOTE)]
+    return [(table, note) for table, note in tables if table[1]]
+
+
 _STYLE = """
 :root{color-scheme:light;--ink:#1f2937;--soft:#6b7280;--line:#e5e7eb}
 body{margin:0;background:#fff;color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
-main{max-width:1120px;margin:0 auto;padding:2rem 1.25rem 4rem}
+main{max-width:1280px;margin:0 auto;padding:2rem 1.25rem 4rem}
 h1{font-size:1.7rem;line-height:1.25;margin:0 0 .4rem}
 h2{font-size:1.2rem;margin:2.6rem 0 .7rem;padding-top:.8rem;border-top:1px solid var(--line)}
 .facts,figcaption,.notes{color:var(--soft);font-size:.87rem}
@@ -102,10 +106,11 @@ nav{display:flex;flex-wrap:wrap;gap:.3rem 1.1rem;margin:1.1rem 0;font-size:.9rem
 a{color:#1d4ed8;text-decoration:none}a:hover{text-decoration:underline}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;font-size:.82rem;width:100%}
-th{text-align:left;font-weight:600;color:var(--soft);border-bottom:1px solid #9ca3af;padding:.35rem .55rem;
+th{text-align:left;font-weight:600;color:var(--soft);border-bottom:1px solid #9ca3af;padding:.35rem .5rem;
   vertical-align:bottom}
-td{border-bottom:1px solid var(--line);padding:.35rem .55rem;vertical-align:top}
-.numbers td,.numbers th{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
+td{border-bottom:1px solid var(--line);padding:.35rem .5rem;vertical-align:top}
+.numbers td,.numbers th{text-align:right;font-variant-numeric:tabular-nums}.numbers td{white-space:nowrap}
+.numbers{font-size:.77rem}.numbers td,.numbers th{padding:.35rem}
 .numbers td:first-child,.numbers th:first-child{text-align:left}
 .verdict{white-space:nowrap;font-weight:600}
 .holds{color:#047857}.does-not-hold{color:#b91c1c}.undecided{color:#92400e;font-weight:400}

@@ -11,7 +11,7 @@ from typing import Any
 
 from ._report_claims import Claim
 from ._report_corollaries import BOUNDS
-from ._report_data import Array, Panel, Results, label_of, term_points
+from ._report_data import Array, Panel, Results, label_of, plain, term_points
 from ._report_figures import curves_of, norm_ratio, spaced
 
 Row = dict[str, Any]
@@ -122,15 +122,19 @@ def summary(panel: Panel) -> tuple[list[str], list[list[str]]]:
 def _mean(values: Array, spec: str) -> str:
     if not len(values):
         return "–"
-    spread = f" ± {values.std(ddof=1):.1g}" if len(values) > 1 else ""
+    spread = f" ± {plain(float(values.std(ddof=1)), 1)}" if len(values) > 1 else ""
     return f"{values.mean():{spec}}{spread}"
 
 
 def _power(log10: Array) -> str:
+    """The geometric mean; from ten thousand on with one digit before the exponent."""
     if not len(log10):
         return "–"
     mean = float(log10.mean())
-    return f"{10**mean:.2g}" if mean < 4 else f"1e{mean:.0f}"
+    if mean < 4:
+        return plain(10**mean, 2)
+    digit, exponent = round(10 ** (mean % 1)), math.floor(mean)
+    return f"{digit}e{exponent}" if digit < 10 else f"1e{exponent + 1}"
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> Path | None:

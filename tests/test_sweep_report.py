@@ -17,12 +17,12 @@ from dagh.experiments import _report_figures
 from dagh.experiments._datasets import MissingPackageError
 from dagh.experiments._report import report
 from dagh.experiments._report_claims import Claim, claims
-from dagh.experiments._report_corollaries import corollary_table
-from dagh.experiments._report_data import label_of, load, number
+from dagh.experiments._report_corollaries import corollary_table, predicted_table
+from dagh.experiments._report_data import label_of, load, number, plain
 from dagh.experiments._report_figures import spaced
 from dagh.experiments._report_pages import html, markdown
 from dagh.experiments._report_stats import Interval, _misfit, correlation, decide, median, monotone, spearman
-from dagh.experiments._report_tables import term_rows
+from dagh.experiments._report_tables import _mean, _power, term_rows
 from dagh.experiments._store import StoreError
 
 pytest.importorskip("matplotlib")
@@ -202,6 +202,23 @@ def test_corollaries_stand_beside_the_differences(tmp_path: Path) -> None:
         assert "Corollary as printed (P0)" in page and "8.7 [8.7, 8.7]" in page
 
 
+def test_predictions_stand_beside_the_differences(tmp_path: Path) -> None:
+    write_results(tmp_path / "a", seeds=(0,), values=(2,))
+    (panel,) = load([tmp_path / "a"]).panels
+    _, cells = predicted_table(panel)
+    assert [row[:2] for row in cells] == [["0.1", "8"], ["0.1", "32"], ["10", "8"], ["10", "32"]]
+    # zeroth : first : second = 1 : 0.02 R : 0.1 R²; the error is 1 % of the second term, without H_F the second term
+    assert cells[0][3:] == ["1.000", "1e-05", "0.001", "20 %", "0 %"]
+    assert cells[2][3:] == ["1.000", "0.009", "0.9", "100 %", "10 %"]
+    write_results(tmp_path / "b", values=(2,))
+    (panel,) = load([tmp_path / "b"]).panels
+    assert predicted_table(panel)[1][3][3] == "1.000 [1.000, 1.000]"  # three runs, and their spread
+    write_results(tmp_path / "bare", bare=True)
+    results = load([tmp_path / "bare"])
+    assert predicted_table(results.panels[0])[1] == []
+    assert "second-order prediction" not in markdown(results, [], {}) + html(results, [], {})
+
+
 def test_results_of_earlier_versions_have_no_corollaries(tmp_path: Path) -> None:
     write_results(tmp_path / "old", seeds=(0,), corollaries=False)
     results = load([tmp_path / "old"])
@@ -292,6 +309,15 @@ def test_numbers_are_found_by_path() -> None:
 )
 def test_values_have_short_names(value: Any, label: str) -> None:
     assert label_of(value) == label
+
+
+def test_numbers_have_no_exponent_without_need() -> None:
+    assert [plain(v, 1) for v in (0.0, 0.0316, 3.4, 31.6, 9.9, 123.0)] == ["0", "0.03", "3", "30", "10", "100"]
+    assert [plain(v, 2) for v in (114.0, 25.4, 3.44, 0.12)] == ["110", "25", "3.4", "0.12"]
+    assert [plain(v, 1) for v in (3e7, 2e-7)] == ["3e+07", "2e-07"]
+    assert _mean(np.array([20.0, 40.0, 75.0]), ".3g") == "45 ± 30"
+    powers = [_power(np.array(v)) for v in ([1.0, 3.0], [4.49], [4.51], [27.99], [-0.5], [])]
+    assert powers == ["100", "3e4", "3e4", "1e28", "0.32", "–"]
 
 
 def test_spaced_keeps_both_ends() -> None:
