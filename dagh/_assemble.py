@@ -178,7 +178,7 @@ def _sweep_column(
     channelwise = column.copies > 1
     seeds = {column.seed: seed}
     del seed
-    tangents = _sweep.push_forward(state, seeds, column.within, column.held, channelwise=channelwise)
+    tangents = _sweep.push_forward(state, seeds, column.within, column.held, channelwise=channelwise, trim=True)
     targets, curved, spare = list(column.targets.values()), column.curved, column.paths
     if crossing is None:
         found = _sweep.pull_back(state, {}, targets, tangents=tangents, curved=curved, keep=per_sample, spare=spare)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dagh._accumulate import Accumulator
+from dagh._chunks import ranges
 from dagh._request import Pair
 
 
@@ -88,24 +89,41 @@ def add_tokens(
     result.add_dense_layers(pair, x.flatten(0, 1), y.flatten(0, 1), rows(core), rows(path), flat, outputs, window)
 
 
+#: Elements of an intermediate result that stays in the cache.
+_PIECE = 1 << 19
+
+
 def _contract(x: Tensor, middle: Tensor, y: Tensor, keep: bool, *, swap: bool) -> Tensor:
     """``Σ x[n,t,i] middle[n,t,o,(t',a)] y[n,t',b]`` as ``[(n,) o·i, a·b]``; ``swap``: columns ``b·a``."""
     n, t, o = middle.shape[:3]
     i, rows, b = x.shape[2], y.shape[1], y.shape[2]
     a = middle.shape[3] // rows
-    if o == 1 and i > 1 and not keep:
-        # One output at a time: the second layer's rows come out in front, and nothing has to be copied.
-        inner = middle.reshape(n, t, -1).transpose(1, 2) @ x  # [n, (t', a), i]
-        out = (inner.reshape(n * rows, a * i).T @ y.reshape(n * rows, b)).reshape(a, i, b)
-        return (out.permute(1, 2, 0) if swap else out.transpose(0, 1)).reshape(i, a * b)
-    if i == 1:
-        inner = (middle * x.unsqueeze(3)).sum(1) if t > 1 else middle * x.unsqueeze(3)
-    else:
-        inner = x.transpose(1, 2) @ middle.reshape(n, t, -1)
-    inner = inner.reshape(n, i, o, rows, a)
     if keep:
+        inner = (x.transpose(1, 2) @ middle.reshape(n, t, -1)).reshape(n, i, o, rows, a)
         out = torch.einsum("niota,ntb->noiba" if swap else "niota,ntb->noiab", inner, y)
         return out.reshape(n, o * i, a * b)
-    flat = inner.permute(0, 3, 1, 2, 4).reshape(n * rows, i * o * a)
-    out = (flat.T @ y.reshape(n * rows, b)).reshape(i, o, a, b).transpose(0, 1)
-    return (out.transpose(2, 3) if swap else out).reshape(o * i, a * b)
+    step = max(1, _PIECE // (rows * i * o * a)) if x.device.type == "cpu" else n
+    total = middle.new_zeros(b, i * o * a)
+    for part in ranges(n, step):
+        # The second layer's rows come out in front, with the samples: one product sums over both.
+        total.addmm_(y[part].reshape(-1, b).T, _first_layer(x[part], middle[part], rows))
+    out = total.reshape(b, a, 1, i).transpose(1, 3) if o == 1 else total.reshape(b, i, o, a).transpose(1, 2)
+    if o == 1:
+        out = out.transpose(1, 2)
+    return out.permute(1, 2, 0, 3).reshape(o * i, b * a) if swap else out.permute(1, 2, 3, 0).reshape(o * i, a * b)
+
+
+def _first_layer(x: Tensor, middle: Tensor, rows: int) -> Tensor:
+    """``Σ_t x[n,t,i] middle[n,t,o,(t',a)]`` as ``[(n,t'), (i,o,a)]``, with one output ``[(n,t'), (a,i)]``."""
+    n, t, o = middle.shape[:3]
+    i = x.shape[2]
+    if o == 1:  # nothing has to be copied
+        flat = middle.reshape(n, t, -1)
+        inner = x.transpose(1, 2) @ flat if i == 1 else flat.transpose(1, 2) @ x
+        return inner.reshape(n * rows, -1)
+    if i == 1:
+        inner = x.transpose(1, 2) @ middle.reshape(n, t, -1)
+        return inner.reshape(n, o, rows, -1).transpose(1, 2).reshape(n * rows, -1)
+    wide = middle.reshape(n, t, o, rows, -1).permute(0, 3, 1, 2, 4).reshape(n * rows, t, -1)
+    left = x.transpose(1, 2).unsqueeze(1).expand(n, rows, i, t).reshape(n * rows, i, t)
+    return torch.bmm(left, wide).reshape(n * rows, -1)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dagh._ir import Node
 from dagh._rules import Call, Rule
+from dagh._rules._base import members_last
 
 if TYPE_CHECKING:
     from dagh._state import State
@@ -119,12 +120,14 @@ def push_forward(
     held: Collection[Node] | None = None,
     *,
     channelwise: bool = False,
+    trim: bool = False,
 ) -> Tangents:
     """Tangents of every node of ``within`` that depends on a seed. A seed adds to what flows into its node.
 
     With ``held``, only those nodes' tangents are returned; the others are dropped as soon as they are used up, out of
     ``seeds`` as well.
-    ``channelwise``: the seeds are channel-diagonal (see :class:`Tangents`).
+    ``channelwise``: the seeds are channel-diagonal (see :class:`Tangents`). ``trim``: parts of a value that the seeds
+    do not move (the keys, where queries move) have no tangent at all, instead of a bundle of zeros.
     """
     tangents = Tangents(seeds, seeds if channelwise else ())
     waiting = {n: sum(u in within for u in state.program.users[n]) for n in within} if held is not None else {}
@@ -141,7 +144,10 @@ def push_forward(
             tangents.scale(node, moving[0], factor)
         else:
             t = _push(state, node, tangents, moving)
-            tangents[node] = t + seeds[node] if node in seeds else t
+            if node in seeds:
+                t = t + seeds[node]
+            if not (trim and t.shape[0] == 1 and state.rule(node).copies_part and not t.any()):
+                tangents[node] = t
             del t
         if held is None:
             continue
@@ -265,7 +271,7 @@ class _Rows:
         """Add what ``rule`` pulls back to one of its arguments, in place where it concerns a part of that alone."""
         shape = (*cotangent.shape[:2], *node.shape)
         if node not in self._rows and rule.copies_part:
-            self._rows[node] = cotangent.new_zeros(shape)
+            self._rows[node] = _room(cotangent, shape, self.state.values[node])
             self._own.add(node)
             if packed:
                 self._packed.add(node)
@@ -322,6 +328,16 @@ class _Rows:
                 return
         self._rows[node] = self.whole(node, before) + whole
         self._own.add(node)
+
+
+def _room(like: Tensor, shape: tuple[int, ...], value: Tensor) -> Tensor:
+    """Zeros for a bundle ``[N, B, *shape]`` in the order in memory of ``value`` ``[N, *shape]``.
+
+    What reads parts of the value undid a change of order, which then costs nothing on the way back.
+    """
+    order = [0, *sorted(range(2, len(shape)), key=lambda d: -value.stride(d - 1))]
+    order.insert(len(order) if members_last(like) else 1, 1)
+    return like.new_zeros([shape[d] for d in order]).permute([order.index(d) for d in range(len(shape))])
 
 
 def _curve(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from itertools import chain, combinations
 from typing import Any
@@ -192,6 +193,36 @@ def test_rule(case: RuleCase) -> None:
             check_rule(node, xs, floats)
         except AssertionError as error:
             raise AssertionError(f"arguments with {leads} samples: {error}") from None
+
+
+def _layouts() -> list[Any]:
+    """Operations that treat wide bundles, or ones with their members last in memory, in their own way."""
+    names = {"aten.matmul.default", "aten.mm.default", "aten.bmm.default", "aten._softmax.default"}
+    names |= {"aten.softmax.int", "aten.log_softmax.int", "aten._log_softmax.default"}
+    return [c for c in CASES if str(c.op) in names]
+
+
+@pytest.mark.parametrize("order", ["first", "last", "swapped"])
+@pytest.mark.parametrize("case", _layouts(), ids=lambda c: c.name)
+def test_wide_bundles(case: RuleCase, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More members than the rules take apart, in every order in memory that other rules leave behind."""
+
+    def laid_out(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        t = draw(shape, generator)
+        if len(shape) < 2 or shape[1] != 9 or order == "first":
+            return t
+        t = t.movedim(1, -1)
+        if order == "swapped" and t.dim() > 3:
+            t = t.transpose(-2, -3).contiguous().transpose(-2, -3)
+        return t.contiguous().movedim(-1, 1) if order == "last" else t.movedim(-1, 1)
+
+    module = sys.modules[__name__]
+    monkeypatch.setattr(module, "WIDTH", 9)
+    draw = module.draw
+    monkeypatch.setattr(module, "draw", laid_out)
+    floats = [i for i, s in enumerate(case.specs) if not s.fixed]
+    for leads in lead_patterns(case):
+        check_rule(*case.node(leads), floats)
 
 
 def test_every_rule_is_exercised() -> None:

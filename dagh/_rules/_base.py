@@ -342,6 +342,11 @@ def bundle(x: Tensor) -> Tensor:
     return x.unsqueeze(1)
 
 
+def members_last(t: Tensor) -> bool:
+    """Whether the members of a bundle ``[N, B, *shape]`` stand side by side for every element, last in memory."""
+    return t.shape[1] > 1 and t.stride(1) == 1 and t.dim() > 2
+
+
 def flat(t: Tensor) -> Tensor:
     """``[N, *shape]`` as ``[N, elements]``, numbers included."""
     return t.reshape(t.shape[0], t.shape[1:].numel())

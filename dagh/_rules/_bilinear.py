@@ -174,16 +174,23 @@ def _outer(s: Tensor, x: Tensor, keep: bool) -> Tensor:
     return (s.permute(1, 3, 0, 2).flatten(2) @ x.permute(1, 0, 2, 3).flatten(1, 2)).unsqueeze(0)
 
 
+#: Bundles at least this wide are laid out with their members side by side, element by element.
+_SIDE_BY_SIDE = 8
+
+
 def _times_bundle(fixed: Tensor, t: Tensor) -> Tensor:
     """``fixed @ t`` for ``fixed`` ``[N, *lead, m, k]`` and every member of a bundle ``[N, B, *lead, k, p]``.
 
-    The members stand side by side in one product per sample: many small products are slow.
+    The members stand side by side in one product per sample: many small products are slow. In a wide bundle they stand
+    side by side for every element, ``[N, *lead, m, p, B]`` in memory: whatever is transposed, summed or added
+    afterwards goes by whole runs of B numbers.
     """
     if t.shape[1] == 1 or fixed.shape[1:-2] != t.shape[2:-2]:
         return bundle(fixed) @ t
-    t = t.movedim(1, -2)
+    place = -1 if t.shape[1] >= _SIDE_BY_SIDE else -2
+    t = t.movedim(1, place)
     out = fixed @ t.flatten(-2)
-    return out.reshape(*out.shape[:-1], *t.shape[-2:]).movedim(-2, 1)
+    return out.reshape(*out.shape[:-1], *t.shape[-2:]).movedim(place, 1)
 
 
 @register_rule("aten.matmul", "aten.mm", "aten.bmm")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dagh._ir import Node
-from dagh._rules._base import Call, Rule, Tangents, bundle, register_rule
+from dagh._rules._base import Call, Rule, Tangents, bundle, members_last, register_rule
 
 
 def standardize(input: Tensor, dims: Sequence[int], eps: float, center: bool = True) -> Tensor:
@@ -112,6 +112,8 @@ class StandardizeFixed(Rule):
 class Softmax(Rule):
     """``D = diag p - p pᵀ`` along one axis."""
 
+    fresh = True
+
     def flops(self, node: Node) -> int:
         return 4 * node.numel
 
@@ -125,8 +127,14 @@ class Softmax(Rule):
         return torch.softmax(xs[0], self._dim(node, 1))
 
     def _derivative(self, call: Call, t: Tensor) -> Tensor:
-        p = bundle(call.out)
-        return p * (t - (p * t).sum(self._dim(call.node, 2), keepdim=True))
+        """``p (t - ⟨p, t⟩)``."""
+        last = members_last(t)
+        return _back(self._project(call, _forth(t, last) * _forth(bundle(call.out), last), last), last)
+
+    def _project(self, call: Call, u: Tensor, last: bool) -> Tensor:
+        """``u - p ⟨1, u⟩``, in the memory of ``u``."""
+        p, dim = _forth(bundle(call.out), last), self._dim(call.node, 1 if last else 2)
+        return u.addcmul_(u.sum(dim, keepdim=True), p, value=-1)
 
     def jvp(self, call: Call, tangents: Tangents) -> Tensor:
         return self._derivative(call, tangents[0])
@@ -137,10 +145,20 @@ class Softmax(Rule):
     def curvature(
         self, call: Call, adjoint: Tensor, tangents: Tangents, args: Iterable[int], keep: bool
     ) -> dict[int, Tensor]:
-        dim, p, g = self._dim(call.node, 2), bundle(call.out), bundle(adjoint)
-        p_dot = self._derivative(call, tangents[0])
-        centred = g - (p * g).sum(dim, keepdim=True)
-        return {0: p_dot * centred - p * (p_dot * g).sum(dim, keepdim=True)}
+        dim, t, last = self._dim(call.node, 1), tangents[0], members_last(tangents[0])
+        # The columns of D sum to zero: ⟨D t, g⟩ = ⟨D t, g - ⟨p, g⟩⟩.
+        centred = adjoint - (call.out * adjoint).sum(dim, keepdim=True)
+        p_dot = _forth(self._derivative(call, t), last)
+        return {0: _back(self._project(call, p_dot.mul_(_forth(bundle(centred), last)), last), last)}
+
+
+def _forth(t: Tensor, last: bool) -> Tensor:
+    """The bundle as it lies in memory, ``[N, *shape, B]`` with its members ``last``."""
+    return t.movedim(1, -1) if last else t
+
+
+def _back(t: Tensor, last: bool) -> Tensor:
+    return t.movedim(-1, 1) if last else t
 
 
 @register_rule("aten.log_softmax", "aten._log_softmax")
