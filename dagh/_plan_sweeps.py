@@ -81,7 +81,11 @@ class Column:
     def step(self, samples: int, working: float, size: int) -> int:
         """Directions swept at once, in ``working`` bytes."""
         step = fitting(self.width, working, self.alive.elements(samples, 1), self.largest * samples, size)
-        return min(self.width, max(self.order, step // self.order * self.order))
+        groups = max(1, min(self.width, step) // self.order)
+        even = 1 << groups.bit_length() - 1
+        if self.width % (even * self.order) == 0:  # queries, keys and values are not swept together
+            groups = even
+        return min(self.width, groups * self.order)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dagh._ir import Node
 from dagh._rules import Call, Rule
-from dagh._rules._base import members_last
+from dagh._rules._base import zeros_in_order
 
 if TYPE_CHECKING:
     from dagh._state import State
@@ -271,7 +271,7 @@ class _Rows:
         """Add what ``rule`` pulls back to one of its arguments, in place where it concerns a part of that alone."""
         shape = (*cotangent.shape[:2], *node.shape)
         if node not in self._rows and rule.copies_part:
-            self._rows[node] = _room(cotangent, shape, self.state.values[node])
+            self._rows[node] = zeros_in_order(cotangent, shape, self.state.values[node])
             self._own.add(node)
             if packed:
                 self._packed.add(node)
@@ -328,16 +328,6 @@ class _Rows:
                 return
         self._rows[node] = self.whole(node, before) + whole
         self._own.add(node)
-
-
-def _room(like: Tensor, shape: tuple[int, ...], value: Tensor) -> Tensor:
-    """Zeros for a bundle ``[N, B, *shape]`` in the order in memory of ``value`` ``[N, *shape]``.
-
-    What reads parts of the value undid a change of order, which then costs nothing on the way back.
-    """
-    order = [0, *sorted(range(2, len(shape)), key=lambda d: -value.stride(d - 1))]
-    order.insert(len(order) if members_last(like) else 1, 1)
-    return like.new_zeros([shape[d] for d in order]).permute([order.index(d) for d in range(len(shape))])
 
 
 def _curve(

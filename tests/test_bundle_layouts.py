@@ -89,7 +89,7 @@ def test_rows_lie_like_the_value(last: bool) -> None:
     rows = torch.randn(2, 6, 5, 3, 4)
     if last:
         rows = rows.movedim(1, -1).contiguous().movedim(-1, 1)
-    room = _sweep._room(rows, (2, 6, 5, 3, 4), value)
+    room = _base.zeros_in_order(rows, (2, 6, 5, 3, 4), value)
     assert room.shape == (2, 6, 5, 3, 4)
     assert not room.any()
     inner = room.movedim(1, -1) if last else room  # [N, (B,) 5, 3, 4, (B)]
