@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 import dagh
 from dagh import _contract, _sweep
+from dagh._rules._base import zeros_in_order
 
 
 class Attention(nn.Module):
@@ -89,7 +90,7 @@ def test_rows_lie_like_the_value(last: bool) -> None:
     rows = torch.randn(2, 6, 5, 3, 4)
     if last:
         rows = rows.movedim(1, -1).contiguous().movedim(-1, 1)
-    room = _base.zeros_in_order(rows, (2, 6, 5, 3, 4), value)
+    room = zeros_in_order(rows, (2, 6, 5, 3, 4), value)
     assert room.shape == (2, 6, 5, 3, 4)
     assert not room.any()
     inner = room.movedim(1, -1) if last else room  # [N, (B,) 5, 3, 4, (B)]
