@@ -16,6 +16,18 @@ from dagh._workers import Stopped, divide, shares, side_by_side
 _LARGE = 4_000_000
 
 
+def write_block(block: Block, out: Tensor) -> None:
+    """Fill ``out`` [(N,) p_a, p_b] with one block, by all threads if it is large."""
+    count = shares(out.device) if out.numel() >= _LARGE else 1
+
+    def write(share: int, enough: Event) -> None:
+        for _ in block.write_share(out, share, count):
+            if enough.is_set():
+                raise Stopped
+
+    side_by_side([partial(write, share) for share in range(count)])
+
+
 def write_out(blocks: Mapping[Pair, Block], slices: Sequence[slice], out: Tensor) -> None:
     """Fill ``out`` [(N,) P, P] with the blocks ``i <= j`` and their mirror images; ``slices``: each parameter's rows.
 

@@ -151,3 +151,5 @@ def test_a_large_block_is_written_by_all(widths: tuple[int, ...], monkeypatch: p
     blocks = hessian_double_backward(model, F.cross_entropy, x, y)
     rows = [torch.cat([blocks[a, b] for b in H.names], 1) for a in H.names]
     torch.testing.assert_close(found, torch.cat(rows), rtol=1e-10, atol=1e-12)
+    for a, b in blocks:
+        torch.testing.assert_close(H[a, b], blocks[a, b], rtol=1e-10, atol=1e-12)
