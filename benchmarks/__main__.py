@@ -10,6 +10,7 @@ import click
 import torch
 from rich.console import Console
 
+from benchmarks import breakdown
 from benchmarks import report as reports
 from benchmarks.cases import CASES, GOALS, TASKS, Goal, curve_goals, variant_goals
 from benchmarks.runner import ROOT, Options, Results, Runner, measurements
@@ -148,6 +149,15 @@ def report(device: str, dtype: str, results: Path) -> None:
         raise click.ClickException(f"no rows in {store.path}; run the benchmark first")
     for path in reports.write(store, dtype, console=Console()):
         click.echo(f"wrote {path}")
+
+
+@main.command()
+@click.option("--results", type=click.Path(path_type=Path), default=RESULTS, show_default="benchmarks/results")
+def profile(results: Path) -> None:
+    """Where dagh's own time goes, kind by kind, on one thread; written to <results>/profile.md."""
+    path = results / "profile.md"
+    path.write_text("# Where the time goes\n\n" + breakdown.run(), encoding="utf-8")
+    click.echo(path.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

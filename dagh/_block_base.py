@@ -127,6 +127,10 @@ class Block(ABC):
             self.write_into(out)
             yield slice(0, self.shape[0])
 
+    def dense_flops(self) -> int:
+        """Cost of the products that :meth:`dense` takes, in multiply-adds; 0 where the entries are held."""
+        return 0
+
     def dense(self) -> Tensor:
         """The dense tensor [(N,) p_a, p_b]."""
         out = zeros((*self.lead, *self.shape), dtype=self.dtype, device=self.device)

@@ -36,6 +36,9 @@ class SumBlock(Block):
     def rows(self, start: int, stop: int) -> Tensor:
         return self._sum([t.rows(start, stop) for t in self.terms])
 
+    def dense_flops(self) -> int:
+        return sum(t.dense_flops() for t in self.terms)
+
     def matmat(self, v: Tensor) -> Tensor:
         return self._sum([t.matmat(v) for t in self.terms])
 
@@ -95,6 +98,9 @@ class TransposedBlock(Block):
 
     def dense(self) -> Tensor:
         return self.base.dense().mT
+
+    def dense_flops(self) -> int:
+        return self.base.dense_flops()
 
     def matmat(self, v: Tensor) -> Tensor:
         return self.base.rmatmat(v)
@@ -162,6 +168,9 @@ class GridBlock(Block):
 
     def row_numel(self) -> int:
         return max(super().row_numel(), *(b.row_numel() for row in self.grid for b in row))
+
+    def dense_flops(self) -> int:
+        return sum(b.dense_flops() for row in self.grid for b in row)
 
     def matmat(self, v: Tensor) -> Tensor:
         pieces = torch.split(v, self.widths, -2)

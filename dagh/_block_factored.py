@@ -70,6 +70,9 @@ class LowRankBlock(Block):
             out[..., part, part.start :] = panel
             copy_transposed(out[..., part.stop :, part], panel[..., width:])
 
+    def dense_flops(self) -> int:
+        return self.dense_numel * self.rank // (2 if self.left is self.right else 1)
+
     def matmat(self, v: Tensor) -> Tensor:
         return self.left.mT @ (self.signs[..., None] * (self.right @ v))
 
@@ -93,14 +96,14 @@ class LowRankBlock(Block):
     def _gram_flops(self) -> int:
         return (self.samples or 1) * self.rank**2 * sum(self.shape)
 
-    def _dense_flops(self) -> int:
+    def _streamed_flops(self) -> int:
         return self.dense_numel * (self.rank + 1)
 
     def fro(self) -> Tensor:
         return self.norm("fro", {})
 
     def fro_flops(self) -> int:
-        return min(self._gram_flops(), self._dense_flops())
+        return min(self._gram_flops(), self._streamed_flops())
 
     def spectral(self) -> Tensor:
         return self.norm("spectral", {})
@@ -118,7 +121,7 @@ class LowRankBlock(Block):
 
         if kind == "fro":
             missing = {id(f): f.shape[-1] for f in (self.left, self.right) if id(f) not in memo}
-            if (self.samples or 1) * self.rank**2 * sum(missing.values()) >= self._dense_flops():
+            if (self.samples or 1) * self.rank**2 * sum(missing.values()) >= self._streamed_flops():
                 return streamed_fro(self)
             left, right = (once(t, lambda f: f @ f.mT) for t in (self.left, self.right))
             terms = self.signs[..., None] * left * self.signs[..., None, :] * right
@@ -214,6 +217,9 @@ class KroneckerSumBlock(Block):
             return super().write_share(out, share, count)
         return layers_share(out, share, count, self.core, self.left, self.right, symmetric=self.symmetric)
 
+    def dense_flops(self) -> int:
+        return self.dense_numel * self.terms // (2 if self.symmetric else 1)
+
     def matmat(self, v: Tensor) -> Tensor:
         o_a, i_a, o_b, i_b = self.factor_shape
         m, k = self.terms, v.shape[-1]
@@ -249,11 +255,11 @@ class KroneckerSumBlock(Block):
         o_a, i_a, o_b, i_b = self.factor_shape
         return (self.samples or 1) * self.terms**2 * (o_a * o_b + i_a + i_b)
 
-    def _dense_flops(self) -> int:
+    def _streamed_flops(self) -> int:
         return self.dense_numel * (self.terms + 1)
 
     def fro(self) -> Tensor:
-        if self._gram_flops() < self._dense_flops():
+        if self._gram_flops() < self._streamed_flops():
             factors = self._gram_factors()
             total, magnitude = gram_inner(factors, factors)
             if not cancels(total, magnitude):
@@ -261,7 +267,7 @@ class KroneckerSumBlock(Block):
         return streamed_fro(self)
 
     def fro_flops(self) -> int:
-        return min(self._gram_flops(), self._dense_flops())
+        return min(self._gram_flops(), self._streamed_flops())
 
     def merge(self, other: Block) -> Block | None:
         if not isinstance(other, KroneckerSumBlock) or other.factor_shape != self.factor_shape:

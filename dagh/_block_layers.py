@@ -53,6 +53,9 @@ class LayerPairBlock(Block):
         factors = self.core, self.left, self.right, self.jacobian, self.adjoint
         return layers_share(out, share, count, *factors)
 
+    def dense_flops(self) -> int:
+        return self.dense_numel * self.core.shape[0]
+
     def matmat(self, v: Tensor) -> Tensor:
         v = v.reshape(self.core.shape[2], self.right.shape[1], -1)
         middle = self.core @ torch.einsum("ni,oik->nok", self.right, v)

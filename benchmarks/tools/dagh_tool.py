@@ -16,14 +16,9 @@ from benchmarks.verify import directions
 LOSS = "cross_entropy"
 
 
-def plan_totals(plan: Any) -> dict[str, float | None]:
-    """What a plan predicts for the whole batch: flops, bytes moved, seconds, peak bytes; ``None`` if it is silent."""
-    found: dict[str, float | None] = {}
-    for name in ("flops", "bytes", "seconds", "peak_memory"):
-        value = getattr(plan, name, None)
-        value = value() if callable(value) else value
-        found[name] = float(value) if isinstance(value, int | float) else None
-    return found
+def plan_totals(plan: dagh.Plan) -> dict[str, float]:
+    """What a plan predicts for the whole batch: flops, bytes moved, seconds, peak bytes."""
+    return {name: float(getattr(plan, name)) for name in ("flops", "bytes", "seconds", "peak_memory")}
 
 
 def exact_diagonal(graph: dagh.Graph, problem: Problem, options: dict[str, Any]) -> tuple[Tensor, Any]:
@@ -32,11 +27,19 @@ def exact_diagonal(graph: dagh.Graph, problem: Problem, options: dict[str, Any])
     return H.diagonal(), H.plan
 
 
-def _written(H: dagh.BlockMatrix, found: dict[str, Tensor], task: str) -> int:
-    """Bytes of the results that are not held by the blocks themselves."""
+def _write_out(H: dagh.BlockMatrix, found: dict[str, Tensor], task: str) -> dict[str, float]:
+    """Flops and bytes of forming the dense results from the blocks, which a plan leaves out, and the peak with them."""
+    blocks = H.blocks.values()
     if task in ("hessian", "ggn"):
-        return sum(t.numel() * t.element_size() for t in found.values())
-    return sum(block.dense_nbytes for block in H.blocks.values() if block.structure != "dense")
+        written = sum(t.numel() * t.element_size() for t in found.values())
+    else:
+        written = sum(block.dense_nbytes for block in blocks if block.structure != "dense")
+    totals = plan_totals(H.plan)
+    return {
+        "flops": totals["flops"] + 2 * sum(block.dense_flops() for block in blocks),
+        "bytes": totals["bytes"] + written,
+        "peak_memory": max(totals["peak_memory"], H.plan.result_bytes + written),
+    }
 
 
 def _products(graph: dagh.Graph, problem: Problem) -> Callable[[Tensor], Tensor]:
@@ -76,7 +79,7 @@ def _make(task: str) -> Callable[[Problem, Spec, dict[str, Any]], Callable[[], d
             if plan is not None and "plan" not in row:
                 row["plan"] = plan_totals(plan)
                 if task != "diagonal":
-                    row["plan"]["peak_memory"] = max(plan.peak_memory, plan.result_bytes + _written(H, found, task))
+                    row["plan"] |= _write_out(H, found, task)
             return found
 
         return run
