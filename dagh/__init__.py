@@ -7,6 +7,7 @@ from dagh._clarke._limiting import Limiting, LimitingSet
 from dagh._clarke._policy import AtKinks
 from dagh._clarke._report import KinkReport, kinks
 from dagh._clarke._warn import KinkWarning
+from dagh._diagonal import diagonal
 from dagh._gram import Gram, gram
 from dagh._graph import Graph, trace
 from dagh._hessian import Decomposition, decompose, functional_hessian, gauss_newton, hessian, plan
@@ -37,6 +38,7 @@ __all__ = [
     "__version__",
     "atlas",
     "decompose",
+    "diagonal",
     "errors",
     "functional_hessian",
     "gauss_newton",

@@ -13,7 +13,9 @@ from torch import Tensor
 from dagh import _contract, _outer, _sweep
 from dagh._accumulate import Accumulator
 from dagh._bridge import Crossing, build, cross, fold, unit_vectors
+from dagh._bundles import Tangents, matrices
 from dagh._chunks import ranges
+from dagh._entries import Entries
 from dagh._ir import Node
 from dagh._outer_blocks import add_outer
 from dagh._plan import Plan
@@ -22,7 +24,6 @@ from dagh._request import Request, itemsize
 from dagh._rules._conv import Convolution
 from dagh._state import State
 from dagh._strips import add_strip
-from dagh._sweep import Tangents
 from dagh._workers import FEWEST, Stopped, side_by_side
 
 
@@ -110,13 +111,20 @@ def _add_outer(share: _Share, result: Accumulator) -> None:
     factor = _outer.factor_loss(state)
     if factor.columns.shape[1] == 0:
         return
+    if isinstance(result, Entries):
+        for part in ranges(state.samples, plan.outer_step(state.samples, share.room)):
+            some, columns = share.narrow(part), factor.columns[part]
+            signs = None if factor.signs is None else factor.signs[part]
+            for leaf, rows in _outer.pull_rows(some.state, columns, share.request, plan, leaves).items():
+                result.add_rows(leaf, rows, signs, some.window)
+        return
     # Pulled back in ranges of samples that stay in the cache; multiplied all at once.
-    rows = _outer.Gathered(
+    gathered = _outer.Gathered(
         state.samples, plan.kept_rows, lambda leaf, r, width: result.rows.room(leaf, r, width, share.window)
     )
     for part in ranges(state.samples, plan.outer_step(state.samples, share.room)):
-        rows.put(part, _outer.pull_rows(state.narrow(part), factor.columns[part], share.request, plan, leaves))
-    add_outer(rows, pairs, factor.signs, plan, result, share.window)
+        gathered.put(part, _outer.pull_rows(state.narrow(part), factor.columns[part], share.request, plan, leaves))
+    add_outer(gathered, pairs, factor.signs, plan, result, share.window)
 
 
 def _add_functional(share: _Share, result: Accumulator, enough: Event) -> None:
@@ -152,7 +160,7 @@ def _add_directions(share: _Share, column: Column, crossing: Crossing | None, re
         h = found.dense(target)
         if h.shape[0] > 1 and not result.keep:
             h = h.sum(0, keepdim=True)
-        h = _sweep.matrices(h)  # [N or 1, B, p_row]
+        h = matrices(h)  # [N or 1, B, p_row]
         piece = h.expand(state.samples, *h.shape[1:]) if result.keep else h[0]
         if column.gate is not None and column.basis == "channel":
             result.add_channels(leaf, row, piece, column.gate.channels, part, window)
@@ -163,7 +171,7 @@ def _add_directions(share: _Share, column: Column, crossing: Crossing | None, re
 def _sweep_column(
     state: State, column: Column, crossing: Crossing | None, part: slice, per_sample: bool
 ) -> tuple[Tangents, Tangents]:
-    call = state.call(column.seed)
+    call, units = state.call(column.seed), None
     if column.basis == "channel" and column.gate is not None:
         seed = Convolution().seed_channels(call, column.gate.argument)[:, part]
     else:
@@ -171,6 +179,7 @@ def _sweep_column(
         outputs = slice(part.start // column.order, part.stop // column.order)
         chosen = torch.arange(column.seed.numel // column.copies).reshape(column.order, -1)[:, outputs].flatten()
         seed = unit_vectors(column.seed, column.copies, chosen, state.values[column.seed])
+        units = chosen if column.copies == 1 else None
     if column.basis == "input":
         n = state.samples
         start = {column.seed: seed.expand(n, *seed.shape[1:])}
@@ -178,7 +187,9 @@ def _sweep_column(
     channelwise = column.copies > 1
     seeds = {column.seed: seed}
     del seed
-    tangents = _sweep.push_forward(state, seeds, column.within, column.held, channelwise=channelwise, trim=True)
+    tangents = _sweep.push_forward(
+        state, seeds, column.within, column.held, channelwise=channelwise, trim=True, units=units
+    )
     targets, curved, spare = list(column.targets.values()), column.curved, column.paths
     if crossing is None:
         found = _sweep.pull_back(state, {}, targets, tangents=tangents, curved=curved, keep=per_sample, spare=spare)
@@ -213,7 +224,7 @@ def _add_activation(
 
     def whole(t: Tensor) -> Tensor:
         """``[n, rows, outputs, d]``."""
-        t = _sweep.matrices(t.expand(n, *t.shape[1:]))
+        t = matrices(t.expand(n, *t.shape[1:]))
         return t.reshape(n, gate.rows, -1, t.shape[2])
 
     outputs = slice(part.start // column.order, part.stop // column.order)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from dagh import _sweep
+from dagh._bundles import Tangents, matrices
 from dagh._chunks import ranges
 from dagh._ir import Node
 from dagh._plan_sweeps import Bridge, Column, Table
 from dagh._request import itemsize
 from dagh._rules._conv import Convolution
 from dagh._state import State
-from dagh._sweep import Tangents
 
 
 @dataclass
@@ -164,7 +164,7 @@ def _carry(
             product = left.permute(3, 1, 0, 2, 4).flatten(2) @ right.permute(2, 0, 1, 3, 4).flatten(1, 3)
         into[node] = product.reshape(-1, c * b, *node.shape)
         return
-    t = _sweep.matrices(tangents.dense(v))
+    t = matrices(tangents.dense(v))
     t = t.expand(n, *t.shape[1:])
     if keep:
         into[node] = (t @ table).reshape(n, t.shape[1], *node.shape)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dagh._accumulate import Accumulator
 from dagh._chunks import ranges
+from dagh._entries import Entries
 from dagh._request import Pair
 
 
@@ -46,12 +47,39 @@ def add_layers(
         core, path = (None if t is None else t[:, 0] for t in (core, path))
         result.add_layers(pair, x[:, 0], y[:, 0], core, path, flat, outputs, window)
         return
+    if isinstance(result, Entries) and not result.keep:
+        _add_entries(result, pair, x, y, core, path, adjoint, outputs, window)
+        return
     i = x.shape[2]
     where = slice(outputs.start * i, outputs.stop * i)
     if core is not None:
         result.add(*pair, _contract(x, core, y, result.keep, swap=False), where, window)
     if path is not None and adjoint is not None:
         result.add(*pair, _contract(x, path, adjoint, result.keep, swap=True), where, window)
+
+
+def _add_entries(
+    result: Entries,
+    pair: Pair,
+    x: Tensor,
+    y: Tensor,
+    core: Tensor | None,
+    path: Tensor | None,
+    adjoint: Tensor | None,
+    outputs: slice,
+    window: slice,
+) -> None:
+    """As :func:`add_layers`, the entries of a weight with itself alone: its outputs with themselves, row by row."""
+    if core is not None:
+        (n, t, width, _), rows = core.shape, y.shape[1]
+        own = core.reshape(n, t, width, rows, -1)[..., outputs].diagonal(dim1=2, dim2=4)  # [n, T, T', O]
+        inner = own.reshape(n, t, -1).transpose(1, 2) @ x  # [n, (T', O), i]
+        inner = inner.reshape(n * rows, width, -1) * y.reshape(n * rows, 1, -1)
+        result.add_sum(pair[0], inner.sum(0), outputs)
+    if path is not None and adjoint is not None:
+        n, t, width = path.shape[:3]
+        crossed = path.reshape(n, t, width, y.shape[1], -1)
+        result.add_sum(pair[0], torch.einsum("ntoui,nti,nuo->oi", crossed, x, adjoint[..., outputs]), outputs)
 
 
 def add_tokens(

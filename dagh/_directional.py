@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dagh import _sweep
+from dagh._bundles import Tangents, matrices
 from dagh._ir import Node
 from dagh._rules._generic import quiet_batching
 
@@ -61,7 +62,7 @@ def along(state: State, seeds: Mapping[Node, Tensor]) -> Directional:
     return Directional(value, slope.expand_as(zero), parts["loss"] + parts["model"], parts["loss"])
 
 
-def _form(state: State, node: Node, delta: Tensor, tangents: _sweep.Tangents) -> Tensor:
+def _form(state: State, node: Node, delta: Tensor, tangents: Tangents) -> Tensor:
     """``Σ_{p,q} t_pᵀ M_{p,q} t_q`` at one node: ``[N or 1, B]``."""
     rule, call = state.rule(node), state.call(node)
     moving = {i: tangents[p] for i, p in enumerate(node.inputs) if p in tangents}
@@ -76,4 +77,4 @@ def _form(state: State, node: Node, delta: Tensor, tangents: _sweep.Tangents) ->
     if not args:
         return delta.new_zeros(1, 1)
     rows = rule.curvature(call, delta, moving, args, True)
-    return factor * sum((_sweep.matrices(rows[i] * moving[i]).sum(2) for i in rows), delta.new_zeros(1, 1))
+    return factor * sum((matrices(rows[i] * moving[i]).sum(2) for i in rows), delta.new_zeros(1, 1))

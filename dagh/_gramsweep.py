@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dagh import _sweep
+from dagh._bundles import matrices
 from dagh._gramkernels import Inputs, Way, choose_way, crossed_gram, rows_gram, weight_gram
 from dagh._gramplan import Group, Layer, Use, family, plan_groups
 from dagh._ir import Node
@@ -94,7 +95,7 @@ def _explicit_rows(state: State, layer: Layer, found: dict[Node, Tensor], start:
         return None
     if set(begin) != {layer.leaf}:
         begin = _sweep.pull_back(state, begin, [layer.leaf], keep=True)
-    return _sweep.matrices(begin[layer.leaf]) if layer.leaf in begin else None
+    return matrices(begin[layer.leaf]) if layer.leaf in begin else None
 
 
 def _layer_gram(

@@ -18,7 +18,9 @@ from dagh._blocks import Block, add_blocks
 from dagh._clarke._limiting import resolve
 from dagh._clarke._policy import AtKinks
 from dagh._clarke._warn import warn_at_ties
+from dagh._entries import Entries
 from dagh._graph import Graph, Mode
+from dagh._linearize import Part
 from dagh._objectives import Reduction
 from dagh._plan import Plan
 from dagh._prepare import Blocks, Names, Prepared, prepare
@@ -83,7 +85,7 @@ def hessian(
     Raises:
         DaghError: one of its subclasses in :mod:`dagh.errors`, with a one-line message.
     """
-    return _compute(
+    return compute(
         ("full",),
         model,
         loss,
@@ -122,7 +124,7 @@ def gauss_newton(
     The split is at the model's output: for a model that returns log-probabilities with an ``"nll"`` loss, ∇²ℓ = 0 and
     H_O vanishes; return logits and use ``"cross_entropy"`` for the usual matrix. Arguments as in :func:`hessian`.
     """
-    return _compute(
+    return compute(
         ("outer",),
         model,
         loss,
@@ -157,7 +159,7 @@ def functional_hessian(
     mode: Mode = "eval",
 ) -> BlockMatrix:
     """The functional part H_F = H - H_O: the curvature of the network itself. Arguments as in :func:`hessian`."""
-    return _compute(
+    return compute(
         ("functional",),
         model,
         loss,
@@ -192,7 +194,7 @@ def decompose(
     mode: Mode = "eval",
 ) -> Decomposition:
     """Both parts and their sum, from one evaluation. Arguments as in :func:`hessian`."""
-    found = _compute(
+    found = compute(
         ("full", "outer", "functional"),
         model,
         loss,
@@ -217,10 +219,10 @@ def plan(
     inputs: Any,
     targets: Any = None,
     *,
-    part: Literal["full", "outer", "functional"] = "full",
+    part: Part = "full",
     params: Names = None,
     wrt: Names = None,
-    blocks: Blocks = "all",
+    blocks: Blocks | Literal["entries"] = "all",
     reduction: Reduction = "mean",
     memory_budget: int | str | None = None,
     routes: Mapping[tuple[str, str], str] | None = None,
@@ -230,19 +232,21 @@ def plan(
     """How :func:`hessian` (or the ``part`` named) would form its blocks, without forming them.
 
     ``print(plan)`` shows sweeps, routes, sizes, predicted time and memory. ``routes`` overrides the choice for pairs of
-    names, with a label out of ``plan.alternatives``; pass the result as ``plan=``. Other arguments as in
-    :func:`hessian`.
+    names, with a label out of ``plan.alternatives``; pass the result as ``plan=``. ``blocks="entries"`` is the plan of
+    :func:`diagonal`. Other arguments as in :func:`hessian`.
 
     Raises:
         ReductionError: for a route that a pair does not have; other errors as :func:`hessian` does.
     """
+    chosen: Blocks = "diagonal" if blocks == "entries" else blocks
     return prepare(
-        (part,), model, loss, inputs, targets, params=params, wrt=wrt, blocks=blocks, reduction=reduction,
-        kinks="torch", memory_budget=memory_budget, plan=None, output=output, mode=mode, routes=routes,
+        (part,), model, loss, inputs, targets, params=params, wrt=wrt, blocks=chosen, reduction=reduction,
+        kinks="torch", memory_budget=memory_budget, plan=None, output=output, mode=mode,
+        entries=blocks == "entries", routes=routes,
     ).plan  # fmt: skip
 
 
-def _compute(
+def compute(
     wanted: tuple[str, ...],
     model: nn.Module | Graph,
     loss: Any,
@@ -257,11 +261,14 @@ def _compute(
     plan: Plan | None,
     output: str | int | None,
     mode: Mode,
+    entries: bool = False,
 ) -> dict[str, BlockMatrix]:
+    """The matrices of the parts ``wanted``; with ``entries``, diagonal blocks of their diagonals alone."""
     at = AtKinks.of(kinks)
     ready = prepare(
         wanted, model, loss, inputs, targets, params=params, wrt=wrt, blocks=blocks, reduction=reduction,
         kinks=kinks if at is None else None, memory_budget=memory_budget, plan=plan, output=output, mode=mode,
+        entries=entries,
     )  # fmt: skip
     if kinks == "torch":
         warn_at_ties(ready.graph, ready.state)
@@ -275,17 +282,18 @@ def _compute(
         if least > _memory.TOLERANCE * max(budget, _memory.ENFORCED):
             raise _memory.too_tight(least, budget, ready.state.samples)
 
-    def compute(state: State) -> dict[str, BlockMatrix]:
+    def matrices(state: State) -> dict[str, BlockMatrix]:
         return _matrices(wanted, state, ready, reduction)
 
-    return compute(ready.state) if at is None else resolve(at, ready.state, request.leaves, compute)
+    return matrices(ready.state) if at is None else resolve(at, ready.state, request.leaves, matrices)
 
 
 def _matrices(wanted: tuple[str, ...], state: State, ready: Prepared, reduction: Reduction) -> dict[str, BlockMatrix]:
     request, plan, graph = ready.request, ready.plan, ready.graph
     program, keep, budget = state.program, plan.keep, ready.budget
     parts = plan.parts
-    sums = {part: Accumulator(request, state, plan) for part in parts}
+    kind = Entries if request.entries else Accumulator
+    sums = {part: kind(request, state, plan) for part in parts}
     if wanted == ("full",):
         sums["outer"] = sums["functional"]
     with quiet_batching():

@@ -19,7 +19,7 @@ def kept_rows(plan: Plan) -> frozenset[int]:
     A block takes ``R (p_a + p_b)`` numbers then instead of ``p_a p_b``. Where that spares memory for one block, the
     rows of further leaves join as long as they spare more than they take. Only for H_O alone: a sum with H_F is dense.
     """
-    if plan.keep or plan.parts != ("outer",):
+    if plan.keep or plan.entries or plan.parts != ("outer",):
         return frozenset()
     rank, sizes = plan.samples * plan.outer_rows, plan.sizes
     partners: dict[int, set[int]] = {}
@@ -54,6 +54,8 @@ def gathered_rows(plan: Plan) -> int:
 
 def gathered_elements(plan: Plan) -> int:
     """Numbers per sample in the rows of H_O that are held until they are multiplied."""
+    if plan.entries:
+        return 0
     leaves = {i for p in plan.factored for i in p}
     layers = [plan.gates[i] for i in leaves if i in plan.gates]
     return plan.outer_rows * (gathered_rows(plan) + sum(g.shape[0] for g in layers)) + sum(g.shape[1] for g in layers)
@@ -61,6 +63,8 @@ def gathered_elements(plan: Plan) -> int:
 
 def largest_product(plan: Plan, window: int) -> int:
     """Entries of the largest product of a layer's cotangents with other rows that are formed at once."""
+    if plan.entries:
+        return 0
     pairs = [(i, j) for i, j in plan.factored if not plan.low_rank(i, j)]
     cores = [
         window * plan.gates[i].shape[0] * plan.gates[j].shape[0]

@@ -75,6 +75,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     device: str = "cpu"
     keep: bool = False
+    entries: bool = False
     parts: tuple[str, ...] = ("outer", "functional")
     budget: int | None = None
 
@@ -93,7 +94,7 @@ class Plan:
         """Whether the block of two linear layers takes less memory kept per sample."""
         i, j = self.oriented(i, j)
         first, second = self.gates.get(i), self.gates.get(j)
-        if first is None or second is None or self.kinds[min(i, j), max(i, j)] == "zero":
+        if self.entries or first is None or second is None or self.kinds[min(i, j), max(i, j)] == "zero":
             return False
         if (min(i, j), max(i, j)) in self.stripped:
             return False
@@ -123,7 +124,7 @@ class Plan:
 
     def held_elements(self, i: int, j: int) -> int:
         """Numbers that the block of a pair holds, in the structure it is kept in; its rows if it is of low rank."""
-        dense = self.sizes[i] * self.sizes[j]
+        dense = self.sizes[i] if self.entries else self.sizes[i] * self.sizes[j]
         if self.keep:
             return self.samples * dense
         if self.low_rank(i, j):
@@ -143,6 +144,9 @@ class Plan:
         """Arithmetic per sample of the products of the rows of H_O for a pair (half of it spared by symmetry)."""
         if self.low_rank(i, j):
             return 0.0
+        if self.entries:
+            own = self.gates.get(i)
+            return 2.0 * (self.outer_rows * (own.shape[0] if own else self.sizes[i]) + (self.sizes[i] if own else 0))
         if i in self.gates and j in self.gates:
             core = 2.0 * self.outer_rows * self.gates[i].shape[0] * self.gates[j].shape[0]
             return core + (0.0 if self.structured(i, j, self.samples) else 2.0 * self.sizes[i] * self.sizes[j])
@@ -253,7 +257,7 @@ class Plan:
             return 0
         dense = [p for p in self.pairs if self.kinds[p] != "zero" and not self.structured(*p, self.samples)]
         dense = [p for p in dense if not self.low_rank(*p)]
-        return sum(self.sizes[i] * self.sizes[j] for i, j in dense) * itemsize(self.dtype)
+        return sum(self.held_elements(*p) for p in dense) * itemsize(self.dtype)
 
     def shares(self, working: float, dense: int) -> int:
         """Into how many shares the samples are divided: one per thread, where sums of each have room."""

@@ -111,13 +111,14 @@ def make_plan(
         ),
         state=held_by_state(program, request.leaves, itemsize(program.output.dtype)),
         outer_alive=of_rows(reached, rows),
-        widest=max((v.numel for v in program), default=1),
+        widest=max((v.numel for v in program if v.kind != "parameter" or v in rows), default=1),
         dtype=program.output.dtype,
         program=program,
         functional=functional,
         bridges=bridges,
         strips=made,
         parts=tuple(parts),
+        entries=request.entries,
     )
     for pair, prices in alternatives.items():
         if FACTOR in prices:

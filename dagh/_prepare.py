@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from torch import nn
 
 from dagh import _memory
 from dagh._graph import Graph, Mode, trace
+from dagh._linearize import Part
 from dagh._objectives import Reduction
 from dagh._plan import Plan
 from dagh._request import Request, choose_names, choose_pairs
@@ -48,9 +49,13 @@ def prepare(
     plan: Plan | None,
     output: str | int | None,
     mode: Mode,
+    entries: bool = False,
     routes: Mapping[tuple[str, str], str] | None = None,
 ) -> Prepared:
     """Trace (unless given a graph), evaluate, resolve names, and plan (or check the plan given)."""
+    for part in wanted:
+        if part not in get_args(Part):
+            raise ReductionError(f"part={part!r}: expected 'full', 'outer' or 'functional'")
     if isinstance(memory_budget, str):
         memory_budget = _memory.parse_size(memory_budget)
     graph = model if isinstance(model, Graph) else trace(model, inputs, mode=mode, output=output)
@@ -58,7 +63,7 @@ def prepare(
     choose_pairs(names, blocks)
     state = graph.evaluate(loss, inputs, targets, reduction=reduction, kinks=kinks, wrt=names)
     names, leaves = choose_names(state.program, graph.trainable, params, wrt)
-    request = Request(names, leaves, choose_pairs(names, blocks))
+    request = Request(names, leaves, choose_pairs(names, blocks), entries)
     parts = tuple(p for p in ("outer", "functional") if wanted != ("outer",) or p == "outer")
     parts = parts if wanted != ("functional",) else ("functional",)
     budget = _memory.budget_bytes(memory_budget, state.weights.device)
@@ -74,7 +79,8 @@ def prepare(
 def _check(plan: Plan, state: State, request: Request, parts: tuple[str, ...]) -> None:
     if not isinstance(plan, Plan):
         raise ReductionError(f"plan must be a Plan such as H.plan, not {type(plan).__name__}")
-    if plan.program is not state.program or (plan.names, plan.pairs) != (request.names, request.pairs):
+    made_for = plan.names, plan.pairs, plan.entries
+    if plan.program is not state.program or made_for != (request.names, request.pairs, request.entries):
         raise ReductionError("the plan was made for another graph or request; leave plan=None to make a new one")
     if "functional" in parts and not plan.functional:
         raise ReductionError("the plan was made for gauss_newton and has no sweeps for H_F; leave plan=None")

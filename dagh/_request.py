@@ -22,6 +22,8 @@ class Request:
     names: tuple[str, ...]
     leaves: tuple[Node, ...]
     pairs: tuple[Pair, ...]
+    entries: bool = False
+    """Whether only the diagonal entries of the (diagonal) blocks are asked for."""
 
     @property
     def sizes(self) -> list[int]:

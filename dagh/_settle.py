@@ -32,7 +32,7 @@ def settled(
     """
     chosen = tuple(sorted((routes or {}).items()))
     # For each request, the plans by the pairs that must go by strips and by the room for work.
-    kept = state.program.plans.setdefault((request.names, request.leaves, request.pairs, parts, chosen), {})
+    kept = state.program.plans.setdefault((request, parts, chosen), {})
 
     def made(strips: Collection[Pair] = (), limit: int | None = None) -> Plan:
         key = frozenset(strips), limit

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dagh import _sweep
+from dagh._bundles import matrices
 from dagh._directional import Directional, along
 from dagh._ir import Node, Program
 from dagh._linearize import Linearization, Part
@@ -125,7 +126,7 @@ class State:
         eye = self._identity(parent)
         out = self.rule(child).jvp(self.call(child), dict.fromkeys(slots, eye))
         n = max(self.values[child].shape[0], self.values[parent].shape[0])
-        return _sweep.matrices(out.expand(n, *out.shape[1:])).transpose(1, 2)
+        return matrices(out.expand(n, *out.shape[1:])).transpose(1, 2)
 
     def total_jacobian(self, u: str | Node, v: str | Node) -> Tensor:
         """``J_{u←v}``, over all paths: ``[N, d_u, d_v]``."""
@@ -136,7 +137,7 @@ class State:
         if child not in tangents:
             n = max(self.values[child].shape[0], self.values[parent].shape[0])
             return self.values[child].new_zeros(n, child.numel, parent.numel)
-        return _sweep.matrices(tangents[child]).transpose(1, 2)
+        return matrices(tangents[child]).transpose(1, 2)
 
     def second(self, u: str | Node, v: str | Node, w: str | Node) -> Tensor:
         """``T_{u;v,w}``: second derivatives of every output of u, ``[N, d_u, d_v, d_w]`` (dense: for small nodes)."""
@@ -193,7 +194,7 @@ class State:
         n = max(self.values[row].shape[0], self.values[column].shape[0])
         if row not in found:
             return self.values[row].new_zeros(n, row.numel, column.numel)
-        block = _sweep.matrices(found[row]).transpose(1, 2)
+        block = matrices(found[row]).transpose(1, 2)
         if n == 1 and block.shape[0] > 1:
             block = block.sum(0, keepdim=True)
         return block.expand(n, *block.shape[1:])
@@ -291,7 +292,7 @@ class State:
         if not self.rule(child).curved(child):
             found = {}
         for block in found.values():
-            total = total + _sweep.matrices(block)
+            total = total + matrices(block)
         return total.transpose(1, 2)
 
 

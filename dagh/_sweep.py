@@ -10,12 +10,12 @@ which is the elimination of the live-block recursion restricted to the columns t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from dagh._bundles import Scaled, Tangents, expand_channels, written_out
 from dagh._ir import Node
 from dagh._rules import Call, Rule
 from dagh._rules._base import zeros_in_order
@@ -26,93 +26,6 @@ if TYPE_CHECKING:
 Bundle = dict[Node, Tensor]
 
 
-@dataclass(frozen=True)
-class Scaled:
-    """A bundle ``base · factor`` not multiplied out: a chain of element-wise operations costs one pass over it."""
-
-    base: Tensor
-    factor: Tensor | float
-
-    @staticmethod
-    def by(bundle: Tensor | Scaled, factor: Tensor | float) -> Tensor | Scaled:
-        """``bundle · factor``."""
-        if isinstance(factor, float) and factor == 1.0:
-            return bundle
-        if isinstance(bundle, Scaled):
-            return Scaled(bundle.base, bundle.factor * factor)
-        return Scaled(bundle, factor)
-
-    def value(self) -> Tensor:
-        return self.base * self.factor
-
-    def into_place(self) -> Tensor:
-        """The product in the memory of ``base``, if it fits there."""
-        factor = self.factor
-        if isinstance(factor, Tensor):
-            pairs = zip(self.base.shape, factor.shape, strict=False)
-            if factor.dim() != self.base.dim() or any(wide not in (1, own) for own, wide in pairs):
-                return self.value()
-        return self.base.mul_(factor)
-
-
-def written_out(bundle: Tensor | Scaled) -> Tensor:
-    return bundle.value() if isinstance(bundle, Scaled) else bundle
-
-
-class Tangents(dict[Node, Tensor]):
-    """Tangents by node, ``[N, B, *shape]``; those of element-wise operations are written out when first read.
-
-    The bundle of a node in ``channelwise`` is channel-diagonal: ``[N, b, m, C, …]`` stands for C·b directions, member
-    (c, b) being ``[:, b]`` restricted to channel c. A convolution's own weights move one output channel each, so up to
-    the next operation that mixes channels C times fewer numbers say the same.
-    """
-
-    def __init__(self, values: Mapping[Node, Tensor], channelwise: Iterable[Node] = ()) -> None:
-        super().__init__(values)
-        self.channelwise = set(channelwise)
-        self._scaled: dict[Node, Scaled] = {}
-
-    def __contains__(self, node: object) -> bool:
-        return super().__contains__(node) or node in self._scaled
-
-    def __getitem__(self, node: Node) -> Tensor:
-        if node in self._scaled:
-            self[node] = self._scaled.pop(node).value()
-        return super().__getitem__(node)
-
-    def scale(self, node: Node, parent: Node, factor: Tensor | float) -> None:
-        """The tangent of ``node`` is that of ``parent`` times ``factor``."""
-        known = self._scaled.get(parent)
-        scaled = Scaled.by(super().__getitem__(parent) if known is None else known, factor)
-        if isinstance(scaled, Scaled):
-            self._scaled[node] = scaled
-        else:
-            self[node] = scaled
-        if parent in self.channelwise:
-            self.channelwise.add(node)
-
-    def drop(self, node: Node) -> None:
-        self.pop(node, None)
-        self._scaled.pop(node, None)
-
-    def dense(self, node: Node) -> Tensor:
-        """The bundle with every direction written out."""
-        return expand_channels(self[node]) if node in self.channelwise else self[node]
-
-
-def matrices(t: Tensor) -> Tensor:
-    """A bundle ``[N, B, *shape]`` with the node's axes flattened: ``[N, B, d]``."""
-    return t.reshape(*t.shape[:2], t.shape[2:].numel())
-
-
-def expand_channels(t: Tensor) -> Tensor:
-    """``[N, b, m, C, …]`` channel-diagonal to dense ``[N, C·b, m, C, …]``."""
-    n, b, _, c = t.shape[:4]
-    out = t.new_zeros(n, c, *t.shape[1:])
-    out.diagonal(dim1=1, dim2=4).copy_(t.movedim(3, -1))
-    return out.reshape(n, c * b, *t.shape[2:])
-
-
 def push_forward(
     state: State,
     seeds: dict[Node, Tensor],
@@ -121,6 +34,7 @@ def push_forward(
     *,
     channelwise: bool = False,
     trim: bool = False,
+    units: Tensor | None = None,
 ) -> Tangents:
     """Tangents of every node of ``within`` that depends on a seed. A seed adds to what flows into its node.
 
@@ -128,8 +42,10 @@ def push_forward(
     ``seeds`` as well.
     ``channelwise``: the seeds are channel-diagonal (see :class:`Tangents`). ``trim``: parts of a value that the seeds
     do not move (the keys, where queries move) have no tangent at all, instead of a bundle of zeros.
+    ``units``: the only seed has a one as its only entry in every member, at these places of the flattened node.
     """
     tangents = Tangents(seeds, seeds if channelwise else ())
+    unit = None if units is None else next(iter(seeds.values()))
     waiting = {n: sum(u in within for u in state.program.users[n]) for n in within} if held is not None else {}
     for node in state.program:
         if node.op is None or node not in within:
@@ -142,6 +58,12 @@ def push_forward(
             factor = state.rule(node).scaling(state.call(node), node.inputs.index(moving[0]))
         if factor is not None:
             tangents.scale(node, moving[0], factor)
+        elif (
+            units is not None
+            and node not in seeds
+            and (numbered := _push_units(state, node, tangents, moving, units, unit))
+        ):
+            tangents.hold(node, numbered)
         else:
             t = _push(state, node, tangents, moving)
             if node in seeds:
@@ -158,6 +80,23 @@ def push_forward(
                     tangents.drop(parent)
                     seeds.pop(parent, None)
     return tangents
+
+
+def _push_units(
+    state: State, node: Node, tangents: Tangents, moving: list[Node], units: Tensor, unit: Tensor | None
+) -> Scaled | None:
+    """Unit vectors that have been scaled element by element: each is still a unit vector times a number per sample.
+
+    The numbers pass through ``D`` untouched, so that it meets the unit vectors alone: one sample instead of all.
+    """
+    lazy = tangents.lazy(moving[0]) if len(moving) == 1 else None
+    if lazy is None or lazy.base is not unit or not isinstance(lazy.factor, Tensor):
+        return None
+    n, members, shape = lazy.factor.shape[0], len(units), moving[0].shape
+    numbers = lazy.factor.expand(n, 1, *shape).reshape(n, -1)[:, units]
+    bundles = {i: lazy.base for i, p in enumerate(node.inputs) if p is moving[0]}
+    pushed = state.rule(node).jvp(state.call(node), bundles)
+    return Scaled(pushed, numbers.reshape(n, members, *([1] * len(node.shape))))
 
 
 def _push(state: State, node: Node, tangents: Tangents, moving: list[Node]) -> Tensor:
@@ -312,6 +251,11 @@ class _Rows:
             else:
                 self._packed.discard(node)
                 before = expand_channels(written_out(before))
+                self._own.add(node)
+        if before is not None and node in self._own:
+            before = self._rows[node] = self.whole(node, before, own=True)
+            if isinstance(row, Scaled) and samples > 1 and row.add_to(before):
+                return
         row = written_out(row)
         if samples == 1 and row.shape[0] > 1 and not self.keep:
             row = row.sum(0, keepdim=True)
@@ -321,20 +265,24 @@ class _Rows:
             if whole.shape != row.shape:  # expanded
                 self._own.discard(node)
             return
-        if node in self._own:
-            before = self.whole(node, before, own=True)
-            if before.shape == whole.shape:
-                self._rows[node] = before.add_(whole)
-                return
+        if node in self._own and isinstance(before, Tensor) and before.shape == whole.shape:
+            self._rows[node] = before.add_(whole)
+            return
         self._rows[node] = self.whole(node, before) + whole
         self._own.add(node)
 
 
 def _curve(
     state: State, node: Node, delta: Tensor, tangents: Tangents, args: list[int], keep: bool
-) -> list[tuple[int, Tensor, bool]]:
+) -> list[tuple[int, Tensor | Scaled, bool]]:
     """``Σ_q [M]_{p,q} J_q t`` at one node: arguments, their rows, and whether these are channel-diagonal."""
     rule, call = state.rule(node), state.call(node)
+    if len(node.inputs) == 1:
+        (parent,) = node.inputs
+        factor = rule.curvature_scaling(call, delta) if parent in tangents and args else None
+        if factor is not None:
+            packed = parent in tangents.channelwise and rule.keeps_channels(node) and parent.batched
+            return [(0, Scaled(tangents[parent] if packed else tangents.dense(parent), factor), packed)]
     pairs = rule.pairs(node)
     if pairs is not None:
         args = [i for i in args if any(a == i and node.inputs[j] in tangents for a, j in pairs)]
@@ -345,13 +293,13 @@ def _curve(
         found = rule.curvature_channels(call, delta, tangents[node.inputs[0]], keep)
         if found is not None:
             return [(i, row, False) for i, row in found.items() if i in args]
-    out: list[tuple[int, Tensor, bool]] = []
+    out: list[tuple[int, Tensor | Scaled, bool]] = []
     if all(p in tangents.channelwise for p in moving) and rule.keeps_channels(node):
         # Each channel's rows depend on that channel alone: packed bundles in, packed rows out.
         thin = [i for i in args if node.inputs[i].batched]
-        packed = {i: tangents[p] for i, p in enumerate(node.inputs) if p in tangents}
+        bundles = {i: tangents[p] for i, p in enumerate(node.inputs) if p in tangents}
         if thin:
-            out = [(i, row, True) for i, row in rule.curvature(call, delta, packed, thin, keep).items()]
+            out = [(i, row, True) for i, row in rule.curvature(call, delta, bundles, thin, keep).items()]
         args = [i for i in args if not node.inputs[i].batched]
         if not args:
             return out

@@ -120,6 +120,10 @@ def test_family(case: Case) -> None:
     assert_close(parts.full, full, scale, "decompose.full")
     assert_close(parts.outer, outer, scale, "decompose.outer")
     assert_close(parts.functional, functional, scale, "decompose.functional")
+    for part, reference in (("full", full), ("outer", outer), ("functional", functional)):
+        for name, entries in dagh.diagonal(*args, part=part).items():
+            wanted = reference[name, name].diagonal().reshape(entries.shape)
+            assert float((entries - wanted).norm()) <= TOLERANCE * scale, f"diagonal of {part}, {name}"
     total = blocks_of(parts.outer + parts.functional)
     assert max(relative_error(total, blocks_of(parts.full), scale=scale).values()) <= 1e-13
     snapshot.assert_unchanged()

@@ -317,6 +317,11 @@ def check(seed: int, length: int, samples: int, loss: str) -> None:
     names = parts.full.names
     for n in names:
         assert float((diagonal[n, n] - reference[n, n]).norm()) <= TOLERANCE * scale_
+    entries = dagh.diagonal(graph, loss, x, y)
+    assert error(torch.cat([entries[n].flatten() for n in names]), full.diagonal()) <= TOLERANCE
+    entries = dagh.diagonal(graph, loss, x, y, reduction="none")
+    found = torch.cat([entries[n].flatten(1) for n in names], 1)
+    assert error(found, singles.diagonal(dim1=1, dim2=2)) <= TOLERANCE
     rng = random.Random(seed)
     a, b = rng.choice(names), rng.choice(names)
     alone = dagh.hessian(graph, loss, x, y, blocks=[(a, b)])

@@ -21,12 +21,6 @@ def plan_totals(plan: dagh.Plan) -> dict[str, float]:
     return {name: float(getattr(plan, name)) for name in ("flops", "bytes", "seconds", "peak_memory")}
 
 
-def exact_diagonal(graph: dagh.Graph, problem: Problem, options: dict[str, Any]) -> tuple[Tensor, Any]:
-    """The diagonal of H and the plan of the work; the one place to change when there is a shorter way."""
-    H = dagh.hessian(graph, LOSS, problem.x, problem.y, blocks="diagonal", **options)
-    return H.diagonal(), H.plan
-
-
 def _write_out(H: dagh.BlockMatrix, found: dict[str, Tensor], task: str) -> dict[str, float]:
     """Flops and bytes of forming the dense results from the blocks, which a plan leaves out, and the peak with them."""
     blocks = H.blocks.values()
@@ -71,15 +65,14 @@ def _make(task: str) -> Callable[[Problem, Spec, dict[str, Any]], Callable[[], d
                 H = dagh.hessian(*args, blocks=[(a, b)], **options)
                 found, plan = {"pair": H[a, b].T}, H.plan
             elif task == "diagonal":
-                diagonal, plan = exact_diagonal(graph, problem, options)
-                found = {"diagonal": diagonal}
+                found = {"diagonal": flat(dagh.diagonal(*args, **options).values())}
+                if "plan" not in row:
+                    row["plan"] = plan_totals(dagh.plan(*args, blocks="entries", **options))
             else:
                 product = _products(graph, problem)
                 found = {"products": torch.stack([product(v) for v in directions(problem)])}
             if plan is not None and "plan" not in row:
-                row["plan"] = plan_totals(plan)
-                if task != "diagonal":
-                    row["plan"] |= _write_out(H, found, task)
+                row["plan"] = plan_totals(plan) | _write_out(H, found, task)
             return found
 
         return run

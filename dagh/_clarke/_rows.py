@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dagh import _sweep
+from dagh._bundles import matrices
 from dagh._clarke._sites import Site, candidates, rows_of
 from dagh._ir import Node
 from dagh._rules._generic import quiet_batching
@@ -50,7 +51,7 @@ def element_rows(
         offset = 0
         for leaf in leaves:
             if leaf in found:
-                rows = _sweep.matrices(found[leaf])
+                rows = matrices(found[leaf])
                 out[chosen, offset : offset + leaf.numel] = rows[rows_of(rows, sample[chosen]), slot]
             offset += leaf.numel
     return out

@@ -46,13 +46,13 @@ def _parts(sites: Sites) -> bool:
 def warn_at_ties(graph: Graph, state: State) -> None:
     """Warn once per graph, and only of ties that something can move and the loss can feel.
 
-    Looks on calls 1, 2, 4, 8, … of a graph: a look costs a few forward passes.
+    Looks on calls 1, 4, 16, 64, … of a graph: a look costs a few forward passes.
     """
     calls = _SEEN.get(graph, 0)
     if calls < 0:
         return
     _SEEN[graph] = calls + 1
-    if (calls + 1) & calls:  # not a power of two
+    if (calls + 1) & calls or calls.bit_length() % 2:  # not a power of four
         return
     sources = [n for n in state.program if n in state.sources]
     # Some samples at a time: the candidates of every element take several times the memory of the values.

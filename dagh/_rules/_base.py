@@ -162,6 +162,13 @@ class Rule:
         """
         return None
 
+    def curvature_scaling(self, call: Call, adjoint: Tensor) -> Tensor | None:
+        """The diagonal of ``M_00``, as :meth:`scaling` gives that of the Jacobian, for a rule of a single argument.
+
+        ``None``: not diagonal.
+        """
+        return None
+
     def curved(self, node: Node) -> bool:
         """Whether the local curvature can be non-zero."""
         return self.derivative != "linear"

@@ -127,7 +127,10 @@ class Unary(Rule):
     ) -> dict[int, Tensor]:
         if self.linear:
             return {}
-        return {0: bundle(adjoint * self._derivatives(call)[1]) * tangents[0]}
+        return {0: self.curvature_scaling(call, adjoint) * tangents[0]}
+
+    def curvature_scaling(self, call: Call, adjoint: Tensor) -> Tensor:
+        return bundle(adjoint * self._derivatives(call)[1])
 
     def kinks(self, call: Call) -> KinkSites | None:
         points = self.points(call.node) if self.points else ()

@@ -1,0 +1,116 @@
+"""Bundles ``[N, B, *shape]`` of directions, one per node, some of them not written out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dagh._ir import Node
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A bundle ``base · factor`` not multiplied out: a chain of element-wise operations costs one pass over it."""
+
+    base: Tensor
+    factor: Tensor | float
+
+    @staticmethod
+    def by(bundle: Tensor | Scaled, factor: Tensor | float) -> Tensor | Scaled:
+        """``bundle · factor``."""
+        if isinstance(factor, float) and factor == 1.0:
+            return bundle
+        if isinstance(bundle, Scaled):
+            return Scaled(bundle.base, bundle.factor * factor)
+        return Scaled(bundle, factor)
+
+    def value(self) -> Tensor:
+        return self.base * self.factor
+
+    def add_to(self, total: Tensor) -> bool:
+        """Add the product to ``total`` in one pass, unless it is of another shape."""
+        if not isinstance(self.factor, Tensor) or self.base.dim() != self.factor.dim():
+            return False
+        if any(
+            max(sizes) != size for size, *sizes in zip(total.shape, self.base.shape, self.factor.shape, strict=True)
+        ):
+            return False
+        total.addcmul_(self.base, self.factor)
+        return True
+
+    def into_place(self) -> Tensor:
+        """The product in the memory of ``base``, if it fits there."""
+        factor = self.factor
+        if isinstance(factor, Tensor):
+            pairs = zip(self.base.shape, factor.shape, strict=False)
+            if factor.dim() != self.base.dim() or any(wide not in (1, own) for own, wide in pairs):
+                return self.value()
+        return self.base.mul_(factor)
+
+
+def written_out(bundle: Tensor | Scaled) -> Tensor:
+    return bundle.value() if isinstance(bundle, Scaled) else bundle
+
+
+class Tangents(dict[Node, Tensor]):
+    """Tangents by node, ``[N, B, *shape]``; those of element-wise operations are written out when first read.
+
+    The bundle of a node in ``channelwise`` is channel-diagonal: ``[N, b, m, C, …]`` stands for C·b directions, member
+    (c, b) being ``[:, b]`` restricted to channel c. A convolution's own weights move one output channel each, so up to
+    the next operation that mixes channels C times fewer numbers say the same.
+    """
+
+    def __init__(self, values: Mapping[Node, Tensor], channelwise: Iterable[Node] = ()) -> None:
+        super().__init__(values)
+        self.channelwise = set(channelwise)
+        self._scaled: dict[Node, Scaled] = {}
+
+    def __contains__(self, node: object) -> bool:
+        return super().__contains__(node) or node in self._scaled
+
+    def __getitem__(self, node: Node) -> Tensor:
+        if node in self._scaled:
+            self[node] = self._scaled.pop(node).value()
+        return super().__getitem__(node)
+
+    def scale(self, node: Node, parent: Node, factor: Tensor | float) -> None:
+        """The tangent of ``node`` is that of ``parent`` times ``factor``."""
+        known = self._scaled.get(parent)
+        scaled = Scaled.by(super().__getitem__(parent) if known is None else known, factor)
+        if isinstance(scaled, Scaled):
+            self._scaled[node] = scaled
+        else:
+            self[node] = scaled
+        if parent in self.channelwise:
+            self.channelwise.add(node)
+
+    def lazy(self, node: Node) -> Scaled | None:
+        """The tangent of a node as long as it is not written out."""
+        return self._scaled.get(node)
+
+    def hold(self, node: Node, scaled: Scaled) -> None:
+        """A tangent to be written out when it is first read."""
+        self._scaled[node] = scaled
+
+    def drop(self, node: Node) -> None:
+        self.pop(node, None)
+        self._scaled.pop(node, None)
+
+    def dense(self, node: Node) -> Tensor:
+        """The bundle with every direction written out."""
+        return expand_channels(self[node]) if node in self.channelwise else self[node]
+
+
+def matrices(t: Tensor) -> Tensor:
+    """A bundle ``[N, B, *shape]`` with the node's axes flattened: ``[N, B, d]``."""
+    return t.reshape(*t.shape[:2], t.shape[2:].numel())
+
+
+def expand_channels(t: Tensor) -> Tensor:
+    """``[N, b, m, C, …]`` channel-diagonal to dense ``[N, C·b, m, C, …]``."""
+    n, b, _, c = t.shape[:4]
+    out = t.new_zeros(n, c, *t.shape[1:])
+    out.diagonal(dim1=1, dim2=4).copy_(t.movedim(3, -1))
+    return out.reshape(n, c * b, *t.shape[2:])

@@ -1,0 +1,94 @@
+"""The diagonal of a matrix alone: every piece of a diagonal block gives its diagonal entries and is forgotten."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dagh._accumulate import Accumulator
+from dagh._blocks import Block, DiagonalBlock
+from dagh._outer import Rows
+from dagh._request import Pair
+
+
+class Entries(Accumulator):
+    """An :class:`~dagh._accumulate.Accumulator` of ``[(N,) p]`` instead of ``[(N,) p, p]`` for each parameter."""
+
+    def block(self, i: int, j: int) -> Tensor:
+        """The (zero-initialized) entries of leaf ``i``."""
+        assert i == j, "a diagonal has no entries between two parameters"
+        with self._lock:
+            if (i, i) not in self.blocks:
+                lead = (self.samples,) if self.keep else ()
+                self.blocks[i, i] = self.like.new_zeros(*lead, self.request.sizes[i])
+            return self.blocks[i, i]
+
+    def add(self, i: int, j: int, piece: Tensor, rows: slice, window: slice) -> None:
+        lead = (window,) if self.keep else ()
+        self.block(i, j)[(*lead, rows)] += piece[..., rows].diagonal(dim1=-2, dim2=-1)
+
+    def add_channels(self, i: int, j: int, piece: Tensor, channels: int, part: slice, window: slice) -> None:
+        target = self.block(i, j)
+        target = target[window] if self.keep else target
+        width = target.shape[-1] // channels
+        grid = piece.reshape(*target.shape[:-1], channels, part.stop - part.start, channels, width)[..., part]
+        own = grid.diagonal(dim1=-4, dim2=-2).diagonal(dim1=-3, dim2=-2)  # [(n,) C, part]
+        target.view(*target.shape[:-1], channels, width)[..., part] += own
+
+    def add_layers(
+        self,
+        key: Pair,
+        x: Tensor,
+        y: Tensor,
+        core: Tensor | None,
+        jacobian: Tensor | None,
+        adjoint: Tensor | None,
+        rows: slice,
+        window: slice,
+    ) -> None:
+        """As in the base class; with and without ``keep``, ``x`` and ``y`` are the inputs of one and the same layer."""
+        if core is not None:
+            own = core[..., rows].diagonal(dim1=1, dim2=2)  # [n, rows]
+            self._add_products(key[0], own, x * y, rows, window)
+        if jacobian is not None and adjoint is not None:
+            crossed = jacobian * x.unsqueeze(1)
+            if self.keep:
+                self._target(key[0], x.shape[1])[window, rows] += crossed * adjoint[:, rows, None]
+            else:
+                self._target(key[0], x.shape[1])[rows] += torch.einsum("noi,no->oi", crossed, adjoint[:, rows])
+
+    add_dense_layers = add_layers
+
+    def add_rows(self, i: int, rows: Rows, signs: Tensor | None, window: slice) -> None:
+        """Add ``Σ_r σ_r B_r²`` of the rows ``B`` of the loss factor."""
+        s = rows.cotangent if rows.dense is None else rows.dense
+        assert s is not None
+        squares = (s.square() if signs is None else s.square().mul_(signs.unsqueeze(2))).sum(1)
+        if rows.inputs is None:
+            target = self.block(i, i)
+            if self.keep:
+                target[window] += squares
+            else:
+                target += squares.sum(0)
+            return
+        self._add_products(i, squares, rows.inputs.square(), slice(0, squares.shape[1]), window)
+
+    def add_sum(self, i: int, piece: Tensor, rows: slice) -> None:
+        """Add ``piece`` [rows, inputs], summed over samples, to the entries of a layer's weight or bias."""
+        self._target(i, piece.shape[1])[rows] += piece
+
+    def _target(self, i: int, inputs: int) -> Tensor:
+        target = self.block(i, i)
+        return target.view(*target.shape[:-1], -1, inputs)
+
+    def _add_products(self, i: int, outputs: Tensor, inputs: Tensor, rows: slice, window: slice) -> None:
+        """``outputs`` [n, o] times ``inputs`` [n, i], to the entries of a layer's weight or bias."""
+        target = self._target(i, inputs.shape[1])
+        if self.keep:
+            target[window, rows] += outputs.unsqueeze(2) * inputs.unsqueeze(1)
+        else:
+            target[rows] += outputs.T @ inputs
+
+    def finished(self) -> dict[Pair, Block]:
+        """A diagonal block for every parameter."""
+        return {(i, i): DiagonalBlock(self.block(i, i)) for i, _ in self.request.pairs}
