@@ -289,10 +289,8 @@ class State:
         found = self.rule(child).curvature(self.call(child), delta, dict.fromkeys(slots, eye), rows, True)
         n = self.values[child].shape[0]
         total = delta.new_zeros(n, other.numel, first.numel)
-        if not self.rule(child).curved(child):
-            found = {}
-        for block in found.values():
-            total = total + matrices(block)
+        if self.rule(child).curved(child):
+            total = total + sum(matrices(block) for block in found.values())
         return total.transpose(1, 2)
 
 

@@ -346,7 +346,7 @@ COMMON = {
 }
 
 
-@settings(max_examples=12, **COMMON)
+@settings(max_examples=10, **COMMON)
 @given(**PROBLEMS)
 def test_random_dag(seed: int, length: int, samples: int, loss: str) -> None:
     check(seed, length, samples, loss)
