@@ -147,7 +147,7 @@ CASES = {
             (6, 12),
             variant_of="attn",
         ),
-        Case("lenet_max", _lenet("elu", "max"), (1, 28, 28), ("fc1.weight", "fc2.weight"), "lenet5_avg"),
+        Case("lenet_elu", _lenet("elu", "avg"), (1, 28, 28), ("fc1.weight", "fc2.weight"), "lenet5_avg"),
         Case("mlp_gelu_wide", _mlp((200, 96), "gelu"), (200,), variant_of="mlp_relu_wide"),
     )
 }

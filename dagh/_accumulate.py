@@ -110,6 +110,25 @@ class Accumulator:
         """Whether the pair is kept per sample."""
         return not self.keep and self.plan.structured(i, j, self.samples)
 
+    def _held(self, key: Pair, x: Tensor, y: Tensor, *, crossed: bool = False) -> Layers:
+        """The (zero-initialized) factors of a pair of layers; with those of its second term if it is ``crossed``."""
+        sizes, n, fresh = self.request.sizes, self.samples, self.like.new_zeros
+        o_a, o_b = sizes[key[0]] // x.shape[1], sizes[key[1]] // y.shape[1]
+        with self._lock:
+            held = self.layers.get(key)
+            if held is None:
+                held = Layers(key, fresh(n, o_a, o_b), fresh(n, x.shape[1]), fresh(n, y.shape[1]))
+                self.layers[key] = held
+            if crossed and held.jacobian is None:
+                held.adjoint, held.jacobian = fresh(n, o_b), fresh(n, o_a, y.shape[1])
+        return held
+
+    def core(self, key: Pair, x: Tensor, y: Tensor, window: slice) -> Tensor:
+        """Where the cores of some samples are added up, ``[n, o_a, o_b]``, for a pair that is kept per sample."""
+        held = self._held(key, x, y)
+        held.left[window], held.right[window] = x, y
+        return held.core[window]
+
     def add_layers(
         self,
         key: Pair,
@@ -128,16 +147,7 @@ class Accumulator:
         if not self.structured(*key):
             self.add_dense_layers(key, x, y, core, jacobian, adjoint, rows, window)
             return
-        sizes, n = self.request.sizes, self.samples
-        o_a, o_b = sizes[key[0]] // x.shape[1], sizes[key[1]] // y.shape[1]
-        fresh = self.like.new_zeros
-        with self._lock:
-            held = self.layers.get(key)
-            if held is None:
-                held = Layers(key, fresh(n, o_a, o_b), fresh(n, x.shape[1]), fresh(n, y.shape[1]))
-                self.layers[key] = held
-            if jacobian is not None and adjoint is not None and held.jacobian is None:
-                held.adjoint, held.jacobian = fresh(n, o_b), fresh(n, o_a, y.shape[1])
+        held = self._held(key, x, y, crossed=jacobian is not None and adjoint is not None)
         held.left[window], held.right[window] = x, y
         if core is not None:
             held.core[window, rows] += core

@@ -13,6 +13,9 @@ from dagh._rules import rule_for
 #: A pass over memory takes about as long per element as this many operations of a matrix product. A ratio of the
 #: processor, not of the moment, so that plans do not depend on the load.
 PASS = 40.0
+#: Sweeps attain this share of the rate of a large matrix product, and any call takes this many seconds before them:
+#: fitted to the cases of the benchmark.
+SUSTAINED, BEGINNING = 1 / 3, 0.015
 VIEWS = ("view", "reshape", "unsqueeze", "squeeze", "permute", "transpose", "t", "expand", "select", "slice", "alias")
 
 

@@ -170,11 +170,11 @@ def layer_inputs(state: State, gate: Gate) -> Tensor:
     return state.weights.new_ones(1).expand(n, gate.rows, 1)
 
 
-def core(first: Rows, second: Rows, signs: Tensor | None) -> Tensor:
-    """``Σ_r σ_r s_r s'_rᵀ`` ``[N, o, o']`` of two linear layers."""
+def core(first: Rows, second: Rows, signs: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """``Σ_r σ_r s_r s'_rᵀ`` ``[N, o, o']`` of two linear layers, written to ``out`` if it is given."""
     assert first.cotangent is not None and second.cotangent is not None
     s = first.cotangent if signs is None else first.cotangent * signs.unsqueeze(2)
-    return s.transpose(1, 2) @ second.cotangent
+    return torch.bmm(s.transpose(1, 2), second.cotangent, out=out)
 
 
 def combine_dense(first: Rows, second: Rows, signs: Tensor | None) -> Tensor:

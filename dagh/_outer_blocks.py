@@ -32,10 +32,16 @@ def add_outer(
         first, second = plan.oriented(i, j)
         meeting.setdefault((plan.gates[first].node, plan.gates[second].node), []).append((first, second))
     for group in meeting.values():
-        core = _outer.core(rows[group[0][0]], rows[group[0][1]], signs)
-        for first, second in group:
+        core: Tensor | None = None
+        for first, second in sorted(group, key=lambda p: not result.structured(*p)):
             x, y = rows[first].inputs, rows[second].inputs
             assert x is not None and y is not None
+            if core is None and result.structured(first, second):
+                # Nothing is there yet: the loss factor comes first, once for every sample.
+                core = _outer.core(rows[first], rows[second], signs, result.core((first, second), x, y, window))
+                continue
+            if core is None:
+                core = _outer.core(rows[first], rows[second], signs)
             result.add_layers((first, second), x, y, core, None, None, slice(0, core.shape[1]), window)
     rest = [p for p in pairs if p not in set(layers)]
     if result.keep:

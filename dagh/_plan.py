@@ -16,7 +16,7 @@ from rich.console import RenderableType
 
 from dagh import _workers
 from dagh._chunks import CACHE, fitting
-from dagh._costs import PASS, product_rate
+from dagh._costs import BEGINNING, PASS, SUSTAINED, product_rate
 from dagh._footprint import BASE, RESIDENT, RESIDENT_MOST, RESIDENT_ROWS, Alive
 from dagh._ir import Node, Program
 from dagh._outer_plan import dense_rows, gathered_elements, gathered_rows, kept_rows, largest_product
@@ -48,7 +48,8 @@ class Plan:
         samples: The batch size that totals refer to (1 where samples are coupled).
         flops: Arithmetic of the whole batch.
         bytes: Memory traffic of the whole batch, results included.
-        seconds: Predicted time.
+        seconds: Predicted time until the blocks are formed, good to a factor of two or three; to write structured
+            blocks out takes more.
         result_bytes, peak_memory: Bytes held at the end, and predicted at most (without model and data).
     """
 
@@ -192,7 +193,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        return self.price / product_rate(self.dtype, self.device, torch.get_num_threads())
+        return BEGINNING + self.price / (SUSTAINED * product_rate(self.dtype, self.device, torch.get_num_threads()))
 
     @property
     def result_bytes(self) -> int:

@@ -47,8 +47,11 @@ def render(plan: Plan) -> RenderableType:
         lines.append(sweeps)
     lines += [Text(note) for note in plan.notes]
     for node, bridge in plan.bridges.items():
-        stopped = [" + ".join(plan.names[i] for i in c.leaves) for c in plan.columns if c.via is node]
-        lines.append(Text(f"bottleneck {node.name}, {bridge.node.numel} directions: {'; '.join(stopped)} stop there"))
+        meeting = [c for c in plan.columns if c.via is node]
+        stopped = "; ".join(" + ".join(plan.names[i] for i in c.leaves) for c in meeting)
+        lines.append(Text(f"bottleneck {node.name}, {bridge.node.numel} directions: {stopped} stop there"))
+        if folded := "; ".join(" + ".join(plan.names[i] for i in c.leaves) for c in meeting if c.folded):
+            lines.append(Text(f"{folded}: no sweep back from there, products with its tangents"))
     lines.append(blocks)
     if len(shown) > _SHOWN:
         lines.append(Text(f"… and {len(shown) - _SHOWN} more blocks (plan.routes has them all)"))

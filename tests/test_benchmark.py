@@ -14,7 +14,7 @@ from click.testing import CliRunner
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import measure, report, runner  # noqa: E402
+from benchmarks import breakdown, measure, report, runner  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.cases import CASES, GOALS, Goal, curve_goals, parameter_count, variant_goals  # noqa: E402
 from benchmarks.columns import Columns, Strip  # noqa: E402
@@ -351,3 +351,32 @@ def test_the_command_line_names_what_it_does_not_know(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").rglob("*.py")), ids=lambda p: p.name)
 def test_no_module_of_the_benchmark_is_long(path: Path) -> None:
     assert len(path.read_text().splitlines()) < 400
+
+
+# -- where the time goes -----------------------------------------------------------------------------------------------
+
+
+def test_the_profile_counts_every_kind_once() -> None:
+    row = breakdown.measure(Goal("diagonal", "cnn_digits", 8, 1))
+    assert set(row["shares"]) == set(breakdown.KINDS)
+    assert sum(row["shares"].values()) == pytest.approx(1.0)
+    assert row["shares"]["products"] > 0 and row["shares"]["convolutions"] > 0 and row["rates"]["products"] > 0
+    text = breakdown.table([row], best=50.0)
+    cells = [line.count("|") for line in text.splitlines() if line.startswith("|")]
+    assert len(cells) == 3 and len(set(cells)) == 1
+    assert "cnn_digits, N=8" in text
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("aten::addmm_", "products"),
+        ("aten::mkldnn_convolution", "convolutions"),
+        ("aten::clone", "copies"),
+        ("aten::zero_", "fresh memory"),
+        ("aten::tanh", "element-wise"),
+        ("cudaLaunchKernel", "Python and the rest"),
+    ],
+)
+def test_kinds_of_operations(name: str, kind: str) -> None:
+    assert breakdown.kind_of(name) == kind

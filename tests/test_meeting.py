@@ -114,6 +114,7 @@ def test_meeting_changes_nothing(name: str, fold: bool, cache: int | None, monke
     stopped = [c for c in made.plan.columns if c.via is not None]
     assert stopped, "no sweep was stopped: the test says nothing"
     assert all(c.folded == fold for c in stopped)
+    assert ("no sweep back from there" in str(made.plan)) == fold
     assert made.plan.bridges
 
 
