@@ -80,6 +80,7 @@ def _goal_cells(c: Comparison) -> list[str]:
     goal, own, peer = c.goal, c.own, c.peer
     asked = [f"{goal.ratio:g}×"] if goal.ratio else []
     asked += [f"≤ {goal.floor:g}× floor"] if goal.floor else []
+    asked += ["works"] if goal.works else []
     before = marks(peer)[0] if peer else ""
     return [
         f"{goal.case}, N={goal.samples}",

@@ -85,10 +85,12 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """``met``, ``missed`` or, when something was not measured, ``open``; empty if nothing is asked."""
-        if self.goal.ratio is None and self.goal.floor is None:
+        if self.goal.ratio is None and self.goal.floor is None and not self.goal.works:
             return ""
         if self.own is not None and self.own["status"] != "ok":
             return "missed"
+        if self.goal.works and self.own is None:
+            return "open"
         asked = [(self.ratio, self.goal.ratio, 1), (self.over_floor, self.goal.floor, -1)]
         states = [None if got is None else sign * got >= sign * want for got, want, sign in asked if want is not None]
         if False in states:

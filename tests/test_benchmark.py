@@ -293,6 +293,8 @@ def test_the_fastest_peer_is_one_that_is_right() -> None:
     assert found.verdict == "met"
     assert compare(Goal("ggn", "cnn_digits", 256, 4), ROWS, MACHINE, "float32").verdict == "missed"
     assert compare(Goal("hessian", "cnn_digits", 256, 4), ROWS, MACHINE, "float32").verdict == "open"
+    assert compare(Goal("hessian", "cnn_digits", 256, works=True), ROWS, MACHINE, "float32").verdict == "met"
+    assert compare(Goal("blocks", "cnn_digits", 256, works=True), ROWS, MACHINE, "float32").verdict == "open"
 
 
 def test_compiled_peers_do_not_count_among_eager_ones() -> None:
