@@ -55,4 +55,4 @@ def diagonal(
     )[part]  # fmt: skip
     shapes = dict(zip(found.names, found.shapes, strict=True))
     entries = ((name, found.block(name, name).diagonal()) for name in found.names)
-    return {name: vector.reshape(*vector.shape[:-1], *shapes[name]) for name, vector in entries}
+    return {name: vector.reshape((*vector.shape[:-1], *shapes[name])) for name, vector in entries}

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 RESIDENT = 1.6
 #: The same where all samples' rows of H_O are pulled back: ranges of samples alike, one after the other.
 RESIDENT_ROWS = 1.25
+#: What several shares of the samples take beyond that: each thread has an allocator's pool of its own.
+APART = 1.25
 #: The same at its worst, which budgets are cut for.
 RESIDENT_MOST = 2.2
 #: Kernels' own memory (packed factors of matrix products, oneDNN's compiled convolutions), whatever the problem.

@@ -17,7 +17,7 @@ from rich.console import RenderableType
 from dagh import _workers
 from dagh._chunks import CACHE, fitting
 from dagh._costs import BEGINNING, PASS, SUSTAINED, product_rate
-from dagh._footprint import BASE, RESIDENT, RESIDENT_MOST, RESIDENT_ROWS, Alive
+from dagh._footprint import APART, BASE, RESIDENT, RESIDENT_MOST, RESIDENT_ROWS, Alive
 from dagh._ir import Node, Program
 from dagh._outer_plan import dense_rows, gathered_elements, gathered_rows, kept_rows, largest_product
 from dagh._plan_sweeps import Bridge, Column, Gate, Table
@@ -220,7 +220,7 @@ class Plan:
             tile = self.tile(-(-window // count))
             kept = window * local + count * tile * sum(b.elements for b in self.bridges.values())
             moving = [s.alive.elements(tile, s.step(tile, working / count, size)) for s in self._sweeps()]
-            work.append(kept + count * max(moving))
+            work.append(kept + count * max(moving) * (APART if count > 1 else 1.0))
         for s in self.strips:
             at_once = 1 if self.keep else s.window(n, self.room, size)
             strip = s.step(at_once, self.room, size) * (at_once * s.unit + s.result)
