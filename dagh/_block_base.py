@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from functools import partial
 from math import prod
+from threading import Event
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,12 +16,20 @@ from torch import Tensor
 
 from dagh._chunks import ranges
 from dagh._memory import zeros
+from dagh._workers import Stopped, shares, side_by_side
 from dagh.errors import ShapeError
 
 CHUNK_NUMEL = 1 << 22  # entries of the largest temporary that a streamed operation forms
 _DIRECT_SVD_FLOPS = 1 << 28
 _SMALL_NUMEL = 1 << 16
 _TILE = 256
+#: Entries from which a matrix is written out in several threads.
+_LARGE = 4_000_000
+
+
+def writers(out: Tensor) -> int:
+    """How many threads write ``out``."""
+    return shares(out.device) if out.numel() >= _LARGE else 1
 
 
 class Block(ABC):
@@ -132,9 +142,16 @@ class Block(ABC):
         return 0
 
     def dense(self) -> Tensor:
-        """The dense tensor [(N,) p_a, p_b]."""
+        """The dense tensor [(N,) p_a, p_b], written by all threads if it is large."""
         out = zeros((*self.lead, *self.shape), dtype=self.dtype, device=self.device)
-        self.write_into(out)
+        count = writers(out)
+
+        def write(share: int, enough: Event) -> None:
+            for _ in self.write_share(out, share, count):
+                if enough.is_set():
+                    raise Stopped
+
+        side_by_side([partial(write, share) for share in range(count)])
         return out
 
     def trace(self) -> Tensor:

@@ -96,6 +96,9 @@ class TransposedBlock(Block):
         columns[..., start:stop, :] = torch.eye(stop - start, dtype=self.dtype, device=self.device)
         return self.base.matmat(columns).mT
 
+    def write_into(self, out: Tensor) -> None:
+        self.base.write_into(out.mT)
+
     def dense(self) -> Tensor:
         return self.base.dense().mT
 

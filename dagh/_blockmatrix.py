@@ -21,7 +21,7 @@ from dagh._blockproducts import eigenvalues, multiply, multiply_dict, scipy_oper
 from dagh._blocks import Block, DenseBlock, ZeroBlock
 from dagh._blocktables import KINDS, PARTS, NormTable, Pair, check_budget, find_name, no_such_block
 from dagh._blockview import BlockMap
-from dagh._blockwrite import write_block, write_out
+from dagh._blockwrite import write_out
 from dagh._memory import zeros
 from dagh.errors import DtypeError, ReductionError, ShapeError, UnknownNameError
 
@@ -219,14 +219,11 @@ class BlockMatrix:
         if not isinstance(pair, tuple) or len(pair) != 2:
             raise UnknownNameError(f"a block is taken with two names, as in H['a', 'b'], not {pair!r}")
         block = self.block(*pair)
-        if isinstance(block, DenseBlock):
-            return block.dense()
-        what = f"block {pair} ({block.shape[0]} x {block.shape[1]})"
-        cheaper = "H.block(a, b) products, diagonal() or fro()"
-        check_budget(what, block.dense_nbytes, self.memory_budget, self.device, cheaper)
-        out = zeros((*block.lead, *block.shape), dtype=self.dtype, device=self.device)
-        write_block(block, out)
-        return out
+        if not isinstance(block, DenseBlock):
+            what = f"block {pair} ({block.shape[0]} x {block.shape[1]})"
+            cheaper = "H.block(a, b) products, diagonal() or fro()"
+            check_budget(what, block.dense_nbytes, self.memory_budget, self.device, cheaper)
+        return block.dense()
 
     def dense(self, *, allow_missing: bool = False) -> Tensor:
         """The whole matrix [(N,) P, P]; blocks outside the request raise, or are zero with ``allow_missing``.

@@ -8,24 +8,9 @@ from threading import Event
 
 from torch import Tensor
 
-from dagh._block_base import Block, copy_transposed
+from dagh._block_base import Block, copy_transposed, writers
 from dagh._blocktables import Pair
-from dagh._workers import Stopped, divide, shares, side_by_side
-
-#: Entries from which a matrix is written out in several threads.
-_LARGE = 4_000_000
-
-
-def write_block(block: Block, out: Tensor) -> None:
-    """Fill ``out`` [(N,) p_a, p_b] with one block, by all threads if it is large."""
-    count = shares(out.device) if out.numel() >= _LARGE else 1
-
-    def write(share: int, enough: Event) -> None:
-        for _ in block.write_share(out, share, count):
-            if enough.is_set():
-                raise Stopped
-
-    side_by_side([partial(write, share) for share in range(count)])
+from dagh._workers import Stopped, divide, side_by_side
 
 
 def write_out(blocks: Mapping[Pair, Block], slices: Sequence[slice], out: Tensor) -> None:
@@ -33,7 +18,7 @@ def write_out(blocks: Mapping[Pair, Block], slices: Sequence[slice], out: Tensor
 
     A block that is more than its share of the whole is written by all threads together, the others by one each.
     """
-    count = shares(out.device) if out.numel() >= _LARGE else 1
+    count = writers(out)
     entries = {pair: block.dense_numel * (1 if pair[0] == pair[1] else 2) for pair, block in blocks.items()}
     large = [pair for pair, size in entries.items() if count > 1 and 2 * count * size > out.numel()]
     groups = divide([pair for pair in blocks if pair not in large], lambda pair: entries[pair], count)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dagh
-from dagh import _assemble, _block_factored, _block_layers, _blockwrite, _workers
+from dagh import _assemble, _block_base, _block_factored, _block_layers, _workers
 
 F = nn.functional
 
@@ -26,7 +26,7 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(_assemble, "FEWEST", 1)
     monkeypatch.setattr(_workers, "FEWEST", 1)
     monkeypatch.setattr(_workers, "WORTH", 0)
-    monkeypatch.setattr(_blockwrite, "_LARGE", 0)
+    monkeypatch.setattr(_block_base, "_LARGE", 0)
     counts: list[int] = []
     original = _workers.side_by_side
 
