@@ -18,16 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.cases import GOALS, Goal
 from benchmarks.problem import Problem, Spec
 from benchmarks.tools.dagh_tool import MAKERS
+from dagh._costs import product_rate
 
 PRODUCTS = ("mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_", "linear", "addmv", "mv", "dot")
-CONVOLUTIONS = (
-    "convolution",
-    "_convolution",
-    "mkldnn_convolution",
-    "convolution_backward",
-    "thnn_conv2d",
-    "_slow_conv2d",
-)
 COPIES = ("copy_", "clone", "contiguous", "cat", "index", "gather", "index_select", "stack")
 FRESH = ("fill_", "zero_", "empty", "empty_strided", "resize_", "zeros", "new_zeros", "set_")
 KINDS = ("products", "convolutions", "element-wise", "copies", "fresh memory", "Python and the rest")
@@ -81,35 +74,20 @@ def table(rows: list[dict[str, Any]], best: float) -> str:
     header = ["case", "task", "one thread", *KINDS[:1], "GFLOP/s", *KINDS[1:2], "GFLOP/s", *KINDS[2:]]
     lines = ["| " + " | ".join(header) + " |", "| --- | --- |" + " ---: |" * (len(header) - 2)]
     for row in rows:
-        shares, rates, goal = row["shares"], row["rates"], row["goal"]
-
-        def rate(kind: str, shares: dict[str, float] = shares, rates: dict[str, float] = rates) -> str:
-            return f"{rates[kind]:.0f}" if shares[kind] > 0.005 else ""
-
+        shares, goal = row["shares"], row["goal"]
         cells = [f"{goal.case}, N={goal.samples}", goal.task, f"{1e3 * row['seconds']:.0f} ms"]
-        cells += [f"{shares['products']:.0%}", rate("products"), f"{shares['convolutions']:.0%}", rate("convolutions")]
+        for kind in KINDS[:2]:
+            cells += [f"{shares[kind]:.0%}", f"{row['rates'][kind]:.0f}" if shares[kind] > 0.005 else ""]
         cells += [f"{shares[k]:.0%}" for k in KINDS[2:]]
         lines.append("| " + " | ".join(cells) + " |")
     first = f"Best matrix product found on one thread: {best:.0f} GFLOP/s.\n\n"
     return first + "\n".join(lines) + "\n"
 
 
-def best_rate() -> float:
-    """GFLOP/s of the fastest of a few square products."""
-    found = 0.0
-    for size in (256, 512, 1024):
-        a = torch.randn(size, size)
-        for _ in range(5):
-            start = time.perf_counter()
-            a @ a
-            found = max(found, 2 * size**3 / (time.perf_counter() - start) / 1e9)
-    return found
-
-
 def run(largest: int = 10_000) -> str:
     """Every goal of dagh whose network has at most ``largest`` parameters."""
     torch.set_num_threads(1)
-    best, rows = best_rate(), []
+    best, rows = product_rate(torch.float32, "cpu", 1) / 1e9, []
     for goal in GOALS:
         if goal.task != "products" and Problem(goal.case, 1, torch.float32).size <= largest:
             rows.append(measure(goal))

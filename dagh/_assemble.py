@@ -111,20 +111,19 @@ def _add_outer(share: _Share, result: Accumulator) -> None:
     factor = _outer.factor_loss(state)
     if factor.columns.shape[1] == 0:
         return
-    if isinstance(result, Entries):
-        for part in ranges(state.samples, plan.outer_step(state.samples, share.room)):
-            some, columns = share.narrow(part), factor.columns[part]
-            signs = None if factor.signs is None else factor.signs[part]
-            for leaf, rows in _outer.pull_rows(some.state, columns, share.request, plan, leaves).items():
-                result.add_rows(leaf, rows, signs, some.window)
-        return
-    # Pulled back in ranges of samples that stay in the cache; multiplied all at once.
+    # Pulled back in ranges of samples that stay in the cache; multiplied all at once, unless only squares are wanted.
     gathered = _outer.Gathered(
         state.samples, plan.kept_rows, lambda leaf, r, width: result.rows.room(leaf, r, width, share.window)
     )
     for part in ranges(state.samples, plan.outer_step(state.samples, share.room)):
-        gathered.put(part, _outer.pull_rows(state.narrow(part), factor.columns[part], share.request, plan, leaves))
-    add_outer(gathered, pairs, factor.signs, plan, result, share.window)
+        some = share.narrow(part)
+        rows = _outer.pull_rows(some.state, factor.columns[part], share.request, plan, leaves)
+        if isinstance(result, Entries):
+            result.add_rows(rows, None if factor.signs is None else factor.signs[part], some.window)
+        else:
+            gathered.put(part, rows)
+    if gathered:
+        add_outer(gathered, pairs, factor.signs, plan, result, share.window)
 
 
 def _add_functional(share: _Share, result: Accumulator, enough: Event) -> None:

@@ -29,25 +29,24 @@ class Scaled:
     def value(self) -> Tensor:
         return self.base * self.factor
 
+    def _shape(self) -> tuple[int, ...] | None:
+        """Of the product, where the axes of both correspond."""
+        if not isinstance(self.factor, Tensor):
+            return tuple(self.base.shape)
+        if self.factor.dim() != self.base.dim():
+            return None
+        return tuple(map(max, self.base.shape, self.factor.shape))
+
     def add_to(self, total: Tensor) -> bool:
         """Add the product to ``total`` in one pass, unless it is of another shape."""
-        if not isinstance(self.factor, Tensor) or self.base.dim() != self.factor.dim():
-            return False
-        if any(
-            max(sizes) != size for size, *sizes in zip(total.shape, self.base.shape, self.factor.shape, strict=True)
-        ):
+        if not isinstance(self.factor, Tensor) or self._shape() != total.shape:
             return False
         total.addcmul_(self.base, self.factor)
         return True
 
     def into_place(self) -> Tensor:
         """The product in the memory of ``base``, if it fits there."""
-        factor = self.factor
-        if isinstance(factor, Tensor):
-            pairs = zip(self.base.shape, factor.shape, strict=False)
-            if factor.dim() != self.base.dim() or any(wide not in (1, own) for own, wide in pairs):
-                return self.value()
-        return self.base.mul_(factor)
+        return self.base.mul_(self.factor) if self._shape() == self.base.shape else self.value()
 
 
 def written_out(bundle: Tensor | Scaled) -> Tensor:

@@ -48,7 +48,7 @@ def add_layers(
         result.add_layers(pair, x[:, 0], y[:, 0], core, path, flat, outputs, window)
         return
     if isinstance(result, Entries) and not result.keep:
-        _add_entries(result, pair, x, y, core, path, adjoint, outputs, window)
+        _add_entries(result, pair, x, y, core, path, adjoint, outputs)
         return
     i = x.shape[2]
     where = slice(outputs.start * i, outputs.stop * i)
@@ -67,7 +67,6 @@ def _add_entries(
     path: Tensor | None,
     adjoint: Tensor | None,
     outputs: slice,
-    window: slice,
 ) -> None:
     """As :func:`add_layers`, the entries of a weight with itself alone: its outputs with themselves, row by row."""
     if core is not None:

@@ -59,19 +59,18 @@ class Entries(Accumulator):
 
     add_dense_layers = add_layers
 
-    def add_rows(self, i: int, rows: Rows, signs: Tensor | None, window: slice) -> None:
-        """Add ``Σ_r σ_r B_r²`` of the rows ``B`` of the loss factor."""
-        s = rows.cotangent if rows.dense is None else rows.dense
-        assert s is not None
-        squares = (s.square() if signs is None else s.square().mul_(signs.unsqueeze(2))).sum(1)
-        if rows.inputs is None:
-            target = self.block(i, i)
-            if self.keep:
-                target[window] += squares
+    def add_rows(self, found: dict[int, Rows], signs: Tensor | None, window: slice) -> None:
+        """Add ``Σ_r σ_r B_r²`` of the rows ``B`` of the loss factor, of every leaf found."""
+        for i, rows in found.items():
+            s = rows.cotangent if rows.dense is None else rows.dense
+            assert s is not None
+            squares = (s.square() if signs is None else s.square().mul_(signs.unsqueeze(2))).sum(1)
+            if rows.inputs is not None:
+                self._add_products(i, squares, rows.inputs.square(), slice(0, squares.shape[1]), window)
+            elif self.keep:
+                self.block(i, i)[window] += squares
             else:
-                target += squares.sum(0)
-            return
-        self._add_products(i, squares, rows.inputs.square(), slice(0, squares.shape[1]), window)
+                self.block(i, i).add_(squares.sum(0))
 
     def add_sum(self, i: int, piece: Tensor, rows: slice) -> None:
         """Add ``piece`` [rows, inputs], summed over samples, to the entries of a layer's weight or bias."""

@@ -90,6 +90,7 @@ def make_plan(
             layers[i].node if i in layers and layers[i].rows == 1 else leaf for i, leaf in enumerate(request.leaves)
         )
     )
+    pulled = set(rows)
     fallbacks = sorted({n.operation for n in program if n.op is not None and bits[n] and not rule_for(n).closed_form})
     labels = {pair: _LABELS[outer, inner] for pair, (outer, inner) in kinds.items()}
     plan = Plan(
@@ -111,7 +112,7 @@ def make_plan(
         ),
         state=held_by_state(program, request.leaves, itemsize(program.output.dtype)),
         outer_alive=of_rows(reached, rows),
-        widest=max((v.numel for v in program if v.kind != "parameter" or v in rows), default=1),
+        widest=max((v.numel for v in program if v.kind != "parameter" or v in pulled), default=1),
         dtype=program.output.dtype,
         program=program,
         functional=functional,

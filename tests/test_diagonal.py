@@ -112,7 +112,7 @@ def _by_plan(graph: dagh.Graph, x: Tensor, y: Tensor, name: str, plan: dagh.Plan
 
 
 def test_where_the_block_has_no_room() -> None:
-    """The block of the first weight would take 7.5 GB; its diagonal needs no more than the sweeps."""
+    """The block of the first weight would take 3.8 GB; its diagonal needs no more than the sweeps."""
     torch.manual_seed(4)
     model = nn.Sequential(nn.Conv2d(3, 160, 8, stride=8), nn.Tanh(), nn.Flatten(), nn.Linear(160, 2))
     x, y = torch.randn(3, 3, 8, 8), torch.randint(2, (3,))
