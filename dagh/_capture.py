@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from dagh import _written_out
+from dagh._decompose import decompositions, settled, write_out_in_place
 from dagh.errors import CaptureError, DaghError
 
 aten = torch.ops.aten
@@ -103,24 +103,6 @@ def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], m
         return model(*args, **kwargs)
 
 
-@functools.cache
-def _decompositions() -> dict[Any, Callable[..., Any]]:
-    """Recurrent layers unrolled, and kernels without a double backward written out."""
-    from torch._decomp import get_decompositions
-
-    names = ["lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input"]
-    ops = [getattr(getattr(aten, n.split(".")[0]), n.split(".")[1]) for n in names]
-    cells = [aten.lstm_cell.default, aten.gru_cell.default, aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default]
-    table = dict(get_decompositions(ops))
-    defaults = torch.export.default_decompositions()
-    for cell in cells:
-        if cell in defaults:
-            table[cell] = defaults[cell]
-    table.update(get_decompositions([aten.multi_margin_loss]))
-    table.update(_written_out.table())
-    return table
-
-
 def capture(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: str, *, batch: int | None
 ) -> Captured:
@@ -197,7 +179,9 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
 
         shapes = _dynamic_shapes(model, args, kwargs, spec)
     program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-    program = program.run_decompositions(_decompositions())
+    write_out_in_place(program.graph_module)
+    if not settled(program.graph_module):
+        program = program.run_decompositions(decompositions())
     return _from_program(program)
 
 
@@ -311,7 +295,7 @@ def _make_fx(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
     values = [*params.values(), *(b.clone() for b in buffers.values())]
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        traced = make_fx(concrete, decomposition_table=_decompositions(), tracing_mode="real")(
+        traced = make_fx(concrete, decomposition_table=decompositions(), tracing_mode="real")(
             values, *(flat[i] for i in positions)
         )
     leaves: list[tuple[str, Any]] = [("parameter", n) for n in params]
@@ -349,6 +333,6 @@ def trace_function(function: Callable[..., Any], tensors: Sequence[Tensor]) -> f
 
     with quiet():
         result: fx.GraphModule = make_fx(
-            function, decomposition_table=_decompositions(), tracing_mode="real", pre_dispatch=True
+            function, decomposition_table=decompositions(), tracing_mode="real", pre_dispatch=True
         )(*tensors)
     return result

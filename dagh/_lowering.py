@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from dagh._ir import Item, Kind, Node, Part, Slot, operation_key
 from dagh.errors import CaptureError, RandomnessError
 
-_RANDOM = (
+RANDOM = (
     "rand", "randn", "bernoulli", "dropout", "native_dropout", "alpha_dropout", "feature_dropout", "randint", "normal",
     "multinomial", "rand_like", "randn_like", "randint_like", "randperm", "rrelu", "rrelu_with_noise", "exponential",
     "uniform", "normal_functional",
@@ -151,7 +151,7 @@ class Builder:
 
         bound = bind(target, args, kwargs)
         bound["__name__"] = packet
-        if packet in _RANDOM:
+        if packet in RANDOM:
             return self.random(packet, bound, origin)
         rewrite = REWRITES.get(str(target)) or REWRITES.get(f"aten.{packet}" if str(target).startswith("aten.") else "")
         if rewrite is not None:

@@ -37,11 +37,47 @@ def _identity(b: Builder, a: dict[str, Any]) -> Any:
 @rewrite("aten.view.default", "aten._unsafe_view.default", "aten.reshape.default", "aten.view_copy.default")
 def _view(b: Builder, a: dict[str, Any]) -> Any:
     # Strides are nobody's business here: copies made only for contiguity are gone from the graph.
-    return b.emit(aten.reshape.default, a["self"], a["size"] if "size" in a else a["shape"])
+    return _reshaped(b, a["self"], "reshape", list(a["size"] if "size" in a else a["shape"]))
+
+
+def _reshaped(b: Builder, x: Any, method: str, *args: Any) -> Any:
+    """``x.method(*args)`` as a reshape to a shape without -1."""
+    like = torch.empty((b.values[x] if isinstance(x, Node) else x).shape, device="meta")
+    return b.emit(aten.reshape.default, x, list(getattr(like, method)(*args).shape))
+
+
+@rewrite("aten.flatten.using_ints")
+def _flatten(b: Builder, a: dict[str, Any]) -> Any:
+    rank = len(a["self"].shape)
+    if rank and int(a["start_dim"]) % rank == int(a["end_dim"]) % rank:
+        return a["self"]
+    return _reshaped(b, a["self"], "flatten", int(a["start_dim"]), int(a["end_dim"]))
+
+
+@rewrite("aten.unflatten.int")
+def _unflatten(b: Builder, a: dict[str, Any]) -> Any:
+    return _reshaped(b, a["self"], "unflatten", int(a["dim"]), tuple(a["sizes"]))
+
+
+@rewrite("aten.view_as", "aten.reshape_as")
+def _reshape_as(b: Builder, a: dict[str, Any]) -> Any:
+    return _reshaped(b, a["self"], "reshape", list(b.values[a["other"]].shape))
+
+
+@rewrite("aten.expand_as")
+def _expand_as(b: Builder, a: dict[str, Any]) -> Any:
+    return b.emit(aten.expand.default, a["self"], list(b.values[a["other"]].shape))
+
+
+@rewrite("aten.mT")
+def _matrix_transpose(b: Builder, a: dict[str, Any]) -> Any:
+    return b.emit(aten.transpose.int, a["self"], -2, -1)
 
 
 @rewrite("aten.detach", "aten.detach_copy")
 def _detach(b: Builder, a: dict[str, Any]) -> Any:
+    if not a["self"].dtype.is_floating_point:
+        return a["self"]
     return b.emit(stop_gradient, a["self"])
 
 
