@@ -98,11 +98,18 @@ def _out_of_place(node: fx.Node) -> Any:
     plain = getattr(getattr(aten, name[:-1], None), target._overloadname, None)
     if not isinstance(base, fx.Node) or not schema.arguments[0].is_write or plain is None:
         return None
-    if [a.name for a in plain._schema.arguments] != [a.name for a in schema.arguments]:
+    if [(a.name, str(a.type)) for a in plain._schema.arguments] != [(a.name, str(a.type)) for a in schema.arguments]:
         return None
-    tensors = [n.meta.get("val") for n in node.all_input_nodes]
-    kinds = {t.dtype for t in tensors if isinstance(t, Tensor)}  # the result has the type of the tensor changed
-    return plain if len(kinds) == 1 else None
+    try:  # the result must have the type of the tensor changed: h.gt_(0) makes numbers, h.gt(0) truth values
+        result = plain(*fx.map_arg(node.args, _value), **fx.map_arg(node.kwargs, _value))
+    except Exception:  # of any type: it is tried on tensors without values
+        return None
+    return plain if isinstance(result, Tensor) and result.dtype == _value(base).dtype else None
+
+
+def _value(node: fx.Node) -> Any:
+    """What a node stood for when it was traced, without values."""
+    return node.meta["val"]
 
 
 def _composite(target: torch._ops.OpOverload) -> bool:

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 #: with sizes that change from node to node, resident memory was 1.1 to 2 times what is alive (median 1.5).
 RESIDENT = 1.6
 #: The same where all samples' rows of H_O are pulled back: ranges of samples alike, one after the other.
-RESIDENT_ROWS = 1.25
+RESIDENT_ROWS = 1.38
 #: What several shares of the samples take beyond that: each thread has an allocator's pool of its own.
-APART = 1.25
+APART = 1.2
 #: The same at its worst, which budgets are cut for.
 RESIDENT_MOST = 2.2
 #: Kernels' own memory (packed factors of matrix products, oneDNN's compiled convolutions), whatever the problem.

@@ -53,7 +53,13 @@ def check_gradient(
         found: Sequence[Tensor | None] = [None] * len(leaves)
         if output.requires_grad:
             parameters = [named[n] for n in leaves]
-            found = torch.autograd.grad(output, parameters, delta.reshape(output.shape), allow_unused=True)
+            try:
+                found = torch.autograd.grad(output, parameters, delta.reshape(output.shape), allow_unused=True)
+            except torch.OutOfMemoryError:
+                raise
+            except (NotImplementedError, RuntimeError) as error:
+                line = str(error).splitlines()[0].partition(";")[0][:200]
+                raise CaptureError(f"PyTorch cannot differentiate the model itself: {line}") from None
     pairs = {}
     for (name, leaf), grad in zip(leaves.items(), found, strict=True):
         ours = state.adjoints.get(leaf)

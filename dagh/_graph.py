@@ -365,8 +365,8 @@ class Graph:
                 self._programs = {}
                 self._losses = {}
         raise NonDeterministicError(
-            "the traced graph does not reproduce the model on these inputs: its control flow depends on values "
-            "in a way that tracing cannot follow"
+            "the traced graph does not reproduce the model on these inputs: its control flow depends on values in a "
+            "way that tracing cannot follow, or it changes in place a tensor that another name stands for, too"
         )
 
     def _require_batch(self, args: tuple[Any, ...], kwargs: dict[str, Any], n: int) -> None:

@@ -15,7 +15,8 @@ from dagh.errors import CaptureError, RandomnessError
 RANDOM = (
     "rand", "randn", "bernoulli", "dropout", "native_dropout", "alpha_dropout", "feature_dropout", "randint", "normal",
     "multinomial", "rand_like", "randn_like", "randint_like", "randperm", "rrelu", "rrelu_with_noise", "exponential",
-    "uniform", "normal_functional",
+    "uniform", "normal_functional", "cauchy", "geometric", "log_normal", "random", "poisson", "binomial",
+    "_standard_gamma", "_sample_dirichlet",
 )  # fmt: skip
 
 

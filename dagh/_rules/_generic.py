@@ -35,24 +35,26 @@ def quiet_batching() -> Iterator[None]:
 
 
 def over_samples(f: Callable[..., Any], tensors: Sequence[Tensor], randomness: str = "error") -> Any:
-    """``vmap`` of ``f`` over the leading axis of ``tensors``; those of length one are shared."""
+    """``vmap`` of ``f`` over the leading axis of ``tensors``; those of length one are shared.
+
+    One sample after the other where ``vmap`` cannot: custom operators, and indexing with a mask.
+    """
     n = max((t.shape[0] for t in tensors), default=1)
-    if n == 1:
-        out = f(*[t[0] for t in tensors])
-        return torch.utils._pytree.tree_map(lambda t: t.unsqueeze(0), out)
-    dims = tuple(None if t.shape[0] == 1 else 0 for t in tensors)
-    shared = [t[0] if d is None else t for t, d in zip(tensors, dims, strict=True)]
-    return torch.func.vmap(f, in_dims=dims, randomness=randomness)(*shared)
+    if n > 1:
+        dims = tuple(None if t.shape[0] == 1 else 0 for t in tensors)
+        shared = [t[0] if d is None else t for t, d in zip(tensors, dims, strict=True)]
+        try:
+            return torch.func.vmap(f, in_dims=dims, randomness=randomness)(*shared)
+        except torch.OutOfMemoryError:
+            raise
+        except (NotImplementedError, RuntimeError):
+            pass
+    each = [f(*[_pick(t, k) for t in tensors]) for k in range(n)]
+    return torch.utils._pytree.tree_map(lambda *ts: torch.stack(ts), *each)
 
 
 def value(node: Node, xs: list[Tensor]) -> Tensor:
-    try:
-        result = over_samples(lambda *ts: node.call(ts), xs)
-    except torch.OutOfMemoryError:
-        raise
-    except (NotImplementedError, RuntimeError):  # no batching rule and no fallback to one (custom operators)
-        n = max((x.shape[0] for x in xs), default=1)
-        result = torch.stack([node.call([_pick(x, k) for x in xs]) for k in range(n)])
+    result = over_samples(lambda *ts: node.call(ts), xs)
     assert isinstance(result, Tensor)
     return result
 
@@ -144,7 +146,8 @@ def _over_pairs(f: Callable[..., Any], values: Sequence[Tensor], bundles: Sequen
     b = bundles[0].shape[1]
     dims = [None if v.shape[0] == 1 else 0 for v in values]
     flat = [v[0] if d is None else v.repeat_interleave(b, 0) for v, d in zip(values, dims, strict=True)]
-    flat += [t.expand(n, *t.shape[1:]).reshape(n * b, *t.shape[2:]) for t in bundles]
+    # Copies: PyTorch's forward formula of some operations (zero) changes the tangent it is given.
+    flat += [t.expand(n, *t.shape[1:]).flatten(0, 1).clone() for t in bundles]
     out = torch.func.vmap(f, in_dims=(*dims, *([0] * len(bundles))))(*flat)
     return torch.utils._pytree.tree_map(lambda t: t.reshape(n, b, *t.shape[1:]), out)
 
