@@ -121,7 +121,10 @@ class Gram:
         return largest if len(values) == size else max(largest, 0.0)
 
     def rank(self, name: str | None = None) -> int:
-        """How many eigenvalues are not zero."""
+        """How many eigenvalues are told from zero in the model's dtype: those of :meth:`eigvalsh`.
+
+        In float32 that is about 1e-5 of the largest one; for the rank proper, take the model in float64.
+        """
         return len(self.eigvalsh(name))
 
     def trace(self, name: str | None = None) -> float:

@@ -56,7 +56,7 @@ class TrainConfig:
     together: Literal["auto", "always", "never"] = "auto"
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.batch < 1 or (self.epochs is not None and self.epochs < 0):
+        if not 0 < self.lr < float("inf") or self.batch < 1 or (self.epochs is not None and self.epochs < 0):
             raise ConfigError("train: lr and batch must be positive, epochs at least 0")
 
 
@@ -99,6 +99,8 @@ class StudyConfig:
             kind = get_type_hints(type(self._owner(axis)))[axis.rpartition(".")[2]]
             for i, value in enumerate(values):
                 convert(kind, value, f"axes.{axis}[{i}]")
+            if any(value in values[:i] for i, value in enumerate(values)):
+                raise ConfigError(f"axes.{axis} is {list(values)}; expected different values")
             checked[axis] = tuple(values)
         object.__setattr__(self, "axes", checked)
 

@@ -163,4 +163,6 @@ def _present(root: Path, name: str) -> Path:
 
 def _reason(error: Exception) -> str:
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if "pickle" in text:
+        return "it is not a NumPy file, or holds Python objects"
     return " ".join(text.split()) or type(error).__name__

@@ -24,12 +24,12 @@ LADDER = ("P0", "P1", "a1", "a2", "a3", "b0", "b1", "b2", "b3", "c", "F_a", "F_b
 def hessian_scalars(graph: dagh.Graph, loss: str, x: Tensor, y: Tensor, seed: int) -> dict[str, Any]:
     """Spectral quantities of the Hessian of the mean loss on these samples.
 
-    ``outer_max`` is λ_max(H_O) = ‖H_O‖, exact from the dual, as are ``outer_trace``, ``outer_fro`` and ``outer_rank``;
-    ``sample_outer_max`` and ``sample_outer_mean`` are those of ‖H_O‖ of single samples. ``max`` and ``min`` are the
-    extreme eigenvalues of H, ``norm`` the larger of their magnitudes, ``functional_norm`` is ‖H_F‖ (Lanczos, residual
-    below 1e-4 of the norm in float32). ``trace`` is tr H, exact where the diagonal blocks of H_F vanish, and else
-    tr H_O plus an estimate of tr H_F, with ``trace_error`` its standard error. What did not converge is ``None``, and
-    ``notes`` say why.
+    ``outer_max`` is λ_max(H_O) = ‖H_O‖, exact from the dual, as are ``outer_trace`` and ``outer_fro``; ``outer_rank``
+    counts the eigenvalues that its type tells from zero (:meth:`dagh.Gram.rank`). ``sample_outer_max`` and
+    ``sample_outer_mean`` are those of ‖H_O‖ of single samples. ``max`` and ``min`` are the extreme eigenvalues of H,
+    ``norm`` the larger of their magnitudes, ``functional_norm`` is ‖H_F‖ (Lanczos, residual below 1e-4 of the norm in
+    float32). ``trace`` is tr H, exact where the diagonal blocks of H_F vanish, and else tr H_O plus an estimate of
+    tr H_F, with ``trace_error`` its standard error. What did not converge is ``None``, and ``notes`` say why.
     """
     gram = dagh.gram(graph, loss, x, y)
     found: dict[str, Any] = {"samples": len(x), "parameters": gram.size, "notes": []}

@@ -80,10 +80,28 @@ def _digits(root: Path | None) -> tuple[Dataset, Dataset]:
 
 
 def _npz(path: Path) -> tuple[Dataset, Dataset]:
-    data = load_npz(path)
-    if not {"x_test", "y_test"} <= read_npz(path).keys():
-        return _divided(data)
-    return data, load_npz(path, ("x_test", "y_test"))
+    held = read_npz(path).keys() & {"x_test", "y_test"}
+    if len(held) == 1:
+        absent = ({"x_test", "y_test"} - held).pop()
+        raise FileFormatError(f"{path} has {held.pop()!r} and no {absent!r}; give both, or none")
+    if not held:
+        return _divided(_images(path, ("x", "y")))
+    return _images(path, ("x", "y")), _images(path, ("x_test", "y_test"))
+
+
+def _images(path: Path, names: tuple[str, str]) -> Dataset:
+    """Two arrays, bytes scaled to [0, 1] as in the named data sets, and what cannot be trained on refused."""
+    x, y = load_npz(path, names)
+    if read_npz(path)[names[0]].dtype == "u1":
+        x = x.to(torch.float32).div(255)
+    if not x.is_floating_point():
+        raise ShapeError(f"{path}: {names[0]} has integer type; expected floating-point numbers, or bytes (0 to 255)")
+    if not bool(torch.isfinite(x).all()):
+        raise ShapeError(f"{path}: {names[0]} holds NaN or infinity")
+    if y.dtype != torch.long or y.dim() != 1:
+        what = f"{'numbers of floating-point type' if y.is_floating_point() else 'integers'} of shape {list(y.shape)}"
+        raise ShapeError(f"{path}: {names[1]} holds {what}; expected one integer class per sample, shape [{len(x)}]")
+    return Dataset(x, y)
 
 
 def _idx(name: str) -> Callable[[Path | None], tuple[Dataset, Dataset]]:
@@ -143,13 +161,20 @@ def _limited(data: Dataset, count: int | None, what: str) -> Dataset:
     return Dataset(data.x[:count], data.y[:count])
 
 
-def _classes(name: str, *parts: Dataset) -> int:
-    for part in parts:
-        if part.y.dtype != torch.long or part.y.dim() != 1 or not part.x.is_floating_point():
-            raise ShapeError(f"{name}: expected floating-point x and one integer class per sample in y")
+def _classes(name: str, train: Dataset, test: Dataset) -> int:
+    """How many there are: those of the training samples, numbered from 0."""
+    for part in (train, test):
         if int(part.y.min()) < 0:
             raise ShapeError(f"{name}: classes must be numbered from 0, found {int(part.y.min())}")
-    return 1 + max(int(part.y.max()) for part in parts)
+    seen = torch.unique(train.y)
+    if len(seen) < 2:
+        raise ShapeError(f"{name}: all training samples are of class {int(seen[0])}; expected at least two classes")
+    count = int(seen.max()) + 1
+    if count > 2 * len(train.y):
+        raise ShapeError(f"{name}: class {count - 1} among {len(seen)} classes; number them from 0 without gaps")
+    if int(test.y.max()) >= count:
+        raise ShapeError(f"{name}: test samples of class {int(test.y.max())}, which no training sample has")
+    return count
 
 
 def digest(data: Dataset) -> str:

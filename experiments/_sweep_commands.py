@@ -23,8 +23,8 @@ from ._sweep_options import FOLDER, How, remembered_root, shared
 from ._sweep_views import conclusion, print_plan, print_status, print_studies
 from ._validate import ConfigError
 
-FAILED = 1
-"""Exit code when a run failed."""
+FAILED, INTERRUPTED = 1, 130
+"""Exit codes when a run failed, and when the sweep was interrupted."""
 
 _EXISTING = click.Path(exists=True, file_okay=False, path_type=Path)
 
@@ -149,7 +149,7 @@ def _go(study: StudyConfig, store: Store, options: Options, how: How) -> None:
                 outcome = going.run(engine)
             except KeyboardInterrupt:
                 watcher.say(f"interrupted; go on with: dagh sweep resume {store.path}")
-                raise
+                click.get_current_context().exit(INTERRUPTED)
     except StoreError as error:
         raise StoreError(f"{error}; what is finished is kept: dagh sweep resume {store.path}") from error
     finally:

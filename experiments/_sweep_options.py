@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,11 @@ class How:
         if self.engine == "ray":
             return max(1, int(self.cpus or 1))
         count = self.count(device)
-        return max(1, default_workers("cpu") // count) if count else None
+        if not count:
+            return None
+        share = default_workers("cpu") // count
+        allowed = os.environ.get("OMP_NUM_THREADS", "")
+        return max(1, min(share, int(allowed)) if allowed.isdecimal() else share)
 
 
 def remembered_root(store: Store | None) -> Path | None:

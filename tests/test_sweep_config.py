@@ -58,6 +58,9 @@ def test_strange_texts_survive_writing() -> None:
         ("epochs = 2", "epochs = 2.5", "train.epochs is 2.5; expected an integer"),
         ("epochs = 2", "epochs = true", "train.epochs is true; expected an integer"),
         ("epochs = 2", "epochs = -1", "epochs at least 0"),
+        ("epochs = 2", "lr = nan", "lr and batch must be positive"),
+        ("epochs = 2", "lr = inf", "lr and batch must be positive"),
+        ("C = [1, 2]", "C = [2, 1, 2]", "axes.C is [2, 1, 2]; expected different values"),
         (
             "epochs = 2",
             "optimizer = 'adamw'",

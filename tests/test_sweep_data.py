@@ -19,7 +19,7 @@ import pytest
 import torch
 from sweep_helpers import sweep, write_data
 
-from dagh.errors import FileFormatError, ReductionError, ShapeError
+from dagh.errors import DaghError, FileFormatError, ReductionError
 from dagh.experiments import _download, load_cifar10
 from dagh.experiments._config import DataConfig
 from dagh.experiments._download import DownloadError, Place, Remote, download
@@ -174,15 +174,41 @@ def test_npz_sources(tmp_path: Path) -> None:
     x, y = np.zeros((4, 1, 6, 6), "f4"), np.array([0, 1, 2, 3])
     np.savez(path, x=x, y=y, x_test=x[:1], y_test=y[:1])
     assert [len(t) for t in load(DataConfig(str(path))).split] == [4, 4, 1, 1]
-    for wrong in (
-        {"y": y - 1},
-        {"y": y.astype("f4")},
-        {"x": x.astype("i8")},
-        {"x_test": x[:1, :, :3], "y_test": y[:1]},
-    ):
-        np.savez(path, **{"x": x, "y": y, **wrong})
-        with pytest.raises(ShapeError):
-            load(DataConfig(str(path)))
+    np.savez(path, x=np.full((4, 1, 6, 6), 51, "u1"), y=y)
+    assert load(DataConfig(str(path))).split.train_x.unique().tolist() == [pytest.approx(0.2)]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"y": [-1, 0, 1, 2]}, "numbered from 0, found -1"),
+        ({"y": [0.0, 1, 2, 3]}, "y holds numbers of floating-point type of shape"),
+        ({"y": np.eye(4, dtype="i8")}, r"y holds integers of shape \[4, 4\]; expected one integer class per sample"),
+        ({"y": [2, 2, 2, 2]}, "of class 2; expected at least two"),
+        ({"y": [0, 1, 10**9, 2]}, "class 1000000000 among 4 classes; number them from 0"),
+        ({"x": np.zeros((4, 1, 6, 6), "i8")}, "x has integer type"),
+        ({"x": np.full((4, 1, 6, 6), np.nan, "f4")}, "x holds NaN or infinity"),
+        ({"x_test": np.zeros((1, 1, 3, 6), "f4"), "y_test": [0]}, "test inputs"),
+        ({"x_test": np.zeros((1, 1, 6, 6), "f4"), "y_test": [7]}, "test samples of class 7"),
+        ({"x_test": np.zeros((1, 1, 6, 6), "f4")}, "has 'x_test' and no 'y_test'"),
+    ],
+)
+def test_arrays_that_cannot_be_trained_on(tmp_path: Path, wrong: dict[str, Any], message: str) -> None:
+    path = tmp_path / "a.npz"
+    held = {"x": np.zeros((4, 1, 6, 6), "f4"), "y": np.arange(4), "x_test": np.zeros((1, 1, 6, 6), "f4"), "y_test": [0]}
+    if wrong.keys() == {"x_test"}:
+        del held["y_test"]
+    np.savez(path, **{name: np.asarray(a) for name, a in {**held, **wrong}.items()})
+    with pytest.raises(DaghError, match=message) as caught:
+        load(DataConfig(str(path)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_text_is_no_npz(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    path.write_text("hello\n")
+    with pytest.raises(FileFormatError, match="it is not a NumPy file"):
+        load(DataConfig(str(path)))
 
 
 # -- downloads -------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 import torch
 from sweep_helpers import METHOD, Started, count_work, sweep, write_study
 
-from dagh.experiments import _work
+from dagh.experiments import _engines, _work
 from dagh.experiments._engines import Processes
 from dagh.experiments._runner import Options, Sweep, runs_of
 from dagh.experiments._store import Store
@@ -244,6 +244,22 @@ def test_interrupted(tmp_path: Path, how: signal.Signals) -> None:
     assert going.end() == 130
     told = going.log.read_text()
     assert f"interrupted; go on with: dagh sweep resume {out}" in told and "Traceback" not in told
+    assert sum(line.startswith("interrupted") for line in told.splitlines()) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_a_worker_is_deaf_to_interrupts_while_it_starts() -> None:
+    worker = _engines._Worker(0, "spawn")
+    try:
+        held = {}
+        for line in Path(f"/proc/{worker.process.pid}/status").read_text().splitlines():
+            name, _, value = line.partition(":")
+            held[name] = value
+        deaf = int(held["SigBlk"], 16) | int(held["SigIgn"], 16)
+        assert deaf & 1 << (signal.SIGINT - 1)
+        assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    finally:
+        worker.stop()
 
 
 # -- one unit --------------------------------------------------------------------------------------

@@ -49,6 +49,8 @@ def load(target: str) -> Loaded:
     Raises :class:`Failure`: no such file, an error in it (naming the line), no or several candidates.
     """
     path, attribute = split_target(target)
+    if path.is_dir():
+        raise Failure(f"{path} is a folder; give the Python file that holds the model")
     if not path.is_file():
         raise Failure(f"no such file: {path}")
     module = _import(path)
