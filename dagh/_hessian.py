@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -318,7 +319,7 @@ def _matrices(wanted: tuple[str, ...], state: State, ready: Prepared, reduction:
 
 def _finite(t: Tensor) -> bool:
     # One pass settles nearly every case; only a sum that overflows needs the second look.
-    return bool(torch.isfinite(t.sum())) or bool(torch.isfinite(t).all())
+    return math.isfinite(float(t.sum())) or bool(torch.isfinite(t).all())
 
 
 def _matrix(
