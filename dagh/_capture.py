@@ -49,22 +49,29 @@ def in_mode(model: nn.Module, mode: str) -> Iterator[None]:
     """Put every submodule in train or eval mode, and restore each one's own flag afterwards."""
     with _ONE_AT_A_TIME:
         before = [(m, m.training) for m in model.modules()]
-        # A running mean over all batches reads a counter, which export refuses; what comes out is the same.
-        averaging = [m for m, _ in before if isinstance(m, nn.modules.batchnorm._NormBase) and m.momentum is None]
         fastpath = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         try:
             for m, _ in before:
                 m.training = mode == "train"
-            for m in averaging:
-                m.momentum = 0.0
             yield
         finally:
-            for m in averaging:
-                m.momentum = None
             torch.backends.mha.set_fastpath_enabled(fastpath)
             for m, flag in before:
                 m.training = flag
+
+
+@contextlib.contextmanager
+def _without_counters(model: nn.Module) -> Iterator[None]:
+    """Keep normalization from reading its batch counter, which export refuses; what comes out of it is the same."""
+    averaging = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.momentum is None]
+    try:
+        for m in averaging:
+            m.momentum = 0.0
+        yield
+    finally:
+        for m in averaging:
+            m.momentum = None
 
 
 @contextlib.contextmanager
@@ -131,7 +138,7 @@ def capture(
     else:
         attempts.append((f"torch.export, batch of {batch}", lambda: _export(model, args, kwargs, False)))
         attempts.append((f"direct tracing, batch of {batch}", lambda: _make_fx(model, args, kwargs)))
-    with in_mode(model, mode), undisturbed(model), quiet():
+    with in_mode(model, mode), undisturbed(model), _without_counters(model), quiet():
         for method, attempt in attempts:
             try:
                 captured = attempt()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from dagh import _written_out
+from dagh._lowering import understands
 
 aten = torch.ops.aten
 
@@ -38,11 +39,6 @@ def settled(module: fx.GraphModule) -> bool:
 
     To decompose takes three times as long as to export, and most networks come out unchanged.
     """
-    from dagh import _rewrites_layers  # noqa: F401  (registers)
-    from dagh._lowering import RANDOM
-    from dagh._rewrites import REWRITES
-    from dagh._rules._base import has_rule
-
     table = decompositions()
     for node in module.graph.nodes:
         target = node.target
@@ -54,12 +50,7 @@ def settled(module: fx.GraphModule) -> bool:
             return False
         if target.namespace != "aten" or target._schema.is_mutable or target in table:
             return False
-        if not _composite(target):
-            continue
-        key = str(target)
-        packet = key.rpartition(".")[0]
-        lowered = packet.removeprefix("aten.") in (*RANDOM, "sym_size", "sym_numel")
-        if not (lowered or key in REWRITES or packet in REWRITES or has_rule(key)):
+        if _composite(target) and not understands(target):
             return False
     return True
 
@@ -69,7 +60,9 @@ def write_out_in_place(module: fx.GraphModule) -> None:
 
     Every later use of ``x`` becomes one of the result. What is not that simple is left to ``run_decompositions``.
     """
-    for node in list(module.graph.nodes):
+    seen: set[fx.Node] = set()
+    for node in module.graph.nodes:
+        seen.add(node)
         plain = _out_of_place(node)
         if plain is None:
             continue
@@ -77,12 +70,7 @@ def write_out_in_place(module: fx.GraphModule) -> None:
         if not _makes_new(base) or any(_shares(user) for user in base.users if user is not node):
             continue
         node.target = plain
-        before = True
-        for user in module.graph.nodes:
-            if before or user is node:
-                before = before and user is not node
-            elif base in user.all_input_nodes:
-                user.replace_input_with(base, node)
+        base.replace_all_uses_with(node, delete_user_cb=lambda user: user not in seen)
 
 
 def _out_of_place(node: fx.Node) -> Any:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, fx
 
 from dagh._ir import Item, Kind, Node, Part, Slot, operation_key
+from dagh._rules._base import has_rule
 from dagh.errors import CaptureError, RandomnessError
 
-RANDOM = (
+_RANDOM = (
     "rand", "randn", "bernoulli", "dropout", "native_dropout", "alpha_dropout", "feature_dropout", "randint", "normal",
     "multinomial", "rand_like", "randn_like", "randint_like", "randperm", "rrelu", "rrelu_with_noise", "exponential",
     "uniform", "normal_functional", "cauchy", "geometric", "log_normal", "random", "poisson", "binomial",
@@ -136,9 +137,9 @@ class Builder:
             return target(*args, **kwargs)
         packet = str(target).split(".")[1]
         if packet == "sym_size":
-            return _tensor_of(self, args[0]).shape[args[1]]
+            return tensor_of(self, args[0]).shape[args[1]]
         if packet == "sym_numel":
-            return _tensor_of(self, args[0]).numel()
+            return tensor_of(self, args[0]).numel()
         if packet.startswith(("_assert", "sym_constrain")):
             return None
         if (
@@ -147,14 +148,11 @@ class Builder:
             and packet in ("sym_stride", "sym_storage_offset")
         ):
             return target(*args, **kwargs)
-        from dagh import _rewrites_layers  # noqa: F401  (registers)
-        from dagh._rewrites import REWRITES
-
         bound = bind(target, args, kwargs)
         bound["__name__"] = packet
-        if packet in RANDOM:
+        if packet in _RANDOM:
             return self.random(packet, bound, origin)
-        rewrite = REWRITES.get(str(target)) or REWRITES.get(f"aten.{packet}" if str(target).startswith("aten.") else "")
+        rewrite = _rewrite_of(target)
         if rewrite is not None:
             result = rewrite(self, bound)
             if result is not NotImplemented:
@@ -217,6 +215,21 @@ def bind(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, A
     return bound
 
 
+def understands(target: torch._ops.OpOverload) -> bool:
+    """Whether :meth:`Builder.lower` has more for an operation than the fallback: a rule, a rewrite, its own code."""
+    own = str(target).split(".")[1] in (*_RANDOM, "sym_size", "sym_numel")
+    return own or _rewrite_of(target) is not None or has_rule(str(target))
+
+
+def _rewrite_of(target: torch._ops.OpOverload) -> Callable[[Builder, dict[str, Any]], Any] | None:
+    """The rewrite of an overload, or of all overloads of an ATen operation."""
+    from dagh import _rewrites_layers  # noqa: F401  (registers)
+    from dagh._rewrites import REWRITES
+
+    namespace, packet = str(target).split(".")[:2]
+    return REWRITES.get(str(target)) or (REWRITES.get(f"aten.{packet}") if namespace == "aten" else None)
+
+
 def _short(op: Any) -> str:
     key = operation_key(op.op if isinstance(op, Item) else op)
     parts = key.split(".")
@@ -229,7 +242,8 @@ def _has_node(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and any(_has_node(v) for v in value)
 
 
-def _tensor_of(builder: Builder, value: Any) -> Tensor:
+def tensor_of(builder: Builder, value: Any) -> Tensor:
+    """What a node stands for on the example, or the tensor itself."""
     return builder.values[value] if isinstance(value, Node) else value
 
 

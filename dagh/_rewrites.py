@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dagh._ir import Node
-from dagh._lowering import Builder
+from dagh._lowering import Builder, tensor_of
 from dagh._rules._binary import at_least, at_most
 from dagh._rules._robust import huber, smooth_l1
 
@@ -42,7 +42,7 @@ def _view(b: Builder, a: dict[str, Any]) -> Any:
 
 def _reshaped(b: Builder, x: Any, method: str, *args: Any) -> Any:
     """``x.method(*args)`` as a reshape to a shape without -1."""
-    like = torch.empty((b.values[x] if isinstance(x, Node) else x).shape, device="meta")
+    like = torch.empty(tensor_of(b, x).shape, device="meta")
     return b.emit(aten.reshape.default, x, list(getattr(like, method)(*args).shape))
 
 
@@ -61,12 +61,12 @@ def _unflatten(b: Builder, a: dict[str, Any]) -> Any:
 
 @rewrite("aten.view_as", "aten.reshape_as")
 def _reshape_as(b: Builder, a: dict[str, Any]) -> Any:
-    return _reshaped(b, a["self"], "reshape", list(b.values[a["other"]].shape))
+    return _reshaped(b, a["self"], "reshape", list(tensor_of(b, a["other"]).shape))
 
 
 @rewrite("aten.expand_as")
 def _expand_as(b: Builder, a: dict[str, Any]) -> Any:
-    return b.emit(aten.expand.default, a["self"], list(b.values[a["other"]].shape))
+    return b.emit(aten.expand.default, a["self"], list(tensor_of(b, a["other"]).shape))
 
 
 @rewrite("aten.mT")

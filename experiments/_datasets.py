@@ -115,7 +115,11 @@ def load_npz(path: str | Path, names: tuple[str, str] = ("x", "y")) -> Dataset:
         FileFormatError: the file cannot be read, lacks an array, or an array is not numeric.
         ShapeError: x and y have different numbers of samples.
     """
-    arrays = read_npz(Path(path))
+    return dataset_of(Path(path), read_npz(Path(path)), names)
+
+
+def dataset_of(path: Path, arrays: dict[str, Array], names: tuple[str, str]) -> Dataset:
+    """Two of the arrays that :func:`read_npz` found at ``path``; see :func:`load_npz`."""
     absent = [name for name in names if name not in arrays]
     if absent:
         held = ", ".join(sorted(arrays)) or "nothing"

@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import multiprocessing.resource_tracker
 import os
+import signal
 import threading
 import time
 import traceback
@@ -83,8 +84,6 @@ class _Worker:
 @contextlib.contextmanager
 def _interrupts_held_back() -> Iterator[None]:
     """A process started here is deaf to Ctrl-C from its first instruction on; here it arrives a little later."""
-    import signal
-
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -176,8 +175,6 @@ class Processes:
 
 def _exit(code: int | None) -> str:
     if code is not None and code < 0:
-        import signal
-
         with contextlib.suppress(ValueError):
             name = signal.Signals(-code).name
             return f"{name}{' (out of memory?)' if name == 'SIGKILL' else ''}"
@@ -186,8 +183,6 @@ def _exit(code: int | None) -> str:
 
 def _serve(pipe: Connection, parent: int) -> None:
     """A worker process: units of work from the pipe until it closes."""
-    import signal
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()

@@ -14,7 +14,7 @@ from dagh.errors import FileFormatError, ShapeError
 
 from ._cifar import is_cifar10, load_cifar10
 from ._config import DataConfig
-from ._datasets import Dataset, load_digits, load_mnist, load_npz, read_npz
+from ._datasets import Array, Dataset, dataset_of, load_digits, load_mnist, read_npz
 from ._measure_config import Split
 from ._validate import ConfigError, nearest
 
@@ -80,19 +80,20 @@ def _digits(root: Path | None) -> tuple[Dataset, Dataset]:
 
 
 def _npz(path: Path) -> tuple[Dataset, Dataset]:
-    held = read_npz(path).keys() & {"x_test", "y_test"}
+    arrays = read_npz(path)
+    held = arrays.keys() & {"x_test", "y_test"}
     if len(held) == 1:
         absent = ({"x_test", "y_test"} - held).pop()
         raise FileFormatError(f"{path} has {held.pop()!r} and no {absent!r}; give both, or none")
     if not held:
-        return _divided(_images(path, ("x", "y")))
-    return _images(path, ("x", "y")), _images(path, ("x_test", "y_test"))
+        return _divided(_images(path, arrays, ("x", "y")))
+    return _images(path, arrays, ("x", "y")), _images(path, arrays, ("x_test", "y_test"))
 
 
-def _images(path: Path, names: tuple[str, str]) -> Dataset:
+def _images(path: Path, arrays: dict[str, Array], names: tuple[str, str]) -> Dataset:
     """Two arrays, bytes scaled to [0, 1] as in the named data sets, and what cannot be trained on refused."""
-    x, y = load_npz(path, names)
-    if read_npz(path)[names[0]].dtype == "u1":
+    x, y = dataset_of(path, arrays, names)
+    if arrays[names[0]].dtype == "u1":
         x = x.to(torch.float32).div(255)
     if not x.is_floating_point():
         raise ShapeError(f"{path}: {names[0]} has integer type; expected floating-point numbers, or bytes (0 to 255)")

@@ -147,7 +147,8 @@ def _over_pairs(f: Callable[..., Any], values: Sequence[Tensor], bundles: Sequen
     dims = [None if v.shape[0] == 1 else 0 for v in values]
     flat = [v[0] if d is None else v.repeat_interleave(b, 0) for v, d in zip(values, dims, strict=True)]
     # Copies: PyTorch's forward formula of some operations (zero) changes the tangent it is given.
-    flat += [t.expand(n, *t.shape[1:]).flatten(0, 1).clone() for t in bundles]
+    whole = (t.expand(n, *t.shape[1:]).clone(memory_format=torch.contiguous_format) for t in bundles)
+    flat += [t.flatten(0, 1) for t in whole]
     out = torch.func.vmap(f, in_dims=(*dims, *([0] * len(bundles))))(*flat)
     return torch.utils._pytree.tree_map(lambda t: t.reshape(n, b, *t.shape[1:]), out)
 
