@@ -29,7 +29,7 @@ from dagh._blocks import (
     ZeroBlock,
 )
 from dagh._blocktables import Pair
-from dagh.errors import DaghError, FileFormatError
+from dagh.errors import DaghError, FileFormatError, first_line
 
 if TYPE_CHECKING:
     from dagh._blockmatrix import BlockMatrix
@@ -88,7 +88,7 @@ def load(path: Path, *, memory_budget: int | None = None) -> BlockMatrix:
     try:
         text, arrays = _read_npz(path) if suffix == ".npz" else _read_safetensors(path)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, SafetensorError) as error:
-        raise FileFormatError(f"{path} is not a readable {suffix} file: {_one_line(error)}") from error
+        raise FileFormatError(f"{path} is not a readable {suffix} file: {first_line(error)}") from error
     if text is None:
         raise FileFormatError(f"{path} does not hold a block matrix")
     try:
@@ -123,17 +123,13 @@ def load(path: Path, *, memory_budget: int | None = None) -> BlockMatrix:
     except FileFormatError:
         raise
     except (DaghError, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
-        raise FileFormatError(f"{path} is damaged: {_one_line(error)}") from error
+        raise FileFormatError(f"{path} is damaged: {first_line(error)}") from error
 
 
 def _suffix(path: Path) -> str:
     if path.suffix not in (".safetensors", ".npz"):
         raise FileFormatError(f"block matrices are kept in .safetensors or .npz files, not {path.name!r}")
     return path.suffix
-
-
-def _one_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
 def _read_npz(path: Path) -> tuple[str | None, Arrays]:

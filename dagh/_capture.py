@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from dagh._decompose import decompositions, settled, write_out_in_place
-from dagh.errors import CaptureError, DaghError
+from dagh.errors import CaptureError, DaghError, first_line
 
 aten = torch.ops.aten
 
@@ -145,7 +145,7 @@ def capture(
             except DaghError:
                 raise
             except Exception as error:  # torch.export raises a zoo of types
-                failures.append(f"{method}: {_first_line(error)}")
+                failures.append(f"{method}: {type(error).__name__}: {first_line(error)}")
                 continue
             captured.method = method
             if batch is None:
@@ -155,11 +155,6 @@ def capture(
             captured.seconds = time.perf_counter() - started
             return captured
     raise CaptureError(f"the model could not be traced ({'; '.join(failures)})")
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
 
 
 def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

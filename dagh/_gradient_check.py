@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from dagh import _capture
 from dagh._state import State
-from dagh.errors import CaptureError
+from dagh.errors import CaptureError, first_line
 
 
 def check_gradient(
@@ -58,7 +58,7 @@ def check_gradient(
             except torch.OutOfMemoryError:
                 raise
             except (NotImplementedError, RuntimeError) as error:
-                line = str(error).splitlines()[0].partition(";")[0][:200]
+                line = first_line(error).partition(";")[0]
                 raise CaptureError(f"PyTorch cannot differentiate the model itself: {line}") from None
     pairs = {}
     for (name, leaf), grad in zip(leaves.items(), found, strict=True):

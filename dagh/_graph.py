@@ -24,6 +24,7 @@ from dagh.errors import (
     NonDeterministicError,
     ReductionError,
     ShapeError,
+    first_line,
 )
 
 Mode = Literal["eval", "train"]
@@ -170,7 +171,7 @@ class Graph:
         try:
             self._program(1)
         except (CoupledSamplesError, RuntimeError, ValueError) as error:
-            self._couple(f"a batch of one cannot be evaluated ({str(error).splitlines()[0][:80]})", args, kwargs)
+            self._couple(f"a batch of one cannot be evaluated ({first_line(error, 80)})", args, kwargs)
             return
         agrees, why = self._agrees(probe_args, probe_kwargs)
         if not agrees:
@@ -199,7 +200,7 @@ class Graph:
             except ShapeError as error:
                 return False, str(error)
             except RuntimeError as error:  # boolean masks and the like: shapes that depend on values
-                return False, f"one sample at a time cannot be evaluated ({str(error).splitlines()[0][:80]})"
+                return False, f"one sample at a time cannot be evaluated ({first_line(error, 80)})"
         return _inputs.same_output(
             values[program.output], wanted, n
         ), "the model's output on a batch differs from its output sample by sample"

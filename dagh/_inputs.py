@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dagh._capture import batch_size, run_model
-from dagh.errors import CaptureError, DaghError, DtypeError, ShapeError
+from dagh.errors import CaptureError, DaghError, DtypeError, ShapeError, first_line
 
 
 def normalize_inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -167,6 +167,6 @@ def check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
         raise
     except Exception as error:  # the user's code may raise anything
         shapes = ", ".join(str(tuple(t.shape)) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         kind = ShapeError if isinstance(error, (RuntimeError, ValueError, TypeError, IndexError)) else CaptureError
-        raise kind(f"{type(model).__name__} cannot be evaluated on inputs of shape {shapes}: {reason[:200]}") from error
+        name = type(model).__name__
+        raise kind(f"{name} cannot be evaluated on inputs of shape {shapes}: {first_line(error)}") from error

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dagh.errors import DaghError, DtypeError, LossError, ShapeError
+from dagh.errors import DaghError, DtypeError, LossError, ShapeError, first_line
 
 Reduction = Literal["mean", "sum", "none"]
 F = torch.nn.functional
@@ -195,9 +195,8 @@ def blamed_on(name: str, output: Any, targets: Any) -> Iterator[None]:
         raise
     except (RuntimeError, IndexError, ValueError, TypeError, AttributeError) as error:
         shapes = ", ".join(f"{tuple(t.shape)} {str(t.dtype)[6:]}" for t in target_tensors(targets)[0]) or "none"
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise LossError(
-            f"loss {name!r} fails on output {tuple(output.shape)} with targets {shapes}: {reason[:160]}"
+            f"loss {name!r} fails on output {tuple(output.shape)} with targets {shapes}: {first_line(error, 160)}"
         ) from None
 
 

@@ -117,6 +117,11 @@ class UnknownNameError(DaghError):
         return cls(f"no {kind} named {name!r}; {hint}")
 
 
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """The first line of an error that says something, cut to ``limit`` characters; without one, its type."""
+    return next((line.strip()[:limit] for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def _shorten(names: list[str], limit: int = 8) -> str:
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown}, … ({len(names)} in all)"

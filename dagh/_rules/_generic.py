@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dagh._ir import Node
 from dagh._rules._base import Call
-from dagh.errors import RuleError
+from dagh.errors import RuleError, first_line
 
 _NO_FORWARD: set[str] = set()
 
@@ -132,7 +132,7 @@ def _underivable(call: Call, error: Exception, times: str = " twice") -> RuleErr
     node = call.node
     where = f" in {node.module!r}" if node.module else ""
     return RuleError(
-        f"PyTorch cannot differentiate {node.key}{where}{times} ({str(error).splitlines()[0][:120]}); "
+        f"PyTorch cannot differentiate {node.key}{where}{times} ({first_line(error, 120)}); "
         "register a rule for it with dagh.register_rule, or rewrite that line of the model"
     )
 
