@@ -683,3 +683,40 @@ def test_commands(tmp_path: Path) -> None:
     assert "2 may matter, see dagh kinks" in " ".join(traced.output.split())
     assert "warning" not in traced.output
     assert CliRunner().invoke(cli, ["kinks", *arguments, "--params", "nothing"]).exit_code != 0
+
+
+def unmoved() -> tuple[nn.Module, Tensor, Tensor]:
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU(), nn.Linear(1, 1, bias=False)).double()
+    nn.init.zeros_(model[0].weight)  # type: ignore[arg-type]
+    nn.init.ones_(model[2].weight)  # type: ignore[arg-type]
+    return model, tensor([[1.0], [-1.0]]), torch.zeros(2, 1, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("direction", [{"2.weight": tensor([[1.0]])}, "random"])
+def test_ties_that_a_direction_leaves_unmoved_take_a_branch_that_occurs(direction: Any) -> None:
+    model, x, y = unmoved()
+    H = dagh.hessian(model, "mse", x, y, kinks=dagh.AtKinks("direction", direction=direction)).dense()
+    limits = [item.hessian.dense() for item in dagh.hessian(model, "mse", x, y, kinks="enumerate")]
+    assert any(same(H, limit) for limit in limits)
+
+
+def test_a_smooth_function_written_with_kinks_has_its_hessian_along_any_direction() -> None:
+    class Apart(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.z, self.w = nn.Parameter(tensor([0.0])), nn.Parameter(tensor([2.0]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (F.relu(self.z) - F.relu(-self.z) + self.w) * x
+
+    for direction in ({"w": tensor([1.0])}, {"z": tensor([-1.0])}, "step"):
+        at = dagh.AtKinks("direction", direction=direction)
+        H = dagh.hessian(Apart(), half_square, tensor([[1.0]]), tensor([[0.0]]), kinks=at).dense()
+        assert same(H, tensor([[1.0, 1.0], [1.0, 1.0]]))
+
+
+@pytest.mark.parametrize(("direction", "says"), [("step", "is zero"), ({"2.weight": tensor([[float("nan")]])}, "NaN")])
+def test_directions_that_are_none(direction: Any, says: str) -> None:
+    model, x, y = unmoved()
+    with pytest.raises(dagh.errors.ReductionError, match=says):
+        dagh.hessian(model, "mse", x, y, kinks=dagh.AtKinks("direction", direction=direction))

@@ -32,10 +32,12 @@ class Along:
 def along(sites: Sites, d: Array) -> Along:
     """Decide the ties in topological order by the derivatives of their candidates along ``d`` (``[P]``).
 
-    Ties whose candidates have equal derivatives are read off at two small steps; where the values are equal there as
-    well, the first candidate is taken.
+    Ties whose candidates have equal derivatives are read off at two small steps. Those that ``d`` leaves unmoved are
+    decided by a second, random direction, infinitely smaller: the pattern then occurs nearby, beside ``θ + t d``.
     """
     seeds = {leaf: t.unsqueeze(1) for leaf, t in split(sites, d).items()}
+    aside = np.random.default_rng(0).standard_normal(d.shape)
+    second = {leaf: t.unsqueeze(1) for leaf, t in split(sites, aside).items()}
     branch: dict[Node, Tensor] = {}
     sampled = 0
     nearby: list[dict[Node, Tensor]] | None = None
@@ -47,7 +49,8 @@ def along(sites: Sites, d: Array) -> Along:
         rates = candidate_tangents(state, site, seeds).masked_fill(~site.merged, float("-inf"))
         best = rates.max(1, keepdim=True)
         size = rates.masked_fill(rates.isinf(), 0.0).abs().max()
-        equal = (rates >= best.values - equality(rates.dtype) * size).sum(1) > 1
+        level = rates >= best.values - equality(rates.dtype) * size
+        equal = level.sum(1) > 1
         chosen = best.indices.squeeze(1)
         if bool((equal & site.live).any()):
             if nearby is None:
@@ -64,6 +67,10 @@ def along(sites: Sites, d: Array) -> Along:
             read = equal & (near == nearer) & (near >= 0) & site.merged.gather(1, near.clamp(min=0)[:, None])[:, 0]
             sampled += int((read & site.live).sum())
             chosen = torch.where(read, near, chosen)
+            unmoved = equal & ~read & site.live
+            if bool(unmoved.any()):
+                apart = candidate_tangents(state, site, second).masked_fill(~level, float("-inf"))
+                chosen = torch.where(unmoved, apart.argmax(1), chosen)
         branch[site.node] = torch.where(site.live, chosen, site.merged.to(torch.uint8).argmax(1))
     return Along(branch, sampled)
 

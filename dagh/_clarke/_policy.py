@@ -125,7 +125,20 @@ def _where(state: State, ties: int, nodes: list[Node]) -> str:
 
 
 def direction_of(at: AtKinks, state: State, sites: Any) -> Any:
-    """The direction as one vector over all leaves, in their order."""
+    """The direction as one vector over all leaves, in their order. Refused where it is zero or not finite."""
+    import numpy as np
+
+    found = _direction(at, state, sites)
+    if not bool(np.isfinite(found).all()):
+        raise ReductionError("the direction contains NaN or Inf")
+    if not bool(found.any()):
+        raise ReductionError(
+            "the direction is zero (no step is taken at a vanishing gradient); use 'random', or name one"
+        )
+    return found
+
+
+def _direction(at: AtKinks, state: State, sites: Any) -> Any:
     import numpy as np
 
     from dagh._clarke._completion import join
