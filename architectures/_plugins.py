@@ -82,8 +82,11 @@ def recognize(graph: Graph) -> list[Match]:
         error = plugin.error
         if plugin.architecture is not None:
             try:
-                found.extend(plugin.architecture.match(graph))
-            except Exception as failure:  # a plug-in's bug must not hide what the others found
+                matches = plugin.architecture.match(graph)
+                error = _fault(matches)
+                if error is None:
+                    found.extend(matches)
+            except (Exception, SystemExit) as failure:  # a plug-in's bug must not hide what the others found
                 error = _one_line(failure)
         if error is not None:
             message = f"architecture plug-in {plugin.name!r} of {plugin.provider} is skipped: {error}"
@@ -95,7 +98,7 @@ def _load(entry: EntryPoint) -> Plugin:
     provider = f"{entry.dist.name} {entry.dist.version}" if entry.dist is not None else entry.value
     try:
         loaded = entry.load()
-    except Exception as failure:  # importing foreign code can fail in any way
+    except (Exception, SystemExit) as failure:  # importing foreign code can fail in any way
         return Plugin(entry.name, provider, None, _one_line(failure))
     if not isinstance(loaded, Architecture) or isinstance(loaded, type):
         kind = f"the class {loaded.__name__}" if isinstance(loaded, type) else f"a {type(loaded).__name__}"
@@ -108,5 +111,20 @@ def _load(entry: EntryPoint) -> Plugin:
     return Plugin(entry.name, provider, loaded)
 
 
-def _one_line(error: Exception) -> str:
+def _fault(matches: Any) -> str | None:
+    """Why what a plug-in returned cannot be used."""
+    if not isinstance(matches, (list, tuple)):
+        return f"match returned a {type(matches).__name__}, not a list"
+    for match in matches:
+        if not isinstance(match, Match):
+            return f"match returned a list with a {type(match).__name__}, not a Match, in it"
+        kinds = {"architecture": str, "layers": Sequence, "dims": Mapping, "statements": Sequence}
+        for name, kind in kinds.items():
+            value = getattr(match, name)
+            if not isinstance(value, kind) or (kind is Sequence and isinstance(value, str)):
+                return f"a match has {name} of type {type(value).__name__}"
+    return None
+
+
+def _one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())

@@ -11,12 +11,11 @@ import torch
 import dagh
 from dagh._cli import _output
 from dagh._cli._opened import MANNER, RESULT, SUBJECT, WEIGHTS, explained, opened
-from dagh.errors import DaghError, UnknownNameError
+from dagh.errors import DaghError
 
 from ._logs import text
-from ._render import plain
+from ._render import check_picture, plain
 from ._report import BoundReport, report
-from ._rows import ROWS
 
 #: Above this many numbers, cotangents of all layers and samples together, the line in ``dagh trace`` leaves b2 out.
 _QUICK = 200_000_000
@@ -54,11 +53,14 @@ def bounds(
     listed with the reason.
     """
     with explained(show_traceback):
-        found = _run(target, **options)
         if plot is not None:
-            found.plot(plot)
+            check_picture(plot)
+        found = _run(target, **options)
     written = None if form == "table" and out is None else _form(found, form, layers)
     _output.deliver(out, written, lambda: found.table(layers=layers))
+    if plot is not None:
+        with explained(show_traceback):
+            found.plot(plot)
 
 
 def _form(found: BoundReport, form: str, layers: bool) -> str:
@@ -76,9 +78,6 @@ def _run(
     **model: Any,
 ) -> BoundReport:  # fmt: skip
     wanted = None if rows is None else [row.strip() for row in rows.split(",") if row.strip()]
-    for row in wanted or ():
-        if row not in ROWS:
-            raise UnknownNameError.of("bound", row, ROWS)
     options: dict[str, Any] = {"rows": wanted, "radius": radius, "input_norm": input_norm}
     with opened(target, loss=loss, data=None if data == "random" else data, **model) as at:
         at.steps.start("bounds")

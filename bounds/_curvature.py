@@ -89,7 +89,8 @@ class Curvature:
     def log_slope(self) -> float:
         """Logarithm of ``slope``; raises where there is none."""
         if self.slope is None or math.isinf(self.slope):
-            raise Absent("no bound on the loss's gradient holds for all targets")
+            unknown = "no bound on the loss's gradient holds for all targets"
+            raise Absent(unknown if self.sup is not None else self.reason or unknown)
         return math.log(self.slope) if self.slope > 0 else -math.inf
 
 
@@ -106,7 +107,8 @@ def curvature_of(
         loss: as in :func:`dagh.hessian`.
         output: shape of a sample's output, the model's own batch axis first.
         weight: what the sum over the elements (positions) of one sample is multiplied by, times the number of samples;
-            default: one over their number, as in a mean, or 1 for modules that sum.
+            default: one over their number, as in a mean, or 1 for modules that sum
+            (one sample: give the number of samples for more).
         given: ``sup ‖∂²ℓ/∂z²‖``, for losses that are not known by name.
     """
     if given is not None:

@@ -17,7 +17,7 @@ from ._activations import activation
 from ._ladder import LocalNorms, Problem, Value
 from ._lipschitz import Site, inverse_scale
 from ._local_norms import cotangent_matrix
-from ._logs import ZERO, Log, add, largest_eigenvalue, log, log_tensor, spectral, times, total
+from ._logs import ZERO, Log, add, flat, largest_eigenvalue, log, log_tensor, spectral, times, total
 from ._recursion import Recursion
 from ._structure import Absent, Structure
 from ._sweep import LIMIT, cotangents
@@ -41,7 +41,7 @@ def F_b(problem: Problem) -> Value:
     context = problem.recursion(local=True)
 
     def adjoint(node: Any) -> Log:
-        return log_tensor(structure.state.adjoint(node).flatten(1).norm(dim=1))
+        return log_tensor(flat(structure.state.adjoint(node)).norm(dim=1))
 
     matrices = _Pairs(structure, context, exact=True).matrix(adjoint)
     if matrices.ndim == 2:
@@ -146,7 +146,7 @@ class _Pairs:
         if node.operation == "standardize":
             count = math.prod(node.shape[d % len(node.shape)] for d in node.arg("dims"))
             eps = float(node.arg("eps"))
-            size = inverse_scale(site).flatten(1).amax(1) if self.context.local else None
+            size = flat(inverse_scale(site)).amax(1) if self.context.local else None
             scale = log_tensor(size) if size is not None else (-0.5 * log(eps) if eps > 0 else math.inf)
             return times(adjoint(node), math.log(_STANDARDIZE / math.sqrt(count)) + 2 * scale)
         raise Absent(f"no bound on the second derivative of {node.operation!r} (node {node.name!r})")
@@ -159,7 +159,7 @@ class _Pairs:
         rows = structure.state.rule(node).curvature(structure.state.call(node), delta, {0: ones}, [0], True)
         if 0 not in rows:
             return ZERO
-        return log_tensor(rows[0].abs().flatten(1).amax(1))
+        return log_tensor(flat(rows[0].abs()).amax(1))
 
     # -- ‖∂ f_v / ∂ W‖ -----------------------------------------------------------------------------
 
@@ -209,7 +209,7 @@ class _Pairs:
         rows = value.new_zeros(samples, node.numel, node.numel)
         rows.diagonal(dim1=1, dim2=2).fill_(1)
         norms = {
-            at: log_tensor(spectral(piece.flatten(2)))
+            at: log_tensor(spectral(flat(piece, 2)))
             for at, piece in cotangents(structure, node, rows.reshape(samples, node.numel, *node.shape), meets)
         }
         found: dict[str, Log] = {}

@@ -19,7 +19,7 @@ import dagh
 from ._curvature import Curvature
 from ._layers import LayerFacts
 from ._local_norms import input_norm
-from ._logs import ZERO, Log, add, log, log_tensor, spectral, times, total
+from ._logs import ZERO, Log, add, flat, log, log_tensor, spectral, times, total
 from ._recursion import Recursion
 from ._structure import Absent, Structure, Use
 from ._sweep import cotangents, loss_columns
@@ -111,11 +111,13 @@ def b1(problem: Problem) -> Value:
     """
     structure = problem.structure
     columns, norms = loss_columns(structure)
+    if not bool(norms.any()):  # nothing to bound, whatever stands on the way
+        return summed(dict.fromkeys(structure.names, ZERO))
     recursion = problem.recursion(local=True)
     last = recursion.last
     if last.operation in ("linear", "convolution") and last.inputs[0] in structure.data:
         for _, rows in cotangents(structure, structure.program.output, columns, {last.inputs[0]}):
-            scaled = spectral(rows.flatten(2).double()) / norms.sqrt()
+            scaled = spectral(flat(rows, 2).double()) / norms.sqrt()
             recursion.end = log_tensor(scaled.nan_to_num(0.0))
     return _forward(problem, recursion.gains, log_tensor(norms))
 
@@ -169,12 +171,12 @@ def b2(problem: Problem, advance: Callable[[], None] | None = None) -> Value:
     leaves = {structure.program.parameters[name]: name for name in exact}
     gains: dict[Any, Log] = {}
     for node, rows in cotangents(structure, structure.program.output, columns, nodes):
-        gains[node] = log_tensor(spectral(rows.flatten(2).double()))
+        gains[node] = log_tensor(spectral(flat(rows, 2).double()))
         if advance is not None:
             advance()
     blocks: dict[str, Log] = {}
     for leaf, rows in cotangents(structure, structure.program.output, columns, leaves, leaves=True) if exact else ():
-        blocks[leaves[leaf]] = log_tensor(spectral(rows.flatten(2).double()))
+        blocks[leaves[leaf]] = log_tensor(spectral(flat(rows, 2).double()))
     for name, uses in structure.uses.items():
         if name in exact:
             blocks.setdefault(name, ZERO)

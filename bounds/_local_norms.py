@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._layers import patches
-from ._logs import spectral
+from ._logs import flat, spectral
 from ._structure import Structure, Use
 
 
@@ -33,12 +33,12 @@ def input_norm(structure: Structure, use: Use, bias: bool = False) -> Tensor | N
         return spectral(rows.double()).amax(1)
     if name == "mul" and len(node.inputs) == 2 and node.inputs[1 - arg] in structure.data:
         other = structure.value(node.inputs[1 - arg]).double().square()
-        return _folded(other.expand(-1, *node.shape), node.inputs[arg].shape).flatten(1).amax(1).sqrt()
+        return flat(_folded(other.expand(-1, *node.shape), node.inputs[arg].shape)).amax(1).sqrt()
     if name in ("add", "sub"):
         scale = 1.0 if arg == 0 else abs(float(node.arg("alpha") or 0))
         return like.new_full((1,), scale * (node.numel / max(node.inputs[arg].numel, 1)) ** 0.5)
     if name == "embedding":
-        index = structure.value(node.inputs[1]).flatten(1)
+        index = flat(structure.value(node.inputs[1]))
         return torch.stack([row.unique(return_counts=True)[1].max() for row in index]).to(like.dtype).sqrt()
     return None
 

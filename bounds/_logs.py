@@ -63,6 +63,11 @@ def largest_eigenvalue(logs: NDArray[np.float64]) -> float:
     return top + log(max(float(np.linalg.eigvalsh(np.exp(logs - top))[-1]), 0.0))
 
 
+def flat(values: Tensor, lead: int = 1) -> Tensor:
+    """All axes but the ``lead`` leading ones as one, numbers included."""
+    return values.reshape(*values.shape[:lead], values.shape[lead:].numel())
+
+
 def spectral(matrices: Tensor) -> Tensor:
     """Largest singular value of each real or complex matrix ``[..., m, n]``, through the smaller Gram matrix.
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from . import _lipschitz
 from ._layers import LayerFacts, convolution_facts, linear_facts
 from ._lipschitz import Site
-from ._logs import ZERO, Log, add, add_all, log, log_tensor, spectral, times
+from ._logs import ZERO, Log, add, add_all, flat, log, log_tensor, spectral, times
 from ._structure import MOVES, Absent, Structure, Use
 
 Flavor = Literal["frobenius", "matrix", "spectral"]
@@ -64,10 +64,10 @@ class Recursion:
     def _length(self, node: Any) -> Log:
         structure = self.structure
         if node not in structure.data:
-            size = structure.value(node).double().flatten(1).norm(dim=1).max()
+            size = flat(structure.value(node).double()).norm(dim=1).max()
             return add(log(float(size)), self.reach(node))
         if self.local:
-            return log_tensor(structure.value(node).double().flatten(1).norm(dim=1))
+            return log_tensor(flat(structure.value(node).double()).norm(dim=1))
         if node.kind == "input":
             return self.log_input
         return _lipschitz.length(Site(self, node))
@@ -77,7 +77,7 @@ class Recursion:
         structure = self.structure
         if node in structure.data and not self.local:
             return self.length(node)
-        top = log_tensor(structure.value(node).abs().flatten(1).amax(1))
+        top = log_tensor(flat(structure.value(node).abs()).amax(1))
         if node in structure.data:
             return top
         return add(float(top.max()), self.reach(node))
@@ -104,7 +104,7 @@ class Recursion:
     def slopes(self, node: Any) -> Log | None:
         """Largest slope of an element-wise node at the data, by sample."""
         diagonal = self.structure.scalings(node)
-        return None if diagonal is None else log_tensor(diagonal.abs().flatten(1).amax(1))
+        return None if diagonal is None else log_tensor(flat(diagonal.abs()).amax(1))
 
     def facts(self, node: Any) -> LayerFacts:
         """Facts of a linear layer or convolution whose weight does not depend on the data."""

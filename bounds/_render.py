@@ -12,7 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dagh.errors import ReductionError
+from dagh.errors import FileFormatError, ReductionError
 
 from ._logs import text
 
@@ -165,8 +165,22 @@ def html(report: BoundReport) -> str:
 _COLORS = {"printed": "#bf8700", "corrected": "#0969da", "ours": "#1a7f37"}
 
 
+_FORMATS = (".png", ".svg", ".pdf")
+
+
+def check_picture(path: Path) -> None:
+    """Raise ``FileFormatError`` where no picture can be written."""
+    if path.suffix.lower() not in _FORMATS:
+        raise FileFormatError(f"{path.name!r}: a picture is written as {', '.join(_FORMATS)}")
+    if not path.parent.is_dir():
+        raise FileFormatError(f"cannot write {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise FileFormatError(f"cannot write {path}: it is a folder")
+
+
 def plot(report: BoundReport, path: str | Path, part: str = "H_O") -> None:
     """The ladder of one part on a logarithmic axis."""
+    check_picture(Path(path))
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -195,4 +209,7 @@ def plot(report: BoundReport, path: str | Path, part: str = "H_O") -> None:
     for origin in dict.fromkeys(row.origin for row in rows):
         axes.plot([], [], "o", color=_COLORS[origin], label=origin)
     axes.legend(frameon=False, fontsize=8, loc="lower right")
-    figure.savefig(Path(path), dpi=160)
+    try:
+        figure.savefig(Path(path), dpi=160)
+    except OSError as error:
+        raise FileFormatError(f"cannot write {path}: {error.strerror or error}") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ from torch.utils import _pytree as pytree
 import dagh
 from dagh.errors import DaghError, ReductionError, ShapeError, UnknownNameError
 
-from ._curvature import curvature_of, for_targets
+from ._curvature import Curvature, curvature_of, for_targets
 from ._foreign import foreign_statements, foreign_value
 from ._ladder import Problem
-from ._logs import text
+from ._logs import flat, text
 from ._rows import EXACT, EXACT_PARAMETERS, ROWS, Work
 from ._statements import STATEMENTS, Needs, Origin, Part, Statement
 from ._structure import Absent, Structure
@@ -158,7 +158,7 @@ def report(
     targets: Any = None,
     *,
     example: Any = None,
-    rows: Sequence[str] | None = None,
+    rows: str | Sequence[str] | None = None,
     radius: float | None = None,
     input_norm: float | None = None,
     curvature: float | None = None,
@@ -187,6 +187,9 @@ def report(
     Raises:
         ShapeError: neither inputs nor example. UnknownNameError: an unknown row. DaghError: as :func:`dagh.trace`.
     """
+    rows = [rows] if isinstance(rows, str) else rows
+    if rows is not None and not (isinstance(rows, Iterable) and all(isinstance(row, str) for row in rows)):
+        raise ReductionError(f"rows={rows!r}: expected ids of bounds, as ['a3', 'b2']")
     wanted = list(ROWS) if rows is None else list(rows)
     if not match:
         _check_rows(wanted, ROWS)
@@ -226,7 +229,14 @@ def _prepare(
     state = graph.evaluate(loss, used, targets) if has_data else graph.evaluate(_total, used)
     structure = Structure(state, tuple(graph.trainable))
     weight = float(state.weights.max()) * state.samples if has_data else None
+    summed = not has_data and curvature is None and getattr(loss, "reduction", None) == "sum"
+    if summed:
+        weight = float(state.samples)
     constants = curvature_of(loss, tuple(structure.program.output.shape), weight, curvature)
+    if summed and assumed is not None:
+        constants = Curvature(
+            None, reason="the loss sums over samples, and a shape does not tell how many; pass a batch as example="
+        )
     if curvature is None:
         constants = for_targets(constants, loss, targets)
     norms = _norms(structure)
@@ -275,7 +285,7 @@ def _total(output: Tensor) -> Tensor:
 def _norms(structure: Structure) -> list[float]:
     """‖x‖ of every sample; the largest over several inputs."""
     inputs = [n for n in structure.program if n.kind == "input" and n.dtype.is_floating_point]
-    return [float(v) for n in inputs for v in structure.value(n).double().flatten(1).norm(dim=1)]
+    return [float(v) for n in inputs for v in flat(structure.value(n).double()).norm(dim=1)]
 
 
 def _check_rows(wanted: Sequence[str], known: Collection[str]) -> None:

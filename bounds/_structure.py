@@ -75,7 +75,7 @@ class Structure:
 
     def value(self, node: Any) -> Tensor:
         """``[N, *shape]`` (``[1, …]`` for what does not depend on the sample)."""
-        return self.state.value(node)
+        return self.state.value(node).detach()
 
     def floating(self, node: Any) -> bool:
         return bool(node.dtype.is_floating_point)

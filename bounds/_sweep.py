@@ -72,6 +72,7 @@ def loss_columns(structure: Structure) -> tuple[Tensor, Tensor]:
     top = values.abs().amax(1)
     kept = values.abs() > 1e-14 * top.max()
     used = kept.any(0)
+    used[:1] |= not bool(used.any())  # a loss without curvature: one column of zeros, so that no bundle is empty
     columns = (vectors * values.abs().sqrt().unsqueeze(1)).mT[:, used]
     return columns.reshape(len(columns), -1, *output.shape), top
 

@@ -303,3 +303,91 @@ def test_the_model_is_left_as_it_was() -> None:
         report(model, "cross_entropy", x, y)
     assert model.training and all(p.grad is None and p.requires_grad for p in model.parameters())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+class _LogProbabilities(nn.Module):
+    """Shared weights, a convolution and a product ahead of a ``log_softmax``: many ways through the network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.scale, self.w = nn.Conv1d(1, 2, 3), nn.Parameter(torch.rand(2, 1)), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (self.conv(x) * self.scale).flatten(1)
+        return torch.log_softmax(self.w(torch.tanh(self.w(x))), 1)
+
+
+@pytest.mark.parametrize("loss", ["l1", "hinge", "nll", "huber", "kl"])
+def test_a_loss_without_curvature_makes_the_outer_part_zero(loss: str) -> None:
+    torch.manual_seed(0)
+    model, x = _LogProbabilities().double(), torch.randn(3, 1, 6, dtype=torch.float64)
+    targets = {"nll": torch.tensor([0, 3, 1]), "hinge": torch.ones(3, 8).double(), "kl": torch.rand(3, 8).double()}
+    y = targets.get(loss, torch.full((3, 8), 50.0).double())
+    found = report(model, nn.KLDivLoss(reduction="batchmean") if loss == "kl" else loss, x, y)
+    for row in ("b1", "b2", "b3", "b3.mean", "b3.block", "c"):
+        assert found[row].value == 0, found[row]
+    if loss != "hinge":
+        functions = {
+            "kl": nn.KLDivLoss(reduction="batchmean"),
+            "l1": F.l1_loss,
+            "nll": F.nll_loss,
+            "huber": F.huber_loss,
+        }
+        check(found, norms(model, x, y, functions[loss]))
+
+
+@pytest.mark.parametrize("with_data", [False, True])
+def test_fixed_dropout_masks(with_data: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Dropout(0.5), nn.Linear(5, 3)).double()
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.randint(3, (6,))
+    graph = dagh.trace(model.train(), x, mode="train", dropout_seed=0)
+    outer = dagh.gauss_newton(graph, "cross_entropy", x, y).dense()
+    found = report(graph, "cross_entropy", x, y) if with_data else report(graph, "cross_entropy", example=x)
+    assert found["a3"].value is not None
+    truth = {"H_O": float(torch.linalg.matrix_norm(outer, 2))}
+    for part, other in (("H_F", dagh.functional_hessian), ("H", dagh.hessian)):
+        truth[part] = float(torch.linalg.matrix_norm(other(graph, "cross_entropy", x, y).dense(), 2))
+    assert check(found, truth) >= 5
+
+
+class _Scaled(nn.Module):
+    """A factor and a shift that are numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.g, self.s, self.l = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.tensor(0.5)), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.g * self.l(x)) * self.s
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+def test_parameters_that_are_numbers(loss: str) -> None:
+    torch.manual_seed(0)
+    model, x = _Scaled().double(), torch.randn(5, 4, dtype=torch.float64)
+    y = torch.randint(3, (5,)) if loss == "cross_entropy" else torch.randn(5, 3, dtype=torch.float64)
+    function = F.cross_entropy if loss == "cross_entropy" else F.mse_loss
+    found = report(model, loss, x, y, radius=0.1)
+    assert check(found, norms(model, x, y, function)) >= 8
+    assert found["a3"].value and found["b2"].value and report(model, loss, example=x)["a3"].value
+
+
+def test_a_loss_that_sums_bounded_from_the_weights() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 3, bias=False).double(), torch.ones(8, 4, dtype=torch.float64) / 2
+    y, loss = torch.zeros(8, 3, dtype=torch.float64), nn.MSELoss(reduction="sum")
+    found = report(model, loss, example=x)
+    assert found["a3"].value is not None
+    check(found, norms(model, x, y, loss))
+    by_shape = report(model, loss, example=(4,))
+    assert "sums over samples" in (by_shape["a3"].reason or "") and by_shape["a1"].log_value is None
+    assert "sums over samples" in (by_shape["F_a"].reason or "")
+
+
+def test_one_row_by_its_name() -> None:
+    model, x, y = build("head", 0)
+    assert [row.id for row in report(model, "cross_entropy", x, y, rows="a3")] == ["a3"]
+    for wrong in (3, [3]):
+        with pytest.raises(DaghError, match="expected ids of bounds"):
+            report(model, "cross_entropy", x, y, rows=wrong)  # type: ignore[arg-type]
