@@ -638,3 +638,100 @@ def test_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = CliRunner().invoke(cli, ["broken"], prog_name="dagh")
     assert broken.exit_code == 2
     assert "module_that_is_not_there" in broken.stderr
+
+
+def test_commands_with_the_same_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [
+        EntryPoint(name, value, "dagh.commands")
+        for name, value in (("twice", "a.b:c"), ("twice", "d.e:f"), ("ops", "g.h:i"))
+    ]
+    monkeypatch.setattr(_group, "entry_points", lambda group: points)
+    _group._plugins.cache_clear()
+    try:
+        done = CliRunner().invoke(cli, ["ops"], prog_name="dagh")
+    finally:
+        _group._plugins.cache_clear()
+        cli._loaded.clear()  # type: ignore[attr-defined]
+    assert done.exit_code == 0
+    assert "command 'twice': d.e:f is left out, a.b:c has the same name" in done.stderr
+    assert done.stderr.count("command 'ops' is dagh's own; g.h:i is left out") == 1
+
+
+PRINTS = MLP.replace("        return self.b", "        print('a word')\n        return self.b").replace(
+    "(torch.tanh(", "(torch.relu("
+)
+
+
+@pytest.mark.parametrize("command", [["trace"], ["spectrum", "--k", "1"], ["kinks"], ["bounds", "--data", "random"]])
+def test_what_the_users_forward_prints_stays_out_of_the_output(tmp_path: Path, command: Sequence[str]) -> None:
+    (tmp_path / "model.py").write_text(PRINTS)
+    args = [command[0], str(tmp_path / "model.py"), *command[1:], "--batch", "3", "--format", "json"]
+    done = CliRunner().invoke(cli, args, prog_name="dagh")
+    assert done.exit_code == 0, done.output
+    json.loads(done.stdout)
+    assert "a word" in done.stderr
+
+
+LAZY = "from torch import nn\nINPUT_SHAPE = (4,)\nmodel = nn.Sequential(nn.LazyLinear(5), nn.Linear(5, 3))\n"
+
+
+def test_weights_for_a_lazy_model(run: Run, tmp_path: Path) -> None:
+    weights = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)).state_dict()
+    torch.save(weights, tmp_path / "w.pt")
+    done = run(LAZY, "--weights", str(tmp_path / "w.pt"))
+    assert done.exit_code == 0, done.output
+    torch.save({**weights, "1.weight": torch.zeros(3, 9)}, tmp_path / "w.pt")
+    refused(run(LAZY, "--weights", str(tmp_path / "w.pt")), 2, "1.weight", "(3, 9)")
+
+
+IMAGES = """
+from torch import nn
+INPUT_SHAPE = (3, 4, 4)
+model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
+"""
+
+
+def test_data_whose_axes_are_in_another_order_are_refused(run: Run, tmp_path: Path) -> None:
+    path, x, y = tmp_path / "d.npz", np.random.default_rng(0).normal(size=(5, 4, 4, 3)), np.zeros(5, dtype=int)
+    for shape in ((5, 4, 4, 3), (5, 3, 2, 8)):
+        np.savez(path, x=x.reshape(shape), y=y)
+        refused(run(IMAGES, "--data", str(path)), 2, "axes are not moved")
+    for shape in ((5, 48), (5, 3, 4, 4), (5, 1, 3, 4, 4)):
+        np.savez(path, x=x.reshape(shape), y=y)
+        assert run(IMAGES, "--data", str(path)).exit_code == 0
+    np.savez(path, x=x, y=y)
+    assert run(IMAGES.replace("(3, 4, 4)", "(48,)"), "--data", str(path)).exit_code == 0
+
+
+def test_data_for_tokens_are_whole_numbers(run: Run, tmp_path: Path) -> None:
+    source = """
+from torch import nn
+INPUT_SHAPE = "4:long9"
+model = nn.Sequential(nn.Embedding(9, 2), nn.Flatten(), nn.Linear(8, 3))
+"""
+    path = tmp_path / "d.npz"
+    np.savez(path, x=np.full((5, 4), 2.0), y=np.zeros(5, dtype=int))
+    assert run(source, "--data", str(path)).exit_code == 0
+    for value in (2.5, np.nan):
+        np.savez(path, x=np.full((5, 4), value), y=np.zeros(5, dtype=int))
+        refused(run(source, "--data", str(path)), 2, "not whole")
+
+
+@pytest.mark.parametrize(("picture", "words"), [("x.xyz", ".png"), ("none/x.png", "none/x.png")])
+def test_pictures_of_bounds_that_cannot_be_written(tmp_path: Path, picture: str, words: str) -> None:
+    (tmp_path / "model.py").write_text(MLP)
+    args = ["bounds", str(tmp_path / "model.py"), "--plot", str(tmp_path / picture)]
+    refused(CliRunner().invoke(cli, args, prog_name="dagh"), 2, words)
+
+
+def test_the_table_of_bounds_comes_before_a_picture_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    figure = pytest.importorskip("matplotlib.figure")
+    monkeypatch.setattr(figure.Figure, "savefig", full)
+    (tmp_path / "model.py").write_text(MLP)
+    args = ["bounds", str(tmp_path / "model.py"), "--rows", "a3", "--plot", str(tmp_path / "x.png")]
+    done = CliRunner().invoke(cli, args, prog_name="dagh")
+    assert done.exit_code == 2 and "a3" in done.stdout
+    assert "x.png: No space left on device" in done.stderr

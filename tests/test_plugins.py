@@ -306,3 +306,66 @@ def test_a_fact_that_fails_costs_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_
     assert re.search(r"odd one +loss cross_entropy", done.output)
     assert "fact 'bad' (zoo_of_nets:FAILING) is left out: TypeError" in done.output
     assert not [line for line in done.output.splitlines() if line.startswith("│ none")]
+
+
+def test_a_fact_that_exits_costs_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install(monkeypatch, tmp_path)
+    points = tmp_path / "zoo_of_nets-1.2.dist-info" / "entry_points.txt"
+    points.write_text("[dagh.facts]\nquits = zoo_of_nets:quits\n")
+    (tmp_path / "zoo_of_nets.py").write_text("def quits(*batch):\n    raise SystemExit(0)\n")
+    (tmp_path / "model.py").write_text("from torch import nn\nINPUT_SHAPE = (4,)\nmodel = nn.Linear(4, 3)\n")
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(cli, ["trace", str(tmp_path / "model.py")])
+    assert done.exit_code == 0 and "operations" in done.stdout
+    assert "fact 'quits' (zoo_of_nets:quits) is left out: SystemExit" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("returned", "reason"),
+    [
+        ("None", "match returned a NoneType"),
+        ("[3]", "a list with a int, not a Match"),
+        ("[Match('odd', (), '', '', {}, None)]", "a match has statements of type NoneType"),
+    ],
+)
+def test_matches_of_the_wrong_type_are_skipped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, returned: str, reason: str
+) -> None:
+    install(monkeypatch, tmp_path, odd="zoo_of_nets:EVERYTHING")
+    (tmp_path / "zoo_of_nets.py").write_text(GOOD.replace('[Match(self.name, (), "in", "out")]', returned))
+    with pytest.warns(PluginWarning, match=reason):
+        assert {m.architecture for m in recognize(dagh.trace(nn.Linear(2, 2), torch.randn(2, 2)))} == {"fc_head"}
+
+
+def test_statements_that_clash_or_are_malformed_are_skipped(
+    documented: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import dagh_linear
+
+    model, x, y = nn.Linear(4, 3), torch.randn(3, 4), torch.tensor([0, 1, 2])
+    ours = dagh.bounds.report(model, "cross_entropy", x, y, rows=["a3"])["a3"]
+    good = dagh_linear.SINGLE
+    for changes, reason in (
+        ({"id": "a3"}, "the library has a statement 'a3'"),
+        ({"id": 3}, "id is a int"),
+        ({"part": "H_Q"}, "part = 'H_Q'"),
+        ({"bound": 7}, "bound is a int"),
+    ):
+        monkeypatch.setattr(dagh_linear, "SINGLE", dataclasses.replace(good, **changes))
+        with pytest.warns(UserWarning, match=f"plug-in 'linear_model' is skipped: {reason}"):
+            found = dagh.bounds.report(model, "cross_entropy", x, y)
+        assert found["a3"].statement == ours.statement and "linear.1" not in found
+
+    from dagh.bounds._foreign import foreign_statements
+
+    other = Match("other", (), "", "", {}, (dataclasses.replace(good, name="another"),))
+    with pytest.warns(UserWarning, match="'linear.1' of the architecture plug-in 'other' is skipped: the id is taken"):
+        assert foreign_statements([Match("one", (), "", "", {}, (good,)), other])["linear.1"][0] is good
+
+
+def test_rows_of_plug_ins_on_the_command_line(documented: list[str], tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text("from torch import nn\nINPUT_SHAPE = (4,)\nmodel = nn.Linear(4, 3)\n")
+    args = ["bounds", str(tmp_path / "model.py"), "--data", "random", "--rows"]
+    done = CliRunner().invoke(cli, [*args, "linear.1"])
+    assert done.exit_code == 0 and "linear.1" in done.stdout
+    done = CliRunner().invoke(cli, [*args, "linear.2"])
+    assert done.exit_code == 2 and "did you mean 'linear.1'" in done.stderr

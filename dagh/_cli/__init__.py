@@ -19,8 +19,8 @@ __all__ = ["cli", "main"]
 def cli() -> None:
     """Exact second derivatives of neural networks, block by block.
 
-    Exit codes: 0 done, 2 wrong usage, 3 the model cannot be traced, 4 over the memory budget, 130
-    interrupted.
+    Exit codes: 0 done, 1 the output cannot be written, 2 wrong usage, 3 the model cannot be traced, 4 over the memory
+    budget, 130 interrupted.
     """
 
 

@@ -166,6 +166,13 @@ def _fit(loaded: Loaded, declared: Sequence[InputSpec], x: Tensor, origin: str, 
         spec = declared[0]
         if prod(spec.shape) != prod(own):
             raise Failure(f"--data {origin} has samples of shape {_text(own)}; the model is declared with {spec}")
+        if not _same_order(own, spec.shape):
+            raise Failure(
+                f"--data {origin} has samples of shape {_text(own)}; the model is declared with {spec}, "
+                "and axes are not moved: reorder them in the data"
+            )
+        if spec.integer and x.dtype.is_floating_point and not bool((x == x.round()).all()):
+            raise Failure(f"--data {origin} holds numbers that are not whole; the model is declared with integers")
         return x.reshape(-1, *spec.shape).to(torch.long if spec.integer else dtype)
     if x.dtype not in (torch.int32, torch.int64):
         x = x.to(dtype)
@@ -174,6 +181,12 @@ def _fit(loaded: Loaded, declared: Sequence[InputSpec], x: Tensor, origin: str, 
         if _accepts(loaded.model, x[:2].reshape(-1, *shape)):
             return x.reshape(-1, *shape)
     raise Failure(f"--data {origin}: the model accepts samples neither of shape {_text(own)} nor {_text(flat)}")
+
+
+def _same_order(own: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether a change of shape only adds or drops axes of length one, flattens to one axis or undoes that."""
+    first, second = ([n for n in s if n != 1] for s in (own, shape))
+    return first == second or (prod(first) == prod(second) and min(len(first), len(second)) <= 1)
 
 
 def _text(shape: Sequence[int]) -> str:
@@ -211,14 +224,14 @@ def targets_for(loss: str, output: Tensor, labels: Tensor | None, seed: int) -> 
 def _shaped(loss: str, output: Tensor, labels: Tensor) -> Tensor:
     if labels.dtype.is_floating_point:
         labels = labels.to(output.dtype)
-        same = labels.numel() == output.numel()
+        same = _same_order(labels.shape[1:], output.shape[1:])
         return labels.reshape(output.shape) if same and loss not in _CLASSES else labels
     if loss in _CLASSES:
         top = int(labels.max())
         if output.dim() >= 2 and (top >= output.shape[1] or int(labels.min()) < 0):
             raise Failure(f"the data have classes {int(labels.min())} to {top}, the output {output.shape[1]} columns")
         return labels
-    if labels.numel() == output.numel():
+    if _same_order(labels.shape[1:], output.shape[1:]):
         values = labels.reshape(output.shape).to(output.dtype)
         return 2 * values - 1 if loss in _SIGNED and not bool((labels < 0).any()) else values
     if labels.dim() == 1 and output.dim() == 2 and int(labels.min()) >= 0 and int(labels.max()) < output.shape[1]:

@@ -18,7 +18,7 @@ def plugin_facts(graph: Graph, loss: str, inputs: Any, targets: Any) -> list[tup
     for point in sorted(entry_points(group=GROUP), key=lambda p: p.name):
         try:
             text = point.load()(graph, loss, inputs, targets)
-        except Exception as error:  # foreign code can fail in any way
+        except (Exception, SystemExit) as error:  # foreign code can fail in any way
             complain("warning", f"fact {point.name!r} ({point.value}) is left out: {type(error).__name__}: {error}")
             continue
         if text is not None:

@@ -52,7 +52,12 @@ def complain(kind: str, message: object) -> None:
 @cache
 def _plugins() -> dict[str, EntryPoint]:
     """Sub-commands offered by installed packages, by name."""
-    return {point.name: point for point in sorted(entry_points(group="dagh.commands"), key=lambda p: p.name)}
+    found: dict[str, EntryPoint] = {}
+    for point in sorted(entry_points(group="dagh.commands"), key=lambda p: (p.name, p.value)):
+        first = found.setdefault(point.name, point)
+        if first.value != point.value:
+            complain("warning", f"command {point.name!r}: {point.value} is left out, {first.value} has the same name")
+    return found
 
 
 class DaghGroup(click.Group):
@@ -61,14 +66,23 @@ class DaghGroup(click.Group):
     Errors of the library and of the command line end in one line on stderr and the exit code of their kind.
     """
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._loaded: dict[str, click.Command] = {}
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted({*super().list_commands(ctx), *_plugins()})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         own = super().get_command(ctx, cmd_name)
-        if own is not None:
-            return own
         point = _plugins().get(cmd_name)
+        if own is not None:
+            known = self._loaded.get(cmd_name)
+            same = point is not None and getattr(own.callback, "__module__", None) == point.value.partition(":")[0]
+            if point is not None and own is not known and not same:
+                self._loaded[cmd_name] = own  # said once
+                complain("warning", f"command {cmd_name!r} is dagh's own; {point.value} is left out")
+            return own
         return None if point is None else self._load(point)
 
     def _load(self, point: EntryPoint) -> click.Command | None:
@@ -77,12 +91,13 @@ class DaghGroup(click.Group):
             command = point.load()
             if not isinstance(command, click.Command):
                 raise TypeError(f"{point.value} is not a click command")
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             complain(
                 "warning",
                 f"command {point.name!r} ({point.value}) is not usable: {type(error).__name__}: {error}",
             )
             return None
+        self._loaded[point.name] = command
         self.add_command(command, point.name)
         return command
 

@@ -200,7 +200,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
     state = _read_state(path)
     own = model.state_dict()
     missing, unexpected = [k for k in own if k not in state], [k for k in state if k not in own]
-    shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
+    # What a lazy module has not made yet takes the shape of what is loaded.
+    made = [k for k in own if not nn.parameter.is_lazy(own[k])]
+    shapes = [k for k in made if k in state and own[k].shape != state[k].shape]
     problems = []
     if missing:
         problems.append(f"missing {_some(missing)}")
@@ -211,7 +213,10 @@ def load_weights(model: nn.Module, path: Path) -> None:
         problems.append(f"{k!r} is {tuple(state[k].shape)} in the file, {tuple(own[k].shape)} in the model")
     if problems:
         raise Failure(f"{path.name} does not fit the model: {'; '.join(problems)}")
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise Failure(f"{path.name} does not fit the model: {describe(error)}") from error
 
 
 def _read_state(path: Path) -> dict[str, torch.Tensor]:

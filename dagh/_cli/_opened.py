@@ -154,7 +154,8 @@ def opened(
         steps.start("tracing")
         with on_path(loaded.path), naming_the_line(loaded, chosen.inputs, mode):
             graph = _traced(loaded, chosen, mode, dropout_seed, output)
-            yield Opened(loaded, chosen, graph, steps, mode, seed)
+            with contextlib.redirect_stdout(sys.stderr):  # the model may print whenever it is run
+                yield Opened(loaded, chosen, graph, steps, mode, seed)
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:
