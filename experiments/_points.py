@@ -17,7 +17,7 @@ from ._config import DataConfig, NetConfig, StudyConfig, TrainConfig
 from ._measure_config import MeasureConfig
 from ._nets import build
 from ._sources import Source
-from ._validate import to_plain
+from ._validate import ConfigError, to_plain
 
 TRAIN_VERSION = 1
 """Raised when training gives other numbers for the same configuration."""
@@ -93,8 +93,12 @@ def expand(study: StudyConfig, sources: Callable[[DataConfig], Source]) -> list[
 
 def _check(net: NetConfig, source: Source) -> None:
     """Build the network without memory for its weights, to refuse a study before it is begun."""
-    with torch.device("meta"):
-        build(net, source.shape, source.classes)
+    try:
+        with torch.device("meta"):
+            build(net, source.shape, source.classes)
+    except (RuntimeError, TypeError, OverflowError) as error:  # sizes that no tensor has
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"a network with L={net.L}, C={net.C}, k={net.k} cannot be built: {reason}") from error
 
 
 def epochs(train: TrainConfig, data: str) -> int:

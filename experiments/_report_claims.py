@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ._report_data import Array, Panel, Results, number
-from ._report_stats import Interval, correlation, decide, median, monotone
+from ._report_stats import (
+    FEWEST_DIFFERENCE,
+    FEWEST_MEDIAN,
+    FEWEST_RANK,
+    Interval,
+    correlation,
+    decide,
+    decide_sign,
+    median,
+    monotone,
+)
 from ._store import RunRecord
 
 #: Above this ‖H_F‖/‖H‖, H is not said to be close to H_O.
@@ -85,18 +95,19 @@ def _drivers(dataset: str, runs: list[RunRecord]) -> Iterator[Claim]:
         return
     by_loss, by_norm, difference = correlation(level, groups, loss, norm)
     test = "rank correlation over nets"
-    note = f"{len(set(groups))} nets"
+    nets = len(set(groups))
     yield Claim(
         "the loss at the optimum orders the nets as |L(k+1) − L(k)| does", "VII", dataset, f"{test}: level, train loss",
-        by_loss, decide(lambda v: v > 0, by_loss), len(x), note,
+        by_loss, decide_sign(by_loss, nets, FEWEST_RANK), len(x), _nets(by_loss, nets, FEWEST_RANK),
     )  # fmt: skip
     yield Claim(
         "the Hessian norm orders the nets as |L(k+1) − L(k)| does", "V, VIII", dataset, f"{test}: level, ‖H_O‖",
-        by_norm, decide(lambda v: v > 0, by_norm), len(x), note,
+        by_norm, decide_sign(by_norm, nets, FEWEST_RANK), len(x), _nets(by_norm, nets, FEWEST_RANK),
     )  # fmt: skip
     yield Claim(
         "the loss at the optimum is the predominant factor", "VII", dataset, "difference of the two correlations",
-        difference, decide(lambda v: v > 0, difference), len(x), note,
+        difference, decide_sign(difference, nets, FEWEST_DIFFERENCE), len(x),
+        _nets(difference, nets, FEWEST_DIFFERENCE),
     )  # fmt: skip
 
 
@@ -115,7 +126,7 @@ def _dominance(dataset: str, runs: list[RunRecord]) -> Iterator[Claim]:
         found = median(np.array(values), nets)
         yield Claim(
             f"the first part of equation (1) outweighs the others at R = {radius:g}", "VII", dataset,
-            "zeroth over first + second term (median)", found, decide(lambda v: v > 1, found), len(values),
+            "zeroth over first + second term (median)", found, decide(lambda v: v > 1, found), len(values), _few(nets),
         )  # fmt: skip
 
 
@@ -127,7 +138,7 @@ def _size(dataset: str, runs: list[RunRecord]) -> Iterator[Claim]:
         share = median(functional / np.maximum(full, np.finfo(float).tiny), nets)
         yield Claim(
             "H ≈ H_O at the trained point", "eq. (2)", dataset, f"‖H_F‖/‖H‖ (median), below {_CLOSE:g}", share,
-            decide(lambda v: v < _CLOSE, share), len(x),
+            decide(lambda v: v < _CLOSE, share), len(x), _few(nets),
         )  # fmt: skip
     for row, words in (("P0", "the published bound"), ("a3", "the bound from the norms of the layers")):
         found = _columns(runs, f"bounds.{row}.log", "hessian.outer_max")
@@ -138,7 +149,8 @@ def _size(dataset: str, runs: list[RunRecord]) -> Iterator[Claim]:
         verdict = decide(lambda v: v > np.log10(_LOOSE), excess)
         yield Claim(
             f"{words} ({row}) exceeds realistic values significantly", "VII", dataset,
-            "log10 of bound over ‖H_O‖ (median)", excess, verdict, len(x), f"significantly: above {_LOOSE:g}×",
+            "log10 of bound over ‖H_O‖ (median)", excess, verdict, len(x),
+            "; ".join(filter(None, [f"significantly: above {_LOOSE:g}×", _few(nets)])),
         )  # fmt: skip
 
 
@@ -149,10 +161,23 @@ def _along(panel: Panel) -> Iterator[Claim]:
         return
     x, (norm, log), groups = found
     (rank,) = correlation(norm, groups, log)
+    nets = len(set(groups))
     yield Claim(
         f"‖H_O‖ follows the published bound along {panel.axis}", "V", panel.dataset, "rank correlation: ‖H_O‖, P0",
-        rank, decide(lambda v: v > 0, rank), len(x), f"{len(set(groups))} nets",
+        rank, decide_sign(rank, nets, FEWEST_RANK), len(x), _nets(rank, nets, FEWEST_RANK),
     )  # fmt: skip
+
+
+def _nets(found: Interval, nets: int, fewest: int) -> str:
+    """How many networks a correlation is of, and whether they are enough to decide it."""
+    if nets < fewest:
+        return f"{nets} nets: at least {fewest} are needed"
+    return f"{nets} nets" + ("" if found.p is None else f"; permutation test: p = {found.p:.1g}")
+
+
+def _few(nets: Sequence[str]) -> str:
+    count = len(set(nets))
+    return "" if count >= FEWEST_MEDIAN else f"{count} nets: at least {FEWEST_MEDIAN} are needed"
 
 
 def _columns(runs: list[RunRecord], *paths: str) -> tuple[Array, list[Array], list[str]] | None:
@@ -171,5 +196,6 @@ def _columns(runs: list[RunRecord], *paths: str) -> tuple[Array, list[Array], li
 
 
 def _net(run: RunRecord) -> str:
-    """The same for seeds of one network."""
-    return str(run.config.get("net", run.value))
+    """The same for seeds of one network, trained alike on the same samples."""
+    parts = (run.config.get("net", run.value), run.config.get("train"), run.config.get("data", {}).get("train_digest"))
+    return str(parts)

@@ -13,7 +13,10 @@ import numpy as np
 
 from dagh.errors import FileFormatError
 
+from ._config import StudyConfig
 from ._store import RunRecord, Store
+from ._validate import ConfigError
+from ._wanted import points, settings
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -78,12 +81,17 @@ class Results:
 
     @property
     def datasets(self) -> list[str]:
-        """Data sets in the order in which they appear."""
-        return list(dict.fromkeys(p.dataset for p in self.panels))
+        """Data sets in the order in which they appear; an axis over the data is none."""
+        return list(dict.fromkeys(p.dataset for p in self._on_one))
 
     def distinct(self, dataset: str) -> list[RunRecord]:
         """Finished runs on a data set, each once, whatever axes it belongs to."""
-        return list({r.key: r for p in self.panels if p.dataset == dataset for r in p}.values())
+        return list({r.key: r for p in self._on_one if p.dataset == dataset for r in p}.values())
+
+    @property
+    def _on_one(self) -> list[Panel]:
+        """Panels whose runs share their training samples."""
+        return [p for p in self.panels if p.axis not in ("data.train", "data.name")]
 
 
 def number(scalars: Mapping[str, Any], path: str) -> float | None:
@@ -102,62 +110,133 @@ def number(scalars: Mapping[str, Any], path: str) -> float | None:
 
 
 def load(folders: Sequence[str | Path]) -> Results:
-    """Read results; damaged or unfinished runs are left out and named.
+    """Read results; unfinished runs are left out and named, where no other folder has them.
 
     Raises:
         FileFormatError: no folder holds a finished run.
+        ConfigError: two folders hold a point of an axis with different settings.
     """
-    records: list[RunRecord] = []
-    failed: list[str] = []
-    missing: list[str] = []
-    titles: list[str] = []
+    stores = [Store(folder) for folder in folders]
+    studies = [store.study() for store in stores]
+    held = [(r, str(store.path)) for store in stores for r in store.runs(whole=True)]
+    done = {(r.key, r.axis, label_of(r.value)): (r, where) for r, where in held if r.status == "done"}
+    records = [r for r, _ in done.values()]
+    present = {_name(r) for r in records}
+    failed = {_name(r): _failure(r) for r, _ in held if r.status != "done" and _name(r) not in present}
+    damaged = [f"{key}: {reason}" for store in stores for key, reason in store.damaged().items()]
+    missing: dict[str, None] = {}
     order: dict[str, list[str]] = {}
-    for folder in folders:
-        store = Store(folder)
-        study = store.study()
-        found = store.runs()
-        titles.append(study.title or study.name)
-        done = {(r.axis, label_of(r.value), r.seed) for r in found if r.status == "done"}
-        failed += [_failure(r) for r in found if r.status != "done"]
-        broken = {(r.axis, label_of(r.value), r.seed) for r in found if r.status != "done"}
-        for axis, values in study.axes.items():
-            order.setdefault(axis, []).extend(label_of(v) for v in values)
-            wanted = [(axis, label_of(v), s) for v in values for s in study.seeds]
-            missing += [f"{a}={v}, seed {s} ({study.name})" for a, v, s in wanted if (a, v, s) not in done | broken]
-        records += [r for r in found if r.status == "done"]
-    records = list({(r.key, r.axis, label_of(r.value)): r for r in records}.values())
+    for study in studies:
+        for varied, values in study.axes.items():
+            order[varied] = merged(order.get(varied, []), [label_of(v) for v in values])
+        for axis, value in points(study):
+            point = "" if axis is None else f"{axis}={label_of(value)}, "
+            for seed in study.seeds:
+                if (axis, label_of(value), seed, _data_of(study, axis, value)) not in present | failed.keys():
+                    missing[f"{point}seed {seed} ({study.name})"] = None
     if not records:
         raise FileFormatError(f"{', '.join(map(str, folders))}: no finished run to report on")
-    panels = _panels(records, order)
-    return Results(panels, list({r.key: r for r in records}.values()), failed, missing, list(dict.fromkeys(titles)))
+    refuse_contradictions(list(done.values()))
+    runs = list({r.key: r for r in records}.values())
+    titles = list(dict.fromkeys(study.title or study.name for study in studies))
+    return Results(_panels(records, order), runs, [*failed.values(), *damaged], list(missing), titles)
+
+
+def _name(record: RunRecord) -> tuple[str | None, str, int, str]:
+    return record.axis, label_of(record.value), record.seed, record.dataset
+
+
+def _data_of(study: StudyConfig, axis: str | None, value: Any) -> str:
+    name = study.at(axis, value).data.name
+    return Path(name).stem if name.endswith(".npz") else name
+
+
+def merged(first: list[str], second: list[str]) -> list[str]:
+    """Both orders in one: what only the second has comes after what precedes it there."""
+    found, position = list(first), 0
+    for label in second:
+        if label in found:
+            position = max(position, found.index(label) + 1)
+        else:
+            found.insert(position, label)
+            position += 1
+    return found
+
+
+def refuse_contradictions(held: list[tuple[RunRecord, str]]) -> None:
+    """Runs of one point and one data set must agree in all settings but the seed.
+
+    Raises:
+        ConfigError: naming the first setting that differs, and where.
+    """
+    first: dict[tuple[Any, ...], tuple[RunRecord, str]] = {}
+    seeds: dict[tuple[Any, ...], tuple[RunRecord, str]] = {}
+    for r, where in held:
+        point: tuple[Any, ...] = (r.axis, label_of(r.value), r.dataset, r.config.get("data", {}).get("train_digest"))
+        if r.axis == "data.train":  # the data are the value: others of that size do not belong here
+            point = point[:3]
+        for table, key, names in ((first, point, _settings), (seeds, (*point, r.seed), _versions)):
+            before, there = table.setdefault(key, (r, where))
+            old, new = names(before), names(r)
+            differs = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+            if before.key != r.key and differs:
+                name = differs[0]
+                at = "the base" if r.axis is None else f"{r.axis}={label_of(r.value)}"
+                raise ConfigError(
+                    f"{at}, {r.dataset}: {name} is {old.get(name)} in {there} and {new.get(name)} in {where}; "
+                    "report on them one by one"
+                )
+
+
+def _settings(record: RunRecord) -> dict[str, Any]:
+    data = record.config.get("data", {})
+    samples = {f"data.{n}": data[n] for n in ("train", "test", "train_digest", "test_digest") if n in data}
+    return {**settings(record.config), **samples}
+
+
+def _versions(record: RunRecord) -> dict[str, Any]:
+    return {f"versions.{name}": value for name, value in record.config.get("versions", {}).items()}
 
 
 def _panels(records: list[RunRecord], order: dict[str, list[str]]) -> list[Panel]:
     names = _dataset_names(records)
     groups: dict[tuple[str, str], dict[str, list[RunRecord]]] = {}
     for r in records:
-        group = groups.setdefault((r.axis or "none", names[r.key]), {})
+        group = groups.setdefault((r.axis or "none", names[_data(r)]), {})
         group.setdefault(label_of(r.value), []).append(r)
     panels = []
     for (axis, dataset), runs in groups.items():
-        known = list(dict.fromkeys(order.get(axis, [])))
-        values = sorted(runs, key=lambda v: (_size(v), known.index(v) if v in known else len(known)))
+        known = order.get(axis, [])
+        numeric = all(math.isfinite(_size(v)) for v in runs)
+        values = sorted(runs, key=_size if numeric else lambda v, known=known: known.index(v) if v in known else 0)
         panels.append(Panel(axis, dataset, {v: sorted(runs[v], key=lambda r: r.seed) for v in values}))
     rank = {a: i for i, a in enumerate([*AXES, *order])}
     return sorted(panels, key=lambda p: (rank.get(p.axis, len(rank)), p.dataset))
 
 
-def _dataset_names(records: list[RunRecord]) -> dict[str, str]:
-    """Data sets by run; the number of samples is added where a name stands for several sizes."""
-    sizes: dict[str, set[float | None]] = {}
-    for r in records:
-        sizes.setdefault(r.dataset, set()).add(number(r.scalars, "train.samples"))
-    return {
-        r.key: r.dataset
-        if len(sizes[r.dataset]) == 1
-        else f"{r.dataset} ({number(r.scalars, 'train.samples') or 0:,.0f} samples)"
-        for r in records
-    }
+def _data(record: RunRecord) -> tuple[Any, ...]:
+    """The same for runs that belong on one panel; an axis over the data keeps its values together."""
+    if record.axis == "data.name":
+        return ("all data sets",)
+    if record.axis == "data.train":
+        return (record.dataset,)
+    digest = record.config.get("data", {}).get("train_digest")
+    return record.dataset, number(record.scalars, "train.samples"), digest
+
+
+def _dataset_names(records: list[RunRecord]) -> dict[tuple[Any, ...], str]:
+    """Data sets for people: their size is added where a name stands for several, a digest where size does not tell."""
+    found = dict.fromkeys(_data(r) for r in records)
+    names = {}
+    for data in found:
+        alike = [other for other in found if len(other) == len(data) > 1 and other[0] == data[0]]
+        about = []
+        if len({size for _, size, _ in alike}) > 1:
+            about.append(f"{data[1] or 0:,.0f} samples")
+        if sum(other[1] == data[1] for other in alike) > 1:
+            about.append(str(data[2])[:6])
+        names[data] = f"{data[0]} ({', '.join(about)})" if about else str(data[0])
+    return names
 
 
 def term_points(record: RunRecord) -> Iterator[tuple[int, int, int, float]]:

@@ -49,7 +49,8 @@ def draw(panel: Panel) -> Iterator[tuple[str, str, Figure]]:
 
 _CAPTIONS = {
     "curves": "Mean |L(k+1) − L(k)| over random orders against k, {label}, {dataset}. Left: exponentially smoothed as "
-    "in the paper. Middle: as measured, with the 95 % bootstrap band of the mean over orders. Right: the level of the "
+    "in the paper. Middle: as measured, with a band from the smallest to the largest seed; with one seed, the 95 % "
+    "bootstrap band of its mean over orders. Right: the level of the "
     "curve, (k+1)|L(k+1) − L(k)| over the last half of k, one dot per seed.",
     "hessian": "The Hessian at the trained point against {label}, {dataset}. Left: norms, one dot per seed. Right: "
     "bounds on ‖H_O‖, and ‖H_O‖ itself; geometric means over seeds.",
@@ -96,6 +97,20 @@ def curves_of(panel: Panel, name: str) -> dict[str, tuple[Array, Array]]:
     return found
 
 
+def band_of(panel: Panel) -> dict[str, tuple[Array, Array]]:
+    """Lower and upper end around the mean curve, per value: over several seeds theirs, else that of the orders."""
+    found = {}
+    for value, runs in panel.runs.items():
+        arrays = [r.arrays for r in runs if "mean" in r.arrays and "k" in r.arrays]
+        alike = [a for a in arrays if np.array_equal(a["k"], arrays[0]["k"])]
+        if len(alike) > 1:
+            rows = np.array([a["mean"] for a in alike])
+            found[value] = rows.min(0), rows.max(0)
+        elif alike and "boot_lo" in alike[0] and "boot_hi" in alike[0]:
+            found[value] = alike[0]["boot_lo"], alike[0]["boot_hi"]
+    return found
+
+
 def spaced(k: Array, count: int) -> Array:
     """Positions of about ``count`` geometrically spaced k, the first and the last among them."""
     wanted = np.geomspace(k[0], k[-1], count)
@@ -106,7 +121,7 @@ def _curves(panel: Panel) -> Figure | None:
     smooth, raw = curves_of(panel, "smooth"), curves_of(panel, "mean")
     if not raw:
         return None
-    lo, hi = curves_of(panel, "boot_lo"), curves_of(panel, "boot_hi")
+    bands = band_of(panel)
     figure, (left, middle, right) = _figure(3)
     colors = dict(zip(panel.values, _colors(len(panel.values)), strict=True))
     for value in panel.values:
@@ -118,9 +133,9 @@ def _curves(panel: Panel) -> Figure | None:
             k, mean = raw[value]
             some = spaced(k, 160)
             middle.plot(k[some], mean[some], color=colors[value], linewidth=0.8)
-            if value in lo and value in hi:
-                band = lo[value][1][some], hi[value][1][some]
-                middle.fill_between(k[some], *band, color=colors[value], alpha=0.2, linewidth=0)
+            if value in bands:
+                low, high = bands[value]
+                middle.fill_between(k[some], low[some], high[some], color=colors[value], alpha=0.2, linewidth=0)
     for ax in (left, middle):
         ax.set_xscale("log")
         ax.set_yscale("log")

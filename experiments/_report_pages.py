@@ -34,7 +34,9 @@ _NOTES = (
     "and their steep fall near k = 1,000 are the filter's, not the net's.",
     "Monotone: the mean level is strictly monotone along the axis with probability 95 % or more. Not monotone: both "
     "“it never falls” and “it never rises” are rejected at 5 %. For the rest, “holds” and “does not hold” are said "
-    "where a 95 % interval is on one side. All else is undecided. Correlations over nets resample nets, not seeds. "
+    "where a 95 % interval is on one side. All else is undecided. Correlations over nets resample nets, not seeds, "
+    "and are decided only where a permutation test of the nets agrees at 5 %, which takes five nets; a difference of "
+    "two correlations takes seven, a median six. "
     "Several claims are tested at once, without correction.",
     "Norms of the Hessian are those of the mean loss over a fixed subsample of the training set; bounds are on the "
     "same quantity.",

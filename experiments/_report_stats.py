@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import permutations, product
 from typing import Any
 
 import numpy as np
@@ -12,17 +14,25 @@ from scipy.stats import rankdata
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _DRAWS = 4000
-#: Networks from which on there are intervals.
-_FEWEST = 4
+#: Networks from which on there are intervals of correlations, and of medians.
+_FEWEST, FEWEST_MEDIAN = 4, 6
+#: Networks from which on a correlation, and a difference of two, can be decided: fewer have no p-value below 5 %.
+FEWEST_RANK, FEWEST_DIFFERENCE = 5, 7
+#: Up to so many rearrangements all of them are tried, then so many random ones.
+_ALL, _SOME = 5040, 4999
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with a 95 % interval; ``None`` where there is too little to estimate from."""
+    """An estimate with a 95 % interval; ``None`` where there is too little to estimate from.
+
+    ``p`` is the two-sided p-value of the permutation test of a correlation, or of a difference of two.
+    """
 
     value: float | None
     low: float | None = None
     high: float | None = None
+    p: float | None = None
 
     def __str__(self) -> str:
         if self.value is None:
@@ -44,7 +54,7 @@ def correlation(x: Array, groups: Sequence[Any], *ys: Array, seed: int = 0) -> l
     """Rank correlations of ``x`` with each of ``ys``, and of the last column: that of the first minus the second.
 
     Intervals by resampling whole groups (networks of one shape), so that seeds of one network do not count as
-    independent evidence. With fewer than four groups there is no interval.
+    independent evidence; p-values by exchanging groups. With fewer than four groups there are neither.
     """
     names = list(dict.fromkeys(groups))
     index = [np.flatnonzero([g == name for g in groups]) for name in names]
@@ -60,14 +70,53 @@ def correlation(x: Array, groups: Sequence[Any], *ys: Array, seed: int = 0) -> l
     draws = np.array(
         [all_of(np.concatenate([index[i] for i in rng.integers(len(names), size=len(names))])) for _ in range(1000)]
     )
-    return [_interval(v, column) for v, column in zip(point, draws.T, strict=True)]
+    across, *others = (_scores(np.array([rankdata(v)[rows].mean() for rows in index])) for v in (x, *ys))
+    p = [_permuted(across, other, rng) for other in others]
+    p += [_swapped(across, others[0], others[1], rng)] if len(others) == 2 else []
+    return [replace(_interval(v, column), p=q) for v, column, q in zip(point, draws.T, p, strict=True)]
+
+
+def _scores(values: Array) -> Array:
+    """Ranks of the groups, centred and of length one; zero where all are alike."""
+    ranks = rankdata(values)
+    ranks = ranks - ranks.mean()
+    return np.asarray(ranks / max(float(np.linalg.norm(ranks)), 1e-12))
+
+
+def _permuted(x: Array, y: Array, rng: np.random.Generator) -> float:
+    """Two-sided p-value of the correlation of the groups when y is as likely in any other order."""
+    count = len(x)
+    whole = math.factorial(count) <= _ALL
+    orders = list(permutations(range(count))) if whole else [rng.permutation(count) for _ in range(_SOME)]
+    return _share(np.abs(y[np.array(orders)] @ x), abs(float(y @ x)), whole)
+
+
+def _swapped(x: Array, one: Array, two: Array, rng: np.random.Generator) -> float:
+    """Two-sided p-value of the difference of the correlations when each group's two ranks may as well be exchanged."""
+    count = len(x)
+    whole = 2**count <= _ALL
+    swaps = np.array(list(product((False, True), repeat=count))) if whole else rng.random((_SOME, count)) < 0.5
+    first, second = (np.where(swaps, a, b) for a, b in ((two, one), (one, two)))
+    found = np.abs(_correlations(first, x) - _correlations(second, x))
+    return _share(found, abs(float(_correlations(one[None], x)[0] - _correlations(two[None], x)[0])), whole)
+
+
+def _correlations(rows: Array, x: Array) -> Array:
+    rows = rows - rows.mean(1, keepdims=True)
+    return np.asarray(rows @ x / np.maximum(np.linalg.norm(rows, axis=1), 1e-12))
+
+
+def _share(found: Array, observed: float, whole: bool) -> float:
+    """How often a rearrangement is as extreme as what was seen; a random sample of them counts that, too."""
+    count = int((found >= observed - 1e-9).sum())
+    return count / len(found) if whole else (1 + count) / (1 + len(found))
 
 
 def median(values: Array, groups: Sequence[Any], seed: int = 0) -> Interval:
-    """Median over groups (networks of one shape) of their medians, with an interval by resampling at least four."""
+    """Median over groups (networks of one shape) of their medians, with an interval by resampling at least six."""
     names = list(dict.fromkeys(groups))
     means = np.array([np.median([v for v, g in zip(values, groups, strict=True) if g == name]) for name in names])
-    if len(means) < _FEWEST:
+    if len(means) < FEWEST_MEDIAN:
         return Interval(float(np.median(means)) if len(means) else None)
     rng = np.random.default_rng(seed)
     draws = np.median(means[rng.integers(len(means), size=(1000, len(means)))], axis=1)
@@ -163,3 +212,12 @@ def decide(holds: Callable[[float], bool], interval: Interval) -> str:
         return "undecided"
     ends = [holds(interval.low), holds(interval.high)]
     return "holds" if all(ends) else "undecided" if any(ends) else "does not hold"
+
+
+def decide_sign(interval: Interval, nets: int, fewest: int) -> str:
+    """``"holds"`` where a correlation is positive, ``"does not hold"`` where negative: by the interval and by the
+    permutation test at 5 %, of at least ``fewest`` networks; an interval that touches 0 leaves it undecided.
+    """
+    if nets < fewest or interval.p is None or interval.p >= 0.05 or interval.low is None or interval.high is None:
+        return "undecided"
+    return "holds" if interval.low > 0 else "does not hold" if interval.high < 0 else "undecided"

@@ -12,7 +12,7 @@ from typing import Any
 from ._report_claims import Claim
 from ._report_corollaries import BOUNDS
 from ._report_data import Array, Panel, Results, label_of, plain, term_points
-from ._report_figures import curves_of, norm_ratio, spaced
+from ._report_figures import band_of, curves_of, norm_ratio, spaced
 
 Row = dict[str, Any]
 
@@ -51,14 +51,18 @@ def _numbers(scalars: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 
 
 def curve_rows(results: Results) -> list[Row]:
-    """The curves of every value, mean over seeds, at about sixty k."""
+    """The curves of every value, mean over seeds, at about sixty k; ``low`` and ``high`` are the band of the figure."""
     rows = []
     for panel in results.panels:
-        found = {name: curves_of(panel, name) for name in ("mean", "smooth", "q05", "q50", "q95", "boot_lo", "boot_hi")}
+        found = {name: curves_of(panel, name) for name in ("mean", "smooth", "q05", "q50", "q95")}
+        bands = band_of(panel)
         for value, (k, _) in found["mean"].items():
             for i in spaced(k, 60).tolist():
                 row: Row = {"axis": panel.axis, "value": value, "dataset": panel.dataset, "k": int(k[i])}
-                rows.append(row | {n: float(c[value][1][i]) for n, c in found.items() if value in c})
+                row |= {n: float(c[value][1][i]) for n, c in found.items() if value in c}
+                if value in bands:
+                    row |= {"low": float(bands[value][0][i]), "high": float(bands[value][1][i])}
+                rows.append(row)
     return rows
 
 

@@ -179,7 +179,7 @@ class Sweep:
                 if claim is None:
                     busy = True
                     continue
-                if run.key in self.store.finished():
+                if self.store.is_finished(run.key):
                     claim.release()
                     self._elsewhere(run)
                     continue

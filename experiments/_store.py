@@ -8,7 +8,9 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from dagh.errors import DaghError, FileFormatError
 
 from ._config import StudyConfig, read, to_toml
 from ._records import Array, Arrays, RunRecord, Status, read_json
-from ._validate import to_plain
+from ._wanted import Wanted
 
 __all__ = ["RunRecord", "Store", "StoreError"]
 
@@ -126,48 +128,80 @@ class Store:
         return self._lines
 
     def status(self) -> dict[str, str]:
-        """Key to ``"done"`` or ``"failed"``."""
-        return {line["key"]: line["status"] for line in self.manifest()}
+        """Key to ``"done"``, ``"failed"`` or, where a file of a run that is done cannot be used, ``"damaged"``."""
+        return {
+            line["key"]: "damaged" if line["status"] == "done" and self.damage(line["key"]) else line["status"]
+            for line in self.manifest()
+        }
+
+    def damage(self, key: str) -> str | None:
+        """What is wrong with the files of a run that is done, by a look that is cheap: they exist and can be opened."""
+        folder = self.path / "runs" / key
+        try:
+            config, result = read_json(folder / "config.json"), read_json(folder / "result.json")
+            if not isinstance(result.get("scalars"), dict) or not {"key", "seed", "data"} <= config.keys():
+                return f"{folder} lacks what a run has"
+            with zipfile.ZipFile(folder / "arrays.npz") as file:
+                file.namelist()
+        except FileFormatError as error:
+            return str(error)
+        except (OSError, zipfile.BadZipFile) as error:
+            return f"{folder / 'arrays.npz'} cannot be read: {error}"
+        return None
 
     def finished(self) -> set[str]:
         """Keys of the runs that are done."""
         return {key for key, status in self.status().items() if status == "done"}
 
-    def runs(self, superseded: bool = False) -> list[RunRecord]:
-        """The finished and failed runs of the study; one that stands for several of its points appears once for each.
+    def is_finished(self, key: str) -> bool:
+        """Whether one run is done, without a look at the others."""
+        return any(line["key"] == key and line["status"] == "done" for line in self.manifest()) and not self.damage(key)
+
+    def damaged(self) -> dict[str, str]:
+        """What is wrong, by key, with the runs that the manifest calls done."""
+        looked = {line["key"]: self.damage(line["key"]) for line in self.manifest() if line["status"] == "done"}
+        return {key: reason for key, reason in looked.items() if reason is not None}
+
+    def runs(self, superseded: bool = False, whole: bool = False) -> list[RunRecord]:
+        """The finished and failed runs that the study asks for, the last one of every point and seed; one that stands
+        for several points appears once for each.
 
         Args:
-            superseded: also those of points that the study no longer has, and those that were run again later with
-                other settings or another version of the code.
+            superseded: every run instead, also those of points or settings that the study no longer has.
+            whole: leave damaged runs out instead of raising.
 
         Raises:
             FileFormatError: a file of a run that the manifest calls done is damaged.
         """
-        points: dict[str, tuple[dict[str, Any], Any]] = {}
-        for line in self.manifest():
-            for point in line.get("points") or [[None, None]]:
-                name = json.dumps([point, line["seed"], line["dataset"], line["key"] if superseded else ""])
-                points.pop(name, None)
-                points[name] = line, point
-        study = None if superseded or not self.study_file.is_file() else self.study()
-        return [self._record(line, *point) for line, point in points.values() if _asked(study, line["seed"], *point)]
+        records = self.stored(self.damaged().keys() if whole else ())
+        wanted = None if superseded or not self.study_file.is_file() else Wanted(self.study())
+        found: dict[str, RunRecord] = {}
+        for r in records:
+            for axis, value in r.config.get("points", [[None, None]]) if wanted is None else wanted.points_of(r.config):
+                name = json.dumps([axis, value, r.seed, r.dataset, r.key if superseded else ""])
+                found.pop(name, None)
+                found[name] = replace(r, axis=axis, value=value)
+        return list(found.values())
 
-    def _record(self, line: dict[str, Any], axis: str | None, value: Any) -> RunRecord:
+    def stored(self, without: Collection[str] = ()) -> list[RunRecord]:
+        """Every finished or failed run once, as the first of its points."""
+        return [self._record(line) for line in self.manifest() if line["key"] not in without]
+
+    def _record(self, line: dict[str, Any]) -> RunRecord:
         folder = self.path / "runs" / line["key"]
         done = line["status"] == "done"
         config = read_json(folder / "config.json")
-        scalars = read_json(folder / "result.json")["scalars"] if done else {}
-        arrays = Arrays(folder / "arrays.npz")
+        axis, value = (config.get("points") or [[None, None]])[0]
         return RunRecord(
             key=line["key"],
             config=config,
             axis=axis,
             value=value,
-            seed=line["seed"],
-            dataset=line["dataset"],
+            seed=config["seed"],
+            dataset=config["data"]["name"],
             status=line["status"],
-            scalars=scalars,
-            arrays=arrays,
+            scalars=read_json(folder / "result.json")["scalars"] if done else {},
+            arrays=Arrays(folder / "arrays.npz"),
             error=line.get("error"),
         )
 
@@ -235,7 +269,7 @@ class Store:
                 ready.mkdir()
                 for name, content in files.items():
                     _put(ready / name, content)
-                if arrays:
+                if status == "done":  # even without arrays: a run without the file is damaged
                     _save(ready / "arrays.npz", arrays)
                 target = self.path / "runs" / key
                 with self._locked():
@@ -304,13 +338,6 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StoreError(f"cannot write to {path}: {error.strerror or error}") from error
-
-
-def _asked(study: StudyConfig | None, seed: int, axis: str | None, value: Any) -> bool:
-    """Whether a point belongs to the study as it is now."""
-    if study is None:
-        return True
-    return seed in study.seeds and (axis is None or to_plain(value) in to_plain(study.axes.get(axis, ())))
 
 
 def _put(path: Path, content: bytes) -> None:

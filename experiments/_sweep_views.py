@@ -37,6 +37,9 @@ def print_plan(study: StudyConfig, options: Options, folder: Path, at_once: str)
     """Every run that a sweep would do, and where."""
     runs = runs_of(study, options)
     console = Console(highlight=False)
+    if not runs:
+        console.print(f"shard {options.shard[0]}/{options.shard[1]} is empty: the study has fewer networks than shards")
+        return
     done = Store(folder).finished() if folder.is_dir() else set()
     table = Table(box=None, pad_edge=False)
     for column in ("run", "key", "parameters", "state"):
@@ -64,7 +67,8 @@ def print_status(store: Store, study: StudyConfig, runs: Sequence[Run]) -> None:
     """What is done, failed and missing, by point of the study, and why runs failed."""
     console = Console(highlight=False)
     lines = {line["key"]: line for line in store.manifest()}
-    states = {run.key: lines[run.key]["status"] if run.key in lines else "missing" for run in runs}
+    known = store.status()
+    states = {run.key: known.get(run.key, "missing") for run in runs}
     console.print(f"{escape(study.title or study.name)}, on {escape(study.data.name)}", soft_wrap=True)
     table = Table(box=None, pad_edge=False)
     for column in ("", "done", "failed", "missing", "mean time"):
@@ -76,13 +80,15 @@ def print_status(store: Store, study: StudyConfig, runs: Sequence[Run]) -> None:
         failed = f"[red]{count['failed']}[/]" if count["failed"] else "0"
         mean = span(sum(times) / len(times)) if times else ""
         label = "base" if axis is None else f"{axis}={value}"
-        table.add_row(escape(label), str(count["done"]), failed, str(count["missing"]), mean)
+        table.add_row(escape(label), str(count["done"]), failed, str(count["missing"] + count["damaged"]), mean)
     console.print(table)
     for run in runs:
         if states[run.key] == "failed":
             where = store.path / "runs" / run.key / "error.txt"
             error = escape(str(lines[run.key].get("error", "")))
             console.print(f"[red]failed[/] {escape(run.label)}: {error} ({where})", soft_wrap=True)
+        if states[run.key] == "damaged":
+            console.print(f"[red]damaged[/] {escape(run.label)}: {escape(store.damage(run.key) or '')}", soft_wrap=True)
     rest = sum(state != "done" for state in states.values())
     more = f"; go on with: dagh sweep resume {store.path}" if rest else ""
     console.print(f"{len(runs) - rest} of {len(runs)} runs done{more}", soft_wrap=True)

@@ -88,6 +88,8 @@ def convert(kind: Any, value: Any, where: str) -> Any:
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if kind is int and type(value) is int and not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{where} is {_shown(value)}; expected an integer of at most 64 bits, as in TOML")
     if type(value) is kind:
         return value
     raise ConfigError(f"{where} is {_shown(value)}; expected {describe(kind)}")

@@ -45,7 +45,9 @@ def test_epochs_of_the_paper() -> None:
 
 
 def test_strange_texts_survive_writing() -> None:
-    study = StudyConfig(name='a "quoted" \\ name', title="k → ∞\ttab", axes={"train.lr": (0.1, 1e-30), "bias": (True,)})
+    study = StudyConfig(
+        name='a "quoted" \\ name', title="k → ∞\ttab\x7f\x01", axes={"train.lr": (0.1, 1e-30), "bias": (True,)}
+    )
     assert parse(to_toml(study), "written") == study
 
 
@@ -68,6 +70,8 @@ def test_strange_texts_survive_writing() -> None:
         ),
         ("seeds = [0, 1]", "seeds = [0, 0]", "expected different non-negative integers"),
         ("seeds = [0, 1]", "seeds = [0, 'a']", "seeds[1] is 'a'; expected an integer"),
+        ("seeds = [0, 1]", f"seeds = [0, {2**64}]", "seeds[1] is 18446744073709551616; expected an integer of at most"),
+        ("C = [1, 2]", f"C = [{10**20}]", "axes.C[0] is 100000000000000000000; expected an integer of at most"),
         ("C = [1, 2]", "c = [1, 2]", "axes: unknown key 'c'; did you mean 'C'?"),
         ("C = [1, 2]", "C = []", "axes.C has no values"),
         ("C = [1, 2]", "C = [1, 'x']", "axes.C[1] is 'x'; expected an integer"),
@@ -148,6 +152,14 @@ def test_networks_that_do_not_fit_are_refused_before_anything_is_done(tmp_path: 
     assert done.exit_code == 2
     assert done.output.startswith("error: ") and len(done.output.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_networks_larger_than_any_tensor_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "s.toml"
+    path.write_text(TEXT.replace("C = [1, 2]", f"C = [{10**18}]"))
+    done = sweep("run", path, "--out", tmp_path / "out")
+    assert done.exit_code == 2 and len(done.output.splitlines()) == 1
+    assert "cannot be built" in done.output
 
 
 def test_list_show_and_unknown_studies(tmp_path: Path) -> None:

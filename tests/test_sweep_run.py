@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -112,6 +113,16 @@ def test_measuring_anew_trains_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert refused.exit_code == 2 and "holds a study with other settings" in refused.output
 
 
+def test_a_part_measured_with_other_settings_stands_alone(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "out"
+    assert sweep("run", write_study(tmp_path, a="C = [1, 2]->C = [1, 2, 3]"), "--out", out).exit_code == 0
+    assert sweep("resume", out, "--set", "train.epochs=3", "--shard", "1/3").exit_code == 0
+    assert sweep("report", out).exit_code == 0
+    text = (out / "report/report.md").read_text()
+    assert "2 finished runs" in text and "**4 runs missing:**" in text and "C=3, seed 1 (tiny)" in text
+
+
 def test_failed_runs_are_recorded_and_the_rest_goes_on(tmp_path: Path) -> None:
     out, study = tmp_path / "out", write_study(tmp_path, a="C = [1, 2]->'train.lr' = [1e-3, 1e38]")
     done = sweep("run", study, "--out", out)
@@ -177,6 +188,29 @@ def test_a_dry_run_does_nothing(tmp_path: Path) -> None:
     assert done.exit_code == 0
     assert "4 of 4 runs to do, on data (32 training, 8 test samples), 2 epochs each" in done.output
     assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_shard_is_said_to_be_empty(tmp_path: Path) -> None:
+    done = sweep("run", write_study(tmp_path), "--out", tmp_path / "out", "--shard", "9/9", "--dry-run")
+    assert (done.exit_code, done.output.splitlines()[0][:22]) == (0, "shard 9/9 is empty: th")
+
+
+@pytest.mark.parametrize("name", ["result.json", "arrays.npz", ""])
+def test_a_damaged_run_is_named_left_out_and_done_again(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "out"
+    assert sweep("run", write_study(tmp_path), "--out", out).exit_code == 0
+    folder = out / "runs" / Store(out).runs()[0].key
+    if name:
+        (folder / name).write_text("{}")
+    else:
+        shutil.rmtree(folder)
+    told = sweep("status", out).output
+    assert "3 of 4 runs done" in told and "damaged C=1, seed 0" in told
+    assert sweep("report", out).exit_code == 0
+    assert f"- {folder.name}: " in (out / "report/report.md").read_text()
+    assert "1 runs done, 3 were done before" in sweep("resume", out).output
+    assert len(Store(out).runs()) == 4
 
 
 # -- processes -------------------------------------------------------------------------------------

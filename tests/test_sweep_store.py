@@ -7,6 +7,7 @@ import json
 import os
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,17 @@ from sweep_helpers import CONTEXT
 
 from dagh.errors import FileFormatError
 from dagh.experiments import _store
-from dagh.experiments._config import StudyConfig
+from dagh.experiments._config import DataConfig, NetConfig, StudyConfig, TrainConfig
 from dagh.experiments._store import Store, StoreError
 
-STUDY = StudyConfig(name="s", axes={"C": (2,), "L": (1,)}, seeds=(0, 3))
+BASE = NetConfig(C=2, L=1)
+STUDY = StudyConfig(name="s", axes={"C": (2,)}, seeds=(0, 3), base=BASE)
 
 
 def config(key: str, seed: int = 0, points: list[Any] | None = None) -> dict[str, Any]:
-    return {"key": key, "seed": seed, "points": points or [["C", 2]], "data": {"name": "digits"}}
+    points = points or [["C", 2]]
+    net = {"C": 2, "L": 1, **dict(points)}
+    return {"key": key, "seed": seed, "points": points, "net": net, "data": {"name": "digits"}}
 
 
 def put(store: Store, key: str, value: float = 1.0) -> None:
@@ -31,11 +35,12 @@ def put(store: Store, key: str, value: float = 1.0) -> None:
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    store = Store.create(tmp_path / "a", STUDY)
+    study = replace(STUDY, axes={"C": (2,), "L": (1,)})
+    store = Store.create(tmp_path / "a", study)
     scalars = {"train": {"loss": np.float64(0.5), "list": [1, None]}, "nan": float("nan"), "inf": float("inf")}
     store.write_done(config("k1", 3, [["C", 2], ["L", 1]]), scalars, {"k": np.arange(3), "b": np.eye(2)}, {"host": "h"})
     store.write_failed(config("k2"), "Traceback …\nValueError: no", {})
-    first, second, failed = Store(tmp_path / "a").runs()
+    first, second, failed, _ = Store(tmp_path / "a").runs()
     assert [(r.axis, r.value) for r in (first, second)] == [("C", 2), ("L", 1)]
     assert (first.key, first.seed, first.dataset, first.status) == ("k1", 3, "digits", "done")
     assert first.scalars["train"] == {"loss": 0.5, "list": [1, None]}
@@ -46,7 +51,7 @@ def test_round_trip(tmp_path: Path) -> None:
         first.arrays["absent"]
     assert (failed.status, failed.error, dict(failed.arrays), failed.scalars) == ("failed", "ValueError: no", {}, {})
     assert (tmp_path / "a/runs/k2/error.txt").read_text() == "Traceback …\nValueError: no"
-    assert store.study() == STUDY
+    assert store.study() == study
 
 
 def test_the_last_word_on_a_run_counts(tmp_path: Path) -> None:
@@ -65,7 +70,7 @@ def test_what_the_study_asks_for(tmp_path: Path) -> None:
         store.write_done(config(key, seed, [point]), {}, {}, {})
     assert [r.key for r in store.runs()] == ["d"]
     assert [r.key for r in store.runs(superseded=True)] == ["a", "b", "c", "d"]
-    store.change(StudyConfig(name="s", axes={"C": (4, 2)}, seeds=(0, 1)))
+    store.change(StudyConfig(name="s", axes={"C": (4, 2)}, seeds=(0, 1), base=BASE))
     assert [r.key for r in Store(tmp_path).runs()] == ["b", "c", "d"]
 
 
@@ -203,3 +208,28 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "runs/a/result.json").write_text(json.dumps([1]))
     with pytest.raises(FileFormatError, match="is not a table"):
         store.runs()
+
+
+def test_runs_with_other_settings_are_not_shown(tmp_path: Path) -> None:
+    store = Store.create(tmp_path, STUDY)
+    put(store, "a")
+    store.change(replace(STUDY, train=TrainConfig(epochs=3)))
+    assert store.runs() == []
+    store.write_done({**config("b"), "train": {"epochs": 3}}, {}, {}, {})
+    assert [r.key for r in store.runs()] == ["b"]
+    store.change(STUDY)  # and back: the first one again, though the other was written later
+    assert [r.key for r in store.runs()] == ["a"]
+    for other in (replace(STUDY, base=replace(BASE, k=5)), replace(STUDY, data=DataConfig("mnist"))):
+        store.change(other)
+        assert store.runs() == []
+    store.change(replace(STUDY, axes={"L": (1,)}))  # the same network by another name
+    assert [(r.axis, r.value) for r in store.runs()] == [("L", 1)]
+
+
+def test_a_limit_on_the_data_is_a_setting(tmp_path: Path) -> None:
+    study = replace(STUDY, axes={"C": (2,), "data.train": (20, 30)})
+    store = Store.create(tmp_path, study)
+    for count in (20, 30):
+        data = {"name": "digits", "train": count, "test": 9}
+        store.write_done({**config(f"k{count}"), "points": [["data.train", count]], "data": data}, {}, {}, {})
+    assert [(r.axis, r.value, r.key) for r in store.runs()] == [("data.train", 20, "k20"), ("data.train", 30, "k30")]
