@@ -15,10 +15,11 @@ from dagh import _memory
 from dagh._blockmatrix import BlockMatrix
 from dagh._blocktables import PARTS, NormTable, Pair, find_name
 from dagh._gram import Gram, gram_of
-from dagh._graph import Graph, Mode, trace
+from dagh._graph import Graph, trace
 from dagh._hessian import functional_hessian, hessian
 from dagh._objectives import Reduction
 from dagh._probes import EstimatedNorms, Probes, probe
+from dagh._programs import Mode
 from dagh._request import Request, choose_names, choose_pairs
 from dagh._state import State
 from dagh._structure import reach, structure

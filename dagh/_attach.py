@@ -47,8 +47,10 @@ def append_loss(
             for i, t in enumerate(targets)
         ]
         result = builder.walk(traced, [builder.adopt(base.output, output.detach()), *leaves])
+        if result is base.output:  # the model computes its loss itself
+            result = builder.emit(torch.ops.aten.sum.default, result)
     nodes = [*base.nodes, *builder.nodes]
-    if not isinstance(result, Node) or result is base.output or not _depends(nodes, result, base.output):
+    if not isinstance(result, Node) or not _depends(nodes, result, base.output):
         raise LossError(f"loss {objective.name!r} does not depend on the model's output through tensor operations")
     if "loss" not in base.by_name:
         result.name = "loss"

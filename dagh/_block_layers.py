@@ -153,7 +153,7 @@ def _write_bias(
         if jacobian is not None and adjoint is not None:
             path = jacobian.reshape(n, -1).T @ (adjoint * left)  # [(o, i'), o']
             block = block + path.reshape(o_a, i_b, o_b).transpose(1, 2)
-        block = block.reshape(o_a, -1)
+        block = block.reshape(o_a, o_b * i_b)
     else:
         weights = left * right
         if jacobian is not None and adjoint is not None:

@@ -50,6 +50,8 @@ _FACTORED: dict[str, type[Block]] = {
 def save(matrix: BlockMatrix, path: Path) -> None:
     """Write ``matrix``; an interrupted write leaves whatever was at ``path`` untouched."""
     suffix = _suffix(path)
+    if not path.parent.is_dir():
+        raise FileFormatError(f"cannot write {path}: there is no folder {path.parent}")
     arrays: Arrays = {}
     seen: Seen = {}
     header = {
@@ -74,6 +76,8 @@ def save(matrix: BlockMatrix, path: Path) -> None:
         else:
             save_file(arrays, partial, metadata={_HEADER: text})
         os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise FileFormatError(f"cannot write {path}: {first_line(error)}") from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -9,6 +9,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, overload
 
+import numpy as np
 import torch
 from rich.console import RenderableType
 from scipy.sparse.linalg import LinearOperator
@@ -25,7 +26,7 @@ from dagh._blockwrite import write_out
 from dagh._memory import zeros
 from dagh.errors import DtypeError, ReductionError, ShapeError, UnknownNameError
 
-Vector = Tensor | Mapping[str, Tensor]
+Vector = Tensor | Mapping[str, Tensor] | np.ndarray[Any, Any]
 
 
 class BlockMatrix:
@@ -246,7 +247,7 @@ class BlockMatrix:
 
     # -- products and reductions -------------------------------------------------------------------
     def __matmul__(self, v: Vector) -> Any:
-        """Product with a vector [P], a matrix [P, k], or a dict of tensors shaped like the parameters.
+        """Product with a vector [P], a matrix [P, k] (NumPy's too), or a dict of tensors shaped like the parameters.
 
         The result is of the same kind. Per sample: ``v`` is [P], [N, P], [N, P, k] or a dict whose tensors
         may lead with N, and the result leads with N. Raises ``ShapeError``, ``DtypeError``,
@@ -254,6 +255,11 @@ class BlockMatrix:
         """
         if isinstance(v, Mapping):
             return multiply_dict(self, v)
+        if isinstance(v, np.ndarray):
+            if v.dtype.kind not in "fiub":
+                raise DtypeError(f"the array is {v.dtype}; expected {str(self.dtype)[6:]}")
+            rows = torch.from_numpy(np.ascontiguousarray(v)).to(device=self.device, dtype=self.dtype)
+            return multiply(self, rows).cpu().numpy()
         return multiply(self, v) if isinstance(v, Tensor) else NotImplemented
 
     @overload

@@ -121,8 +121,8 @@ def eigenvalues(matrix: BlockMatrix, k: int | None) -> Tensor:
     matrix.require_complete()
     if k is None:
         return _dense_eigenvalues(matrix)
-    if not 0 < k <= matrix.size:
-        raise ShapeError(f"k is between 1 and P={matrix.size}, not {k}")
+    if not isinstance(k, (int, np.integer)) or isinstance(k, bool) or not 0 < k <= matrix.size:
+        raise ShapeError(f"k is a whole number between 1 and P={matrix.size}, not {k!r}")
     if k < matrix.size and matrix.size > DENSE_EIGEN_SIZE:
         if matrix.samples is not None:
             return torch.stack([eigenvalues(matrix.sample(n), k) for n in range(matrix.samples)])

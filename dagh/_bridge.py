@@ -151,7 +151,7 @@ def _carry(
         if packed:
             into.channelwise.add(node)
         return
-    table = table.flatten(2)
+    table = matrices(table)
     if v in tangents.channelwise:  # each channel meets its own part of the table alone
         c, width = v.shape[1], table.shape[2]
         left = tangents[v].expand(n, *tangents[v].shape[1:])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from dagh import _written_out
 from dagh._decompose import decompositions, settled, write_out_in_place
 from dagh.errors import CaptureError, DaghError, first_line
 
@@ -77,7 +78,8 @@ def _without_counters(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence PyTorch's own chatter while it traces."""
-    loggers = [logging.getLogger(n) for n in ("torch.export", "torch._dynamo", "torch.fx", "torch._export")]
+    names = ("torch.export", "torch._dynamo", "torch.fx", "torch._export", "torch._subclasses")
+    loggers = [logging.getLogger(n) for n in names]
     levels = [log.level for log in loggers]
     # A failed export prints the partial graph on standard error, whatever the log level.
     with _ONE_AT_A_TIME, warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
@@ -138,7 +140,7 @@ def capture(
     else:
         attempts.append((f"torch.export, batch of {batch}", lambda: _export(model, args, kwargs, False)))
         attempts.append((f"direct tracing, batch of {batch}", lambda: _make_fx(model, args, kwargs)))
-    with in_mode(model, mode), undisturbed(model), _without_counters(model), quiet():
+    with in_mode(model, mode), undisturbed(model), _without_counters(model), quiet(), _StandIns():
         for method, attempt in attempts:
             try:
                 captured = attempt()
@@ -313,7 +315,20 @@ def _make_fx(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return Captured(traced, leaves, list(range(count)), spec_paths(out_spec[0]), "", None, 0.0)
 
 
-class _ReadValues(torch.overrides.TorchFunctionMode):
+class _StandIns(torch.overrides.TorchFunctionMode):
+    """Calls simpler functions in place of some that cannot be traced."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = NotImplemented
+        if func in _written_out.STAND_INS:
+            with self:
+                found = _written_out.STAND_INS[func](*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {})) if found is NotImplemented else found
+
+
+class _ReadValues(_StandIns):
     """Lets Python read numbers out of traced tensors, so that control flow follows the example's values."""
 
     _READERS = frozenset(
@@ -332,15 +347,36 @@ class _ReadValues(torch.overrides.TorchFunctionMode):
                 x = torch._from_functional_tensor(x)
             with disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():
                 return func(x, *args[1:], **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def trace_function(function: Callable[..., Any], tensors: Sequence[Tensor]) -> fx.GraphModule:
-    """ATen graph of a plain function of tensors, at these values (used for losses)."""
+    """ATen graph of a plain function of tensors, at these values (used for losses).
+
+    With its composite operations and ``no_grad`` regions, where it neither changes tensors in place nor reads numbers
+    out of them; otherwise written out, as the values decide.
+    """
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    with quiet():
-        result: fx.GraphModule = make_fx(
-            function, decomposition_table=decompositions(), tracing_mode="real", pre_dispatch=True
-        )(*tensors)
-    return result
+    def concrete(*inputs: Tensor) -> Any:
+        with _ReadValues():
+            return torch.func.functionalize(function)(*inputs)
+
+    table = decompositions()
+    with quiet(), _StandIns(), torch.enable_grad():
+        try:
+            traced: fx.GraphModule = make_fx(
+                function, decomposition_table=table, tracing_mode="real", pre_dispatch=True
+            )(*tensors)
+            if not any(_changes(node.target) for node in traced.graph.nodes):
+                return traced
+        except (torch.OutOfMemoryError, DaghError):
+            raise
+        except Exception:  # of any type: PyTorch's tracer
+            pass
+        traced = make_fx(concrete, decomposition_table=table, tracing_mode="real")(*tensors)
+    return traced
+
+
+def _changes(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable

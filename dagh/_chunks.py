@@ -10,7 +10,7 @@ CACHE = 8 * 2**20
 
 def ranges(count: int, step: int, start: int = 0) -> Iterator[slice]:
     """The numbers from ``start`` up to ``count`` in ranges of ``step``; the last one may be shorter."""
-    for at in range(start, count, step):
+    for at in range(start, count, max(step, 1)):
         yield slice(at, min(at + step, count))
 
 

@@ -7,11 +7,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from dagh._clarke._policy import AtKinks
-from dagh._graph import Graph, Mode
+from dagh._graph import Graph
 from dagh._hessian import compute
 from dagh._linearize import Part
 from dagh._objectives import Reduction
 from dagh._prepare import Names
+from dagh._programs import Mode
 from dagh.errors import KinkError
 
 #: Policies at kinks that weigh whole matrices against each other.

@@ -1,17 +1,21 @@
-"""Comparing a graph's gradient with autograd's own, once per graph."""
+"""Comparing first derivatives with autograd's own: the model's once per graph, a loss's once per loss and graph."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dagh import _capture
-from dagh._state import State
-from dagh.errors import CaptureError, first_line
+from dagh import _capture, _elsewhere, _inputs, _sweep
+from dagh._ir import Node, Program
+from dagh._objectives import Objective
+from dagh._state import State, as_policy, evaluate_program
+from dagh.errors import CaptureError, DaghError, LossError, first_line
+
+Pick = Callable[[Any], Tensor]
 
 
 def check_gradient(
@@ -20,25 +24,165 @@ def check_gradient(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     mode: str,
-    pick: Callable[[Any], Tensor],
+    pick: Pick,
+    gain: float = 0.0,
 ) -> None:
     """Refuse models whose backward pass is not the derivative of what they compute.
 
     Tracing sees values: ``torch.no_grad`` regions, ``.data``, gradient hooks and hand-written backward passes leave no
     mark in the graph, and its derivatives would silently be others than autograd's. The cotangent is the loss's adjoint
-    at the model's output. Where a rule of somebody else's defines a derivative, autograd is no judge.
+    at the model's output. Where a rule of somebody else's defines a derivative, autograd is no judge. ``gain``: what
+    cotangents are multiplied by; at a minimum gradients vanish, and what is left of them is rounding.
     """
     delta = state.adjoints.get(state.program.output)
     named = dict(model.named_parameters(remove_duplicate=False))
-    leaves = {
-        name: leaf
-        for name, leaf in state.program.parameters.items()
-        if leaf in state.sources and named[name].requires_grad
-    }
-    own = all(type(state.rule(n)).__module__.startswith("dagh.") and n.key.startswith(("aten.", "dagh."))
-              for n in state.program if n.op is not None)  # fmt: skip
-    if delta is None or not leaves or not own:
+    leaves = {name: leaf for name, leaf in state.program.parameters.items() if leaf in state.sources}
+    leaves = {name: leaf for name, leaf in leaves.items() if named[name].requires_grad}
+    if delta is None or not leaves or not _all_ours(state):
         return
+    found = _autograd(model, [named[n] for n in leaves], args, kwargs, mode, pick, lambda output: delta)
+    if found is None:
+        return
+    ours = {}
+    for name, leaf in leaves.items():
+        row = state.adjoints.get(leaf)
+        ours[name] = torch.zeros_like(named[name]) if row is None else row.sum(0) if state.per_sample else row[0]
+    wrong = _worst(ours, dict(zip(leaves, found[1], strict=True)), float(delta.norm()) * gain)
+    if wrong is not None:
+        raise _refusal(wrong)
+
+
+def check_elsewhere(
+    model: nn.Module,
+    program: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    mode: str,
+    pick: Pick,
+    coupled: bool,
+) -> float:
+    """:func:`check_gradient` at other parameters and for another cotangent: at the present ones a gradient may vanish.
+
+    Where the model is not defined there, or takes another branch, nothing is said. Returns the length of the gradient
+    as a multiple of the cotangent's.
+    """
+    if not coupled:
+        args, kwargs = _elsewhere.few(args, kwargs)
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    parameters = _elsewhere.moved_parameters(model)
+    leaves = {n: program.parameters[n] for n in parameters if n in trainable and n in program.parameters}
+    values = _elsewhere.program_values(model, program, parameters, args, kwargs, coupled) if leaves else None
+    if values is None:
+        return 0.0
+    got, n = values[program.output], 1 if coupled else _capture.batch_size(args, kwargs)
+    state = State(program, values, got.new_ones(n), n, as_policy("torch"), frozenset(leaves.values()), coupled)
+    if not _all_ours(state):
+        return 0.0
+    twin = _elsewhere.twin(model, parameters)
+    if twin is None:
+        return 0.0
+    own = dict(twin.named_parameters())
+    cotangent = _elsewhere.random_like((n, *program.output.shape), got)
+    try:
+        found = _autograd(twin, [own[k] for k in leaves], args, kwargs, mode, pick, lambda output: cotangent)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # the user's code may raise anything at parameters that are not its own
+        return 0.0
+    if found is None or not _inputs.same_output(got, found[0].unsqueeze(0) if coupled else found[0], n):
+        return 0.0
+    rows = _sweep.pull_back(state, {program.output: cotangent.unsqueeze(1)}, list(leaves.values()))
+    ours = {k: rows[v][0, 0] if v in rows else torch.zeros_like(got.new_empty(v.shape)) for k, v in leaves.items()}
+    wrong = _worst(ours, dict(zip(leaves, found[1], strict=True)))
+    if wrong is not None:
+        raise _refusal(wrong)
+    return float(torch.stack([g.norm() for g in found[1]]).norm() / cotangent.norm().clamp_min(1e-30))
+
+
+def check_loss(
+    objective: Objective,
+    program: Program,
+    values: Mapping[Node, Tensor],
+    output: Tensor,
+    targets: Any,
+    samples: int,
+    scale: float | None,
+    coupled: bool,
+) -> None:
+    """Refuse losses whose backward pass is not the derivative of what they compute; see :func:`check_gradient`.
+
+    ``scale``: what the traced function of one sample is multiplied by in a callable's own value. Looked at a little
+    away from the output, where it has no kinks and does not vanish; at the output itself where it is not defined there.
+    """
+    elsewhere = _elsewhere.moved(output, torch.Generator().manual_seed(0))
+    for at in (elsewhere, output):
+        point = at.detach().clone()
+        theirs = _loss_gradient(objective, point, targets)
+        if theirs is None:
+            continue
+        model = program.ancestors([program.output])  # of which a loss reads the output alone
+        known = {node: t for node, t in values.items() if node in model or node.op is None}
+        known[program.output] = point.reshape(samples, *program.output.shape)
+        try:
+            with torch.no_grad():
+                moved = evaluate_program(program, known, as_policy("torch"), known=known)
+        except torch.OutOfMemoryError:
+            raise
+        except (DaghError, RuntimeError, ValueError, IndexError):
+            continue
+        weights = point.new_full((samples,), 1.0 if scale is None else scale)
+        sources = frozenset([program.output])
+        state = State(program, moved, weights, samples, as_policy("torch"), sources, coupled)
+        value, gradient = theirs
+        size = max(abs(value), abs(state.loss), 1e-30)
+        if not _all_ours(state) or not abs(value - state.loss) <= 1e-3 * size:  # another branch
+            continue
+        delta = state.adjoints.get(program.output)
+        ours = torch.zeros_like(point) if delta is None else delta.reshape(point.shape)
+        if _worst({"output": ours}, {"output": gradient}) is not None:
+            raise LossError(
+                f"the gradient of loss {objective.name!r} by autograd is not the derivative of what it computes: look "
+                "for .data or a hand-written backward; .detach() and torch.no_grad are understood in a loss"
+            )
+        return
+
+
+def _loss_gradient(objective: Objective, output: Tensor, targets: Any) -> tuple[float, Tensor] | None:
+    """Value and gradient of a loss by autograd; ``None`` where it is not defined."""
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            point = output.clone().requires_grad_()
+            targets = pytree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, targets)
+            total = objective.summed(point, targets)
+            if not bool(torch.isfinite(total).all()):
+                return None
+            gradient = torch.autograd.grad(total.sum(), point, allow_unused=True)[0] if total.requires_grad else None
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # outside its domain the user's code may raise anything
+        return None
+    return float(total.detach().sum()), torch.zeros_like(output) if gradient is None else gradient
+
+
+def _all_ours(state: State) -> bool:
+    """Whether every derivative is the library's own, which autograd can judge."""
+    return all(
+        type(state.rule(n)).__module__.startswith("dagh.") and n.key.startswith(("aten.", "dagh."))
+        for n in state.program
+        if n.op is not None
+    )
+
+
+def _autograd(
+    model: nn.Module,
+    wanted: list[Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    mode: str,
+    pick: Pick,
+    cotangent: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, list[Tensor]] | None:
+    """The model's output and the gradients of ``wanted`` by autograd."""
     # Inside, so that buffers are put back only after the backward pass has used them.
     with (
         _capture.in_mode(model, mode),
@@ -48,29 +192,31 @@ def check_gradient(
     ):
         args, kwargs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
         output = pick(model(*args, **kwargs))
+        delta = cotangent(output)
         if output.numel() != delta.numel():
-            return
-        found: Sequence[Tensor | None] = [None] * len(leaves)
-        if output.requires_grad:
-            parameters = [named[n] for n in leaves]
-            try:
-                found = torch.autograd.grad(output, parameters, delta.reshape(output.shape), allow_unused=True)
-            except torch.OutOfMemoryError:
-                raise
-            except (NotImplementedError, RuntimeError) as error:
-                line = first_line(error).partition(";")[0]
-                raise CaptureError(f"PyTorch cannot differentiate the model itself: {line}") from None
-    pairs = {}
-    for (name, leaf), grad in zip(leaves.items(), found, strict=True):
-        ours = state.adjoints.get(leaf)
-        ours = torch.zeros_like(named[name]) if ours is None else ours.sum(0) if state.per_sample else ours[0]
-        pairs[name] = (ours, torch.zeros_like(ours) if grad is None else grad)
-    tolerance = 1e-6 if delta.dtype == torch.float64 else 2e-2
-    scale = max(float(torch.stack([g.norm() for _, g in pairs.values()]).norm()), 1e-30)
-    worst = max(pairs, key=lambda n: float((pairs[n][0] - pairs[n][1]).norm()))
-    ours, theirs = pairs[worst]
-    if float((ours - theirs).norm()) > tolerance * max(scale, float(ours.norm())):
-        raise _refusal(worst)
+            return None
+        if not output.requires_grad:
+            return output.detach(), [torch.zeros_like(p.detach()) for p in wanted]
+        try:
+            found = torch.autograd.grad(output, wanted, delta.reshape(output.shape), allow_unused=True)
+        except torch.OutOfMemoryError:
+            raise
+        except (NotImplementedError, RuntimeError) as error:
+            line = first_line(error).partition(";")[0]
+            raise CaptureError(f"PyTorch cannot differentiate the model itself: {line}") from None
+    return output.detach(), [
+        torch.zeros_like(p.detach()) if g is None else g.detach() for p, g in zip(wanted, found, strict=True)
+    ]
+
+
+def _worst(ours: dict[str, Tensor], theirs: dict[str, Tensor], size: float = 0.0) -> str | None:
+    """The name of the gradient that differs most, where any differs by more than rounding of numbers of ``size``."""
+    dtype = next(iter(ours.values())).dtype
+    tolerance, rounding = (1e-6, 1e-13) if dtype == torch.float64 else (2e-2, 1e-5)
+    scale = max(float(torch.stack([g.norm() for g in theirs.values()]).norm()), 1e-30)
+    worst = max(ours, key=lambda n: float((ours[n] - theirs[n]).norm()))
+    difference = float((ours[worst] - theirs[worst]).norm())
+    return worst if difference > tolerance * max(scale, float(ours[worst].norm())) + rounding * size else None
 
 
 def _refusal(name: str) -> CaptureError:

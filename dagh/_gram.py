@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from dagh import _memory
 from dagh._blocktables import find_name
 from dagh._gramsweep import gram_matrices
-from dagh._graph import Graph, Mode, trace
+from dagh._graph import Graph, trace
 from dagh._objectives import Reduction
 from dagh._outer import factor_loss
+from dagh._programs import Mode
 from dagh._request import choose_names
 from dagh._rules._generic import quiet_batching
 from dagh._state import State, non_finite

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import networkx as nx
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from dagh import _capture, _inputs, _objectives
 from dagh._attach import append_loss
-from dagh._binding import leaf_values, lower_model
-from dagh._gradient_check import check_gradient
+from dagh._gradient_check import check_elsewhere, check_gradient, check_loss
 from dagh._ir import Node, Program
-from dagh._outputs import choose_output
+from dagh._programs import Mode, Programs
 from dagh._state import State, as_policy, check_finite, evaluate_program
 from dagh.errors import (
     CoupledSamplesError,
@@ -24,10 +22,7 @@ from dagh.errors import (
     NonDeterministicError,
     ReductionError,
     ShapeError,
-    first_line,
 )
-
-Mode = Literal["eval", "train"]
 
 #: Programs with a loss appended that a graph remembers.
 _KEPT_LOSSES = 8
@@ -66,7 +61,7 @@ def trace(
     return Graph(model, example_inputs, mode=mode, dropout_seed=dropout_seed, output=output)
 
 
-class Graph:
+class Graph(Programs):
     """A traced model: nodes, structure, and the way to its derivatives. Made by :func:`dagh.trace`.
 
     Parameters and buffers are read from the model whenever the graph is evaluated, so a graph stays valid while the
@@ -82,24 +77,13 @@ class Graph:
         self.dropout_seed = dropout_seed
         self._output = output
         self.output_name = ""
-        self._gradient_checked = False
-        self.coupled = False
-        self.coupling = ""
-        self.parameter_names = _inputs.parameter_names(model)
-        self._programs: dict[Any, Program] = {}
-        self._losses: dict[Any, Program] = {}
-        self._captured: dict[int | None, _capture.Captured] = {}
         args, kwargs = _inputs.normalize_inputs(example_inputs)
         if _capture.batch_size(args, kwargs) == 0:
             raise ShapeError("the batch is empty: give at least one sample")
         _inputs.check_tensors(model, args, kwargs)
         _inputs.warn_about_mode(model, mode)
-        self._example = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs))
         _inputs.check_runs(model, args, kwargs, mode)
-        captured = _capture.capture(model, args, kwargs, mode, batch=None)
-        self._captured[captured.batch] = captured
-        self.method = captured.method
-        self._settle(args, kwargs)
+        self._capture_all(args, kwargs)
         self.seconds = time.perf_counter() - started
 
     # -- structure ---------------------------------------------------------------------------------
@@ -107,12 +91,14 @@ class Graph:
     @property
     def program(self) -> Program:
         """The model's program: of one sample, or of the example batch where samples are coupled."""
+        self._follow()
         args, kwargs = self._example
         return self._program(_capture.batch_size(args, kwargs) if self.coupled else 1)
 
     @property
     def parameters(self) -> dict[str, Tensor]:
         """Distinct parameters by their first name, as they are now."""
+        self._follow()
         named = dict(self.model.named_parameters(remove_duplicate=False))
         return {names[0]: named[names[0]] for names in self.parameter_names}
 
@@ -163,82 +149,6 @@ class Graph:
             f"{self.method}{', coupled samples' if self.coupled else ''})"
         )
 
-    # -- capture -----------------------------------------------------------------------------------
-
-    def _settle(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Decide whether samples are coupled, by comparing the per-sample program with the model itself."""
-        probe_args, probe_kwargs = _inputs.probe_batch(args, kwargs)
-        try:
-            self._program(1)
-        except (CoupledSamplesError, RuntimeError, ValueError) as error:
-            self._couple(f"a batch of one cannot be evaluated ({first_line(error, 80)})", args, kwargs)
-            return
-        agrees, why = self._agrees(probe_args, probe_kwargs)
-        if not agrees:
-            self._couple(why, args, kwargs)
-
-    def _couple(self, why: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.coupled = True
-        self.coupling = why
-        self._program(_capture.batch_size(args, kwargs))
-
-    def _agrees(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, str]:
-        """Whether the per-sample program reproduces the model on this batch."""
-        n = _capture.batch_size(args, kwargs)
-        with torch.no_grad():
-            if self.dropout_seed is not None and self.mode == "train":
-                whole = self._lower(self._capture_for(n), n)  # the model itself would draw other masks
-                leaves = self._leaf_values(whole, args, kwargs, True)
-                only = whole.ancestors([whole.output])
-                wanted = evaluate_program(whole, leaves, as_policy("torch"), only)[whole.output][0]
-            else:
-                wanted = self._pick(_capture.run_model(self.model, args, kwargs, self.mode))
-            program = self._program(1)
-            try:
-                leaves = self._leaf_values(program, args, kwargs, False)
-                values = evaluate_program(program, leaves, as_policy("torch"), program.ancestors([program.output]))
-            except ShapeError as error:
-                return False, str(error)
-            except RuntimeError as error:  # boolean masks and the like: shapes that depend on values
-                return False, f"one sample at a time cannot be evaluated ({first_line(error, 80)})"
-        return _inputs.same_output(
-            values[program.output], wanted, n
-        ), "the model's output on a batch differs from its output sample by sample"
-
-    def _capture_for(self, batch: int) -> _capture.Captured:
-        """A captured graph valid for this batch size."""
-        for key in (None, batch):
-            if key in self._captured:
-                return self._captured[key]
-        args, kwargs = self._example
-        if _capture.batch_size(args, kwargs) != batch:
-            raise ShapeError(f"this model's graph is tied to its batch size; trace it again with a batch of {batch}")
-        captured = _capture.capture(self.model, args, kwargs, self.mode, batch=batch)
-        self._captured[batch] = captured
-        if self.coupled:
-            self.method = captured.method
-        return captured
-
-    def _program(self, batch: int) -> Program:
-        """The program of a batch of this size (1: one sample)."""
-        if batch not in self._programs:
-            self._programs[batch] = self._lower(self._capture_for(batch), batch)
-        return self._programs[batch]
-
-    def _lower(self, captured: _capture.Captured, batch: int) -> Program:
-        program, self.output_name = lower_model(
-            self.model, captured, batch, self._example, mode=self.mode, dropout_seed=self.dropout_seed,
-            per_sample=not self.coupled, output=self._output,
-        )  # fmt: skip
-        return program
-
-    def _pick(self, result: Any) -> Tensor:
-        """The chosen output among everything the model returned."""
-        named = _capture.output_paths(result)
-        chosen, _ = choose_output([n for n, _ in named], [leaf for _, leaf in named], self._output)
-        assert isinstance(chosen, Tensor)
-        return chosen
-
     # -- evaluation --------------------------------------------------------------------------------
 
     def evaluate(
@@ -272,14 +182,19 @@ class Graph:
             raise ShapeError("the batch is empty: give at least one sample")
         objective = _objectives.resolve(loss)
         policy = as_policy(kinks)
+        self._follow()
         output, known = self._verify(args, kwargs, n)
-        _objectives.check_targets(targets, None if self.coupled else n)
-        coupled = self.coupled
+        # A model that lays its samples out in other rows (logits.view(-1, V)) is one sample to its loss.
+        rows = output.shape[0] if output.dim() else 1
+        relaid = rows != n and _objectives.have_rows(targets, rows)
+        coupled = self.coupled or relaid
+        _objectives.check_targets(targets, None if coupled else n)
         if not coupled:
             objective = _objectives.separable(objective, output, targets, n)
-        reason, scale = self.coupling, None
+        reason, scale = self.coupling or "the rows of output and targets are not the samples", None
         if not coupled and objective.is_callable:
             scale = _objectives.scale_of(objective, output, targets, n)
+            scale = _objectives.scale_elsewhere(objective, output, targets, n, scale)
             if scale is None:
                 coupled = True
                 reason = f"on the batch, loss {objective.name!r} is neither the mean nor the sum over single samples"
@@ -322,8 +237,13 @@ class Graph:
             program, values, weights.detach(), samples, policy, frozenset(sources), coupled, reduction == "none"
         )
         fixed_masks = self.dropout_seed is not None and self.mode == "train"
+        if not isinstance(objective.key, str) and not program.loss_checked:
+            check_loss(objective, program, values, output, targets, samples, scale, coupled)
+            program.loss_checked = True
         if not self._gradient_checked and policy.choices is None and not fixed_masks:
-            check_gradient(self.model, state, args, kwargs, self.mode, self._pick)
+            base = self._program(n if self.coupled else 1)
+            gain = check_elsewhere(self.model, base, args, kwargs, self.mode, self._pick, self.coupled)
+            check_gradient(self.model, state, args, kwargs, self.mode, self._pick, gain)
             self._gradient_checked = True
         return policy.settle(state)
 
@@ -358,24 +278,17 @@ class Graph:
                     "two evaluations of the model on the same inputs differ; remove or seed its randomness"
                 )
             if attempt == 0:
-                # The traced branch does not fit these inputs: trace the batch as it is.
-                self.coupled = True
-                self.coupling = "the model takes another branch on these inputs than on the traced example"
-                self._example = (args, kwargs)
-                self._captured = {}
-                self._programs = {}
-                self._losses = {}
+                # The model has changed, or the traced branch does not fit these inputs: then the batch as it is.
+                self._capture_all(args, kwargs)
+                if not self.coupled and not self._agrees(args, kwargs)[0]:
+                    self._losses = {}
+                    self._programs = {}
+                    self._example = (args, kwargs)
+                    self._whole(args, kwargs, "the model takes another branch on some of these inputs")
         raise NonDeterministicError(
             "the traced graph does not reproduce the model on these inputs: its control flow depends on values in a "
             "way that tracing cannot follow, or it changes in place a tensor that another name stands for, too"
         )
-
-    def _require_batch(self, args: tuple[Any, ...], kwargs: dict[str, Any], n: int) -> None:
-        """Make sure that a whole-batch program of this size can be had."""
-        if None in self._captured or n in self._captured:
-            return
-        self._example = (args, kwargs)
-        self._program(n)
 
     def _with_loss(
         self, objective: _objectives.Objective, output: Tensor, targets: Any, batch: int, n: int, *, fresh: bool
@@ -393,8 +306,3 @@ class Graph:
             self._losses.pop(next(iter(self._losses)))
         self._losses[key] = program
         return program
-
-    def _leaf_values(
-        self, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], coupled: bool
-    ) -> dict[Node, Tensor]:
-        return leaf_values(self.model, program, args, kwargs, coupled)

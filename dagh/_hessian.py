@@ -20,11 +20,12 @@ from dagh._clarke._limiting import resolve
 from dagh._clarke._policy import AtKinks
 from dagh._clarke._warn import warn_at_ties
 from dagh._entries import Entries
-from dagh._graph import Graph, Mode
+from dagh._graph import Graph
 from dagh._linearize import Part
 from dagh._objectives import Reduction
 from dagh._plan import Plan
 from dagh._prepare import Blocks, Names, Prepared, prepare
+from dagh._programs import Mode
 from dagh._request import Pair, Request
 from dagh._rules._generic import quiet_batching
 from dagh._state import State, non_finite

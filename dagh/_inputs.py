@@ -169,4 +169,9 @@ def check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
         shapes = ", ".join(str(tuple(t.shape)) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
         kind = ShapeError if isinstance(error, (RuntimeError, ValueError, TypeError, IndexError)) else CaptureError
         name = type(model).__name__
+        if "does not require grad" in str(error):
+            raise CaptureError(
+                f"{name} calls torch.autograd in its forward pass, which cannot be traced; "
+                "torch.func.grad, jacrev and jvp are understood there"
+            ) from error
         raise kind(f"{name} cannot be evaluated on inputs of shape {shapes}: {first_line(error)}") from error

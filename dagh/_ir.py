@@ -157,6 +157,8 @@ class Program:
     loss: Node | None = None
     plans: dict[Any, Any] = field(default_factory=dict, repr=False)
     """Plans already made for this program, by request."""
+    loss_checked: bool = False
+    """Whether the loss's first derivative has been compared with autograd's."""
 
     def __post_init__(self) -> None:
         self.nodes = [*self.nodes]

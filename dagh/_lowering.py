@@ -32,6 +32,8 @@ class Builder:
         self.source = ""
         self.dropout_seed = dropout_seed
         self.dropouts = 0
+        self.differentiated = True
+        """Whether autograd would record what is walked now, outside of ``no_grad``."""
         self._taken = set(taken)
 
     def unique(self, name: str) -> str:
@@ -116,6 +118,8 @@ class Builder:
                 args = fx.map_arg(node.args, env.__getitem__)
                 kwargs = fx.map_arg(node.kwargs, env.__getitem__)
                 env[node] = self.lower(node.target, list(args), dict(kwargs), node)
+                if not self.differentiated:
+                    env[node] = self._stopped(env[node])
             elif node.op == "output":
                 self.module = self.source = ""
                 return fx.map_arg(node.args[0], env.__getitem__)
@@ -125,12 +129,25 @@ class Builder:
                 )
         raise CaptureError("the traced graph has no output")
 
+    def _stopped(self, value: Any) -> Any:
+        """What a ``no_grad`` region computes, without its derivatives."""
+        if isinstance(value, (list, tuple)):
+            return [self._stopped(v) for v in value]
+        if isinstance(value, Node) and value.dtype.is_floating_point and value.op is not None:
+            from dagh._rewrites import stop_gradient
+
+            return self.emit(stop_gradient, value)
+        return value
+
     def constant(self, value: Tensor) -> Node:
         """A tensor that is neither input nor parameter."""
         return self.leaf("constant", "constant", value)
 
     def lower(self, target: Any, args: list[Any], kwargs: dict[str, Any], origin: fx.Node) -> Any:
         """One call: arithmetic on sizes is evaluated, tensor operations are rewritten or emitted."""
+        if target is torch._C._set_grad_enabled:
+            self.differentiated = bool(args[0])
+            return None
         if not isinstance(target, torch._ops.OpOverload):
             if _has_node(args) and target is not operator.getitem:
                 return self.emit(target, *args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from math import prod
@@ -54,14 +55,15 @@ def budget_bytes(budget: float | str | None, device: torch.device) -> int:
         return int(DEFAULT_SHARE * free_bytes(device))
     if isinstance(budget, str):
         budget = parse_size(budget)
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or budget <= 0:
+    number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
+    if not number or not 0 < budget < math.inf:
         raise ReductionError(f"memory_budget={budget!r}: expected a positive number of bytes, or None")
     return int(budget)
 
 
 def parse_size(text: str) -> int:
     """``"512MiB"``, ``"2 GB"``, ``"1e9"`` in bytes. Raises :class:`~dagh.errors.ReductionError`."""
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[0-9]{1,2})?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
     if match is None:
         raise ReductionError(f"{text!r} is not a size; write 500MB, 2GiB or a number of bytes")
     power = " kmgt".index(match[2].lower() or " ")

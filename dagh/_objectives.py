@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from dagh import _elsewhere
 from dagh.errors import DaghError, DtypeError, LossError, ShapeError, first_line
 
 Reduction = Literal["mean", "sum", "none"]
@@ -59,9 +60,10 @@ def _class_share(weight: Tensor | None, ignore_index: int) -> Callable[[Tensor, 
     def share(output: Tensor, target: Tensor) -> Tensor:
         if target.dtype.is_floating_point:
             return output.new_full((output.shape[0],), output.numel() / output.shape[0] / output.shape[1])
-        used = (target != ignore_index).to(output.dtype)
+        ignored = target == ignore_index
+        used = (~ignored).to(output.dtype)
         if weight is not None:
-            used = used * weight.to(output)[target.clamp(min=0)]
+            used = used * weight.to(output)[target.long().masked_fill(ignored, 0)]
         return used.reshape(output.shape[0], -1).sum(1)
 
     return share
@@ -147,6 +149,19 @@ def _checked(name: str, summed: Callable[[Any, Any], Tensor]) -> Callable[[Any, 
     return call
 
 
+#: Modules whose call takes more than an output and a target.
+_SEVERAL_TARGETS = (
+    nn.CosineEmbeddingLoss, nn.TripletMarginLoss, nn.TripletMarginWithDistanceLoss, nn.CTCLoss, nn.GaussianNLLLoss,
+    nn.MarginRankingLoss,
+)  # fmt: skip
+
+#: Modules that compare entry by entry, and would broadcast.
+_ELEMENTWISE = (
+    nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonNLLLoss, nn.KLDivLoss, nn.HingeEmbeddingLoss,
+    nn.SoftMarginLoss,
+)  # fmt: skip
+
+
 def _from_module(loss: Any) -> Objective:
     name = type(loss).__name__
     own = loss.reduction
@@ -165,12 +180,10 @@ def _from_module(loss: Any) -> Objective:
     else:
         weigh = _count
     # Modules with several targets, or whose unreduced shape is not the output's, are taken at their own word.
-    if isinstance(
-        loss, (nn.CosineEmbeddingLoss, nn.TripletMarginLoss, nn.CTCLoss, nn.GaussianNLLLoss, nn.MarginRankingLoss)
-    ):
+    if isinstance(loss, _SEVERAL_TARGETS):
         return Objective(name, key, lambda o, t: loss(o, *t) if isinstance(t, (tuple, list)) else loss(o, t), None)
 
-    elementwise = isinstance(loss, (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonNLLLoss))
+    elementwise = isinstance(loss, _ELEMENTWISE)
 
     def summed(output: Any, target: Any) -> Tensor:
         if target is None:
@@ -240,6 +253,12 @@ def check_targets(targets: Any, n: int | None) -> Any:
     return targets
 
 
+def have_rows(targets: Any, rows: int) -> bool:
+    """Whether axis 0 of every target has this length."""
+    flat, _ = target_tensors(targets)
+    return bool(flat) and all(isinstance(t, Tensor) and t.dim() and t.shape[0] == rows for t in flat)
+
+
 def scale_of(objective: Objective, output: Tensor, targets: Any, n: int) -> float | None:
     """1/N where a callable averages over samples, 1 where it sums, ``None`` where it does neither."""
     with torch.no_grad():
@@ -263,6 +282,22 @@ def scale_of(objective: Objective, output: Tensor, targets: Any, n: int) -> floa
     if abs(float(total) - float(each.sum())) <= tolerance * size:
         return 1.0
     return None
+
+
+def scale_elsewhere(objective: Objective, output: Tensor, targets: Any, n: int, scale: float | None) -> float | None:
+    """:func:`scale_of` at another output, where there is one: at equal outputs interactions may cancel."""
+    if n == 1 or scale is None:
+        return scale
+    point = _elsewhere.moved(output, torch.Generator().manual_seed(0))
+    try:
+        with torch.no_grad():
+            if not bool(torch.isfinite(objective.summed(point, targets)).all()):
+                return scale
+        return scale_of(objective, point, targets, n)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # outside its domain the user's code may raise anything
+        return scale
 
 
 def reproduces(objective: Objective, output: Tensor, targets: Any, each: Tensor, scale: float | None) -> bool:
@@ -294,7 +329,8 @@ def sample_weights(objective: Objective, reduction: Reduction, output: Tensor, t
         return ones
     share = _share(objective, output, targets)
     if reduction == "none":
-        return ones / share if objective.averages else ones
+        # A sample of which nothing counts (every label ignored) has no loss of its own.
+        return torch.where(share == 0, 0.0, ones / share) if objective.averages else ones
     return ones / share.sum()
 
 

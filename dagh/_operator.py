@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from dagh import _memory, _objectives, _spectra
 from dagh._batches import Batches, as_batches
 from dagh._capture import batch_size
-from dagh._graph import Graph, Mode, trace
+from dagh._graph import Graph, trace
 from dagh._inputs import normalize_inputs
 from dagh._linearize import Linearization, Part
 from dagh._objectives import Reduction
+from dagh._programs import Mode
 from dagh._request import choose_names, itemsize
 from dagh._state import State
 from dagh.errors import CoupledSamplesError, DataError, NonFiniteError, ReductionError, ShapeError

@@ -23,7 +23,7 @@ from dagh._rules import rule_for
 from dagh._rules._losses import factor_rows
 from dagh._strips import Strip
 from dagh._structure import reach, structure
-from dagh.errors import ReductionError
+from dagh.errors import ReductionError, UnknownNameError
 
 
 def make_plan(
@@ -140,6 +140,27 @@ def _outer_rows(program: Program) -> int:
     if loss is None or not loss.inputs or loss.inputs[0] is not program.output:
         return program.output.numel
     return factor_rows(loss, program.output.numel)
+
+
+def check_routes(routes: Mapping[tuple[str, str], str], request: Request) -> None:
+    """Refuse routes for blocks that are not asked for.
+
+    Raises :class:`~dagh.errors.UnknownNameError` for a name that is not in the request.
+    """
+    if not isinstance(routes, Mapping):
+        raise ReductionError(f"routes={routes!r}: expected a dictionary from pairs of names to routes")
+    place = {name: i for i, name in enumerate(request.names)}
+    for pair, route in routes.items():
+        if not isinstance(pair, tuple) or len(pair) != 2 or not all(isinstance(name, str) for name in pair):
+            raise ReductionError(f"routes: {pair!r} is not a pair of names")
+        for name in pair:
+            if name not in place:
+                raise UnknownNameError.of("parameter", name, place)
+        i, j = sorted(place[name] for name in pair)
+        if (i, j) not in request.pairs:
+            raise ReductionError(f"routes: the block {pair[0]!r} x {pair[1]!r} is not among the blocks asked for")
+        if not isinstance(route, str):
+            raise ReductionError(f"routes: {route!r} for {pair[0]!r} x {pair[1]!r} is not the name of a route")
 
 
 def _wanted(

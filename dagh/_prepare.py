@@ -9,10 +9,12 @@ from typing import Any, Literal, TypeAlias, get_args
 from torch import nn
 
 from dagh import _memory
-from dagh._graph import Graph, Mode, trace
+from dagh._graph import Graph, trace
 from dagh._linearize import Part
 from dagh._objectives import Reduction
 from dagh._plan import Plan
+from dagh._planner import check_routes
+from dagh._programs import Mode
 from dagh._request import Request, choose_names, choose_pairs
 from dagh._settle import at, settled
 from dagh._state import State
@@ -67,6 +69,8 @@ def prepare(
     parts = tuple(p for p in ("outer", "functional") if wanted != ("outer",) or p == "outer")
     parts = parts if wanted != ("functional",) else ("functional",)
     budget = _memory.budget_bytes(memory_budget, state.weights.device)
+    if routes is not None:
+        check_routes(routes, request)
     keep = reduction == "none"
     if plan is None:
         chosen = settled(state, request, parts, keep=keep, copies=len(wanted), budget=budget, routes=routes)

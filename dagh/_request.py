@@ -44,8 +44,18 @@ class Request:
         return self.leaves.index(leaf)
 
 
-def as_list(value: str | Iterable[str]) -> list[str]:
-    return [value] if isinstance(value, str) else list(value)
+def _listed(option: str, value: Any) -> list[str]:
+    """Names and globs as a list."""
+    if value is None:
+        return []
+    names = [value] if isinstance(value, str) else value
+    if isinstance(names, torch.Tensor) or not isinstance(names, Iterable):
+        raise ReductionError(f"{option} is a {type(value).__name__}: expected a name or a list of names")
+    names = list(names)
+    for name in names:
+        if not isinstance(name, str):
+            raise ReductionError(f"{option} holds a {type(name).__name__}: expected names, as in named_parameters()")
+    return names
 
 
 def choose_names(
@@ -60,14 +70,14 @@ def choose_names(
                 "no parameter requires a gradient; name parameters with params=[...], or call requires_grad_(True)"
             )
         chosen = {program.parameters[n]: n for n in trainable}
-    for pattern in as_list(params or ()):
+    for pattern in _listed("params", params):
         _match(pattern, alias, chosen, "parameter", alias)
     nodes = {
         n.name: n
         for n in program
         if n.kind in ("operation", "input") and n.dtype.is_floating_point and n.part == "model"
     }
-    for pattern in as_list(wrt or ()):
+    for pattern in _listed("wrt", wrt):
         _match(pattern, {**nodes, **alias}, chosen, "parameter or node", {**alias, **nodes})
     if not chosen:
         raise NoParametersError("params=[] and wrt=[] name nothing to differentiate with respect to")
@@ -95,9 +105,12 @@ def choose_pairs(names: Sequence[str], blocks: Any) -> tuple[Pair, ...]:
             return tuple((i, i) for i in range(n))
         raise ReductionError(f"blocks={blocks!r}: expected 'all', 'diagonal' or a list of pairs of names")
     found: dict[Pair, None] = {}
+    if isinstance(blocks, torch.Tensor) or not isinstance(blocks, Iterable):
+        kind = type(blocks).__name__
+        raise ReductionError(f"blocks is a {kind}: expected 'all', 'diagonal' or a list of pairs of names")
     for pair in blocks:
-        if isinstance(pair, str) or len(pair) != 2:
-            raise ReductionError(f"blocks={pair!r}: each entry must be a pair of names")
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(p, str) for p in pair):
+            raise ReductionError(f"blocks={' '.join(repr(pair).split())}: each entry must be a pair of names")
         first, second = (_indices(names, p) for p in pair)
         for i in first:
             for j in second:

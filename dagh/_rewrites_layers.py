@@ -9,7 +9,7 @@ import torch
 
 from dagh._ir import Node
 from dagh._lowering import Builder
-from dagh._rewrites import REWRITES, Rewrite, aten, rewrite
+from dagh._rewrites import REWRITES, Rewrite, aten, rewrite, stop_gradient
 from dagh._rules._conv import convolution
 from dagh._rules._normalize import standardize, standardize_fixed
 from dagh._rules._select import adaptive_max_pool, max_pool
@@ -218,6 +218,44 @@ def _weight_norm(b: Builder, a: dict[str, Any]) -> Any:
     return w if a["__name__"] == "_weight_norm" else [w, norm]
 
 
+@rewrite("aten.cross_entropy_loss")
+def _cross_entropy(b: Builder, a: dict[str, Any]) -> Any:
+    """Written out where the target probabilities move with the parameters; the rule takes them as given."""
+    z, target, weight = a["self"], a["target"], a["weight"]
+    if not (isinstance(target, Node) and target.dtype.is_floating_point and _moves(target)):
+        return NotImplemented
+    axis, rank = (1, len(z.shape)) if len(z.shape) > 1 else (0, 1)
+    classes, smoothing = z.shape[axis], float(a["label_smoothing"] or 0.0)
+    if smoothing:
+        target = b.emit(aten.mul.Tensor, target, 1 - smoothing)
+        target = b.emit(aten.add.Tensor, target, smoothing / classes)
+    logs = b.emit(aten.log_softmax.int, z, axis)
+    if weight is not None:
+        shape = [1] * rank
+        shape[axis] = classes
+        logs = b.emit(aten.mul.Tensor, logs, b.emit(aten.reshape.default, weight, shape))
+    each = b.emit(aten.neg.default, b.emit(aten.sum.dim_IntList, b.emit(aten.mul.Tensor, target, logs), [axis]))
+    reduction = int(a["reduction"])
+    if reduction == 0:
+        return each
+    total = b.emit(aten.sum.default, each)
+    return total if reduction == 2 else b.emit(aten.div.Tensor, total, max(1, math.prod(z.shape) // classes))
+
+
+def _moves(node: Node) -> bool:
+    """Whether a node depends on a parameter, or on an input that is no target, other than through ``detach``."""
+    seen, open_ = {node}, [node]
+    while open_:
+        node = open_.pop()
+        if node.op is None:
+            if node.kind in ("parameter", "input") and node.dtype.is_floating_point:
+                return True
+        elif node.op is not stop_gradient:
+            open_ += [p for p in node.inputs if p not in seen]
+            seen.update(node.inputs)
+    return False
+
+
 @rewrite("aten.scaled_dot_product_attention")
 def _attention(b: Builder, a: dict[str, Any]) -> Any:
     q, k, v, mask = a["query"], a["key"], a["value"], a["attn_mask"]
@@ -232,13 +270,23 @@ def _attention(b: Builder, a: dict[str, Any]) -> Any:
     if a["is_causal"]:
         rows, cols = q.shape[-2], k.shape[-2]
         mask = b.constant(torch.ones(rows, cols, dtype=torch.bool, device=b.values[q].device).tril())
+    blind = None  # rows that attend to nothing: their weights are zero
     if mask is not None:
         if mask.dtype == torch.bool:
             hidden = b.emit(aten.logical_not.default, mask)
+        else:
+            hidden = b.emit(aten.eq.Scalar, mask, float("-inf"))
+        if mask.batched or bool(b.values[hidden].all(-1).any()):
+            blind = b.emit(aten.all.dim, hidden, -1, True)
+        if mask.dtype == torch.bool:
             scores = b.emit(aten.masked_fill.Scalar, scores, hidden, float("-inf"))
         else:
             scores = b.emit(aten.add.Tensor, scores, mask)
+        if blind is not None:
+            scores = b.emit(aten.masked_fill.Scalar, scores, blind, 0.0)
     weights = b.emit(aten.softmax.int, scores, -1)
+    if blind is not None:
+        weights = b.emit(aten.masked_fill.Scalar, weights, blind, 0.0)
     if float(a["dropout_p"] or 0.0) > 0.0:
         weights = b.drop(weights, float(a["dropout_p"]))
     return b.emit(aten.matmul.default, weights, v)

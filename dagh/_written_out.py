@@ -5,6 +5,7 @@ Each function has the signature of the ATen operation it stands for, and the sam
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +13,38 @@ import torch
 from torch import Tensor
 
 aten = torch.ops.aten
+F = torch.nn.functional
 
 
 def _reduced(each: Tensor, reduction: int) -> Tensor:
     return each if reduction == 0 else each.mean() if reduction == 1 else each.sum()
+
+
+def gaussian_nll_loss(
+    input: Tensor, target: Tensor, var: Any, full: bool = False, eps: float = 1e-6, reduction: str = "mean"
+) -> Tensor:
+    """Like PyTorch's: a variance below ``eps`` counts as ``eps``, but has the derivatives of one that does not."""
+    if not isinstance(var, Tensor):
+        var = var * torch.ones_like(input)
+    elif var.shape != input.shape and var.shape == input.shape[:-1]:
+        var = var.unsqueeze(-1)
+    var = var + (var.clamp_min(eps) - var).detach()
+    each = 0.5 * (var.log() + (input - target).square() / var) + (0.5 * math.log(2 * math.pi) if full else 0.0)
+    return _reduced(each, {"none": 0, "mean": 1, "sum": 2}[reduction])
+
+
+def fill_diagonal_(self: Tensor, fill_value: float, wrap: bool = False) -> Any:
+    """The tensor itself, changed in place; without strides, which PyTorch differentiates wrongly."""
+    if self.dim() != 2 or wrap:
+        return NotImplemented
+    return self.masked_fill_(torch.eye(*self.shape, dtype=torch.bool, device=self.device), fill_value)
+
+
+#: Functions of PyTorch that read numbers or strides, with a stand-in that does not (or gives ``NotImplemented``).
+STAND_INS: dict[Any, Callable[..., Any]] = {
+    F.gaussian_nll_loss: gaussian_nll_loss,
+    Tensor.fill_diagonal_: fill_diagonal_,
+}
 
 
 def l1_loss(self: Tensor, target: Tensor, reduction: int = 1) -> Tensor:

@@ -159,7 +159,7 @@ CASES: list[RuleCase] = [
         "mish",
         "softplus",
     ),
-    *_unary("elu", "selu", "celu", "exp", "expm1", "sin", "cos", "atan", "erf", "sinh", "cosh", "neg"),
+    *_unary("elu", "selu", "celu", "exp", "expm1", "sin", "cos", "atan", "erf", "sinc", "sinh", "cosh", "neg"),
     *_unary("sign", "sgn", "floor", "ceil", "round", "trunc", "fix"),
     *_unary("log", "log1p", "sqrt", "rsqrt", "reciprocal", low=0.3, high=2.0),
     *_unary("hardsigmoid", "hardswish", "hardtanh", "relu6", low=-8.0, high=8.0),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from oracles import assemble, hessian_double_backward
@@ -436,3 +438,47 @@ def test_matrix_over_the_machine() -> None:
     assert held.size == 1_003_002 and held.nbytes < 2**28
     with refused(errors.MemoryBudgetError, "TiB"):
         held.dense()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"params": 3},
+        {"params": torch.zeros(2, 2)},
+        {"params": [torch.zeros(2, 2)]},
+        {"wrt": 3},
+        {"blocks": 3},
+        {"blocks": torch.zeros(2, 2)},
+        {"blocks": [3]},
+        {"blocks": [(1, 2)]},
+        {"blocks": [torch.zeros(2, 2)]},
+        {"memory_budget": float("nan")},
+        {"memory_budget": float("inf")},
+        {"memory_budget": "1..2"},
+        {"memory_budget": "1e999"},
+    ],
+    ids=str,
+)
+def test_options_of_the_wrong_type(options: dict[str, Any]) -> None:
+    with pytest.raises(dagh.errors.ReductionError) as caught:
+        dagh.hessian(nn.Linear(2, 3), "mse", torch.randn(4, 2), torch.randn(4, 3), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_arguments_of_a_matrix_of_the_wrong_type(tmp_path: Path) -> None:
+    matrix = dagh.hessian(nn.Linear(2, 3), "mse", torch.randn(4, 2), torch.randn(4, 3))
+    for k in (2.5, "2", True):
+        with pytest.raises(dagh.errors.ShapeError, match="whole number between 1 and P=9"):
+            matrix.eigvalsh(k)  # type: ignore[arg-type]
+    for suffix in (".safetensors", ".npz"):
+        with pytest.raises(dagh.errors.FileFormatError, match="there is no folder"):
+            matrix.save(tmp_path / "nowhere" / f"h{suffix}")
+    v = np.arange(9.0)
+    product = matrix @ v
+    assert isinstance(product, np.ndarray)
+    np.testing.assert_allclose(product, (matrix @ torch.from_numpy(v).float()).numpy())
+    assert (matrix @ np.eye(9)).shape == (9, 9)
+    with pytest.raises(dagh.errors.DtypeError):
+        matrix @ np.array(["a"] * 9)
+    with pytest.raises(dagh.errors.ShapeError):
+        matrix @ np.zeros(4)

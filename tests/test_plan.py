@@ -223,3 +223,19 @@ def test_plans_that_do_not_fit_are_refused() -> None:
         dagh.hessian(graph, "cross_entropy", x, y, plan=dagh.plan(graph, "cross_entropy", x, y, part="outer"))
     with pytest.raises(ReductionError, match="plan must be a Plan"):
         dagh.hessian(graph, "cross_entropy", x, y, plan="fast")  # type: ignore[arg-type]
+
+
+def test_routes_for_blocks_that_are_not_there_are_refused() -> None:
+    model, x, y = case("mlp")
+    graph = dagh.trace(model, x)
+
+    def plan(routes: Any, **options: Any) -> None:
+        dagh.plan(graph, "cross_entropy", x, y, routes=routes, **options)
+
+    with pytest.raises(dagh.errors.UnknownNameError, match=r"'2\.wight'; did you mean '2\.weight'"):
+        plan({("0.weight", "2.wight"): "upwards"})
+    with pytest.raises(ReductionError, match="not among the blocks asked for"):
+        plan({("0.weight", "2.weight"): "upwards"}, blocks="diagonal")
+    for wrong in (3, {3: "upwards"}, {"ab": "upwards"}, {("0.weight", "0.weight"): None}):
+        with pytest.raises(ReductionError, match="routes"):
+            plan(wrong)

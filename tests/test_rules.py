@@ -402,3 +402,14 @@ def test_fallback_is_exact(name: str) -> None:
     matrix = dagh.hessian(model, "mse", inputs, targets)
     assert matrix.plan.fallbacks, "expected an operation without a rule"
     close(matrix.dense(), assemble(hessian_double_backward(model, nn.MSELoss(), inputs, targets)), name)
+
+
+def test_what_is_no_operator_or_no_rule_is_refused(own_registry: None) -> None:
+    for wrong in (3, None, torch.sin, "sin"):
+        with pytest.raises(dagh.errors.RuleError, match="is not an operator"):
+            register_rule(wrong)
+    with pytest.raises(dagh.errors.RuleError, match=r"Bad\.derivative = 'nonsense'"):
+        register_rule("dagh_tests.nothing")(type("Bad", (Cube,), {"derivative": "nonsense"}))
+    with pytest.raises(dagh.errors.RuleError, match="already has a rule"):
+        register_rule(torch.ops.aten.tanh.default)(Cube())  # ours is that of every overload
+    register_rule(torch.ops.aten.tanh.default, replace=True)(Cube())

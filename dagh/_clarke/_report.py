@@ -17,11 +17,12 @@ from dagh._clarke._limiting import Certainty, Found, _flat, describe, find_patte
 from dagh._clarke._margins import histogram, margins
 from dagh._clarke._policy import AtKinks
 from dagh._clarke._sites import Site, loss_jump
-from dagh._graph import Graph, Mode, trace
+from dagh._graph import Graph, trace
 from dagh._hessian import _matrices
 from dagh._objectives import Reduction
 from dagh._planner import make_plan
 from dagh._prepare import Names, Prepared
+from dagh._programs import Mode
 from dagh._request import Request, choose_names, choose_pairs
 from dagh._state import State
 from dagh.errors import KinkError, MemoryBudgetError

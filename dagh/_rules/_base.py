@@ -9,15 +9,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from dagh._ir import Node
+from dagh._rules._keys import key_of
 from dagh.errors import RuleError
 
 DerivativeClass = Literal["linear", "bilinear", "elementwise", "smooth", "kinked"]
+ActsPer = Literal["element", "channel", "position", "sample"]
 Tangents = Mapping[int, Tensor]
 
 
@@ -106,7 +108,7 @@ class Rule:
 
     derivative: DerivativeClass = "smooth"
     #: acts on each element / each channel / each position separately (what the structure of a tangent survives)
-    acts_per: Literal["element", "channel", "position", "sample"] = "sample"
+    acts_per: ActsPer = "sample"
     #: honours the user's choice at its kinks (``Call.kink``)
     takes_choice: bool = False
     #: the value is a part of argument 0: cotangents are added into one bundle, instead of one full of zeros each
@@ -243,18 +245,25 @@ def register_rule(*operations: Any, replace: bool = False) -> Callable[[type[Rul
     ``operations`` are ATen or custom operators (``torch.ops.aten.relu.default``) or their names
     (``"aten.relu.default"``; ``"aten.relu"`` covers every overload).
 
-    Raises :class:`~dagh.errors.RuleError` where an operation already has a rule, unless ``replace`` is set.
+    Raises :class:`~dagh.errors.RuleError` where an operation already has a rule, by its overload or as a whole, unless
+    ``replace`` is set, and for what is no operator or no rule.
     """
+    keys = [key_of(operation) for operation in operations]
 
     def decorate(rule: type[Rule] | Rule) -> Any:
         instance = rule() if isinstance(rule, type) else rule
         if not isinstance(instance, Rule):
             raise RuleError(f"{rule!r} is not a dagh.Rule: subclass dagh.Rule and override its methods")
-        for operation in operations:
-            key = operation if isinstance(operation, str) else str(operation)
-            if key in _RULES and not replace:
-                raise RuleError(f"{key} already has a rule ({type(_RULES[key]).__name__}); pass replace=True")
-            _RULES[key] = instance
+        for option, known in (("derivative", DerivativeClass), ("acts_per", ActsPer)):
+            if (found := getattr(instance, option)) not in get_args(known):
+                raise RuleError(f"{type(instance).__name__}.{option} = {found!r}: expected one of {get_args(known)}")
+        # Ours give single overloads rules of their own beside that of the operation.
+        ours = type(instance).__module__.startswith("dagh.")
+        for key in keys:
+            present = _RULES.get(key) or (None if ours else _RULES.get(key.rpartition(".")[0]))
+            if present is not None and not replace:
+                raise RuleError(f"{key} already has a rule ({type(present).__name__}); pass replace=True")
+        _RULES.update(dict.fromkeys(keys, instance))
         return rule
 
     return decorate

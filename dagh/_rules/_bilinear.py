@@ -77,7 +77,7 @@ class Bilinear(Rule):
 
 def _rows(x: Tensor, lead: int) -> Tensor:
     """``[*lead, *positions, features]`` with the positions flattened: ``[*lead, T, features]``."""
-    return x.reshape(*x.shape[:lead], -1, x.shape[-1])
+    return x.reshape(*x.shape[:lead], x.shape[lead:-1].numel(), x.shape[-1])
 
 
 @register_rule("aten.linear")

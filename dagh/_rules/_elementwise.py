@@ -278,6 +278,27 @@ def _power(order: int) -> Derivative:
     return derivative
 
 
+def _sinc(order: int) -> Derivative:
+    """Derivatives of ``f = sin(u) / u``, ``u = πx``: ``f' = (cos u - f) / u``, ``f'' = -f - 2 f' / u``; series at 0."""
+
+    def derivative(call: Call, x: Tensor) -> Tensor:
+        u = math.pi * x
+        near = u.abs() < 1
+        small, large = torch.where(near, u, 0.0), torch.where(near, 1.0, u)
+        series = torch.zeros_like(u)
+        for k in range(10, 0, -1):  # Horner's scheme in u²
+            series = series * -small * small + (2 * k if order == 1 else 2 * k * (2 * k - 1)) / math.factorial(
+                2 * k + 1
+            )
+        f = torch.sin(large) / large
+        first = (torch.cos(large) - f) / large
+        if order == 1:
+            return math.pi * torch.where(near, -series * small, first)
+        return math.pi**2 * torch.where(near, -series, -f - 2 * first / large)
+
+    return derivative
+
+
 def _register_unaries() -> None:
     exp, sig = torch.exp, torch.sigmoid
     table: dict[str, Unary] = {
@@ -321,6 +342,7 @@ def _register_unaries() -> None:
         "erf": Unary(
             lambda c, x: 2 / math.sqrt(math.pi) * exp(-x * x), lambda c, x: -4 * x / math.sqrt(math.pi) * exp(-x * x)
         ),
+        "sinc": Unary(_sinc(1), _sinc(2)),
         "sinh": Unary(lambda c, x: torch.cosh(x), lambda c, x: c.out),
         "cosh": Unary(lambda c, x: torch.sinh(x), lambda c, x: c.out),
         "neg": Unary(lambda c, x: -torch.ones_like(x)),

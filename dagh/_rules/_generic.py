@@ -20,6 +20,7 @@ from dagh._rules._base import Call
 from dagh.errors import RuleError, first_line
 
 _NO_FORWARD: set[str] = set()
+_QUIET: list[None] = []
 
 
 @contextlib.contextmanager
@@ -28,10 +29,13 @@ def quiet_batching() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet implemented")
         torch._C._functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]
+        _QUIET.append(None)
         try:
             yield
         finally:
-            torch._C._functorch._set_vmap_fallback_warning_enabled(True)  # type: ignore[attr-defined]
+            _QUIET.pop()
+            if not _QUIET:  # the outermost of several; PyTorch does not tell what was set before
+                torch._C._functorch._set_vmap_fallback_warning_enabled(True)  # type: ignore[attr-defined]
 
 
 def over_samples(f: Callable[..., Any], tensors: Sequence[Tensor], randomness: str = "error") -> Any:
@@ -39,8 +43,10 @@ def over_samples(f: Callable[..., Any], tensors: Sequence[Tensor], randomness: s
 
     One sample after the other where ``vmap`` cannot: custom operators, and indexing with a mask.
     """
-    n = max((t.shape[0] for t in tensors), default=1)
-    if n > 1:
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return over_samples(f, [_usual(t) for t in tensors], randomness)
+    if max((t.shape[0] for t in tensors), default=1) > 1:
         dims = tuple(None if t.shape[0] == 1 else 0 for t in tensors)
         shared = [t[0] if d is None else t for t, d in zip(tensors, dims, strict=True)]
         try:
@@ -49,6 +55,21 @@ def over_samples(f: Callable[..., Any], tensors: Sequence[Tensor], randomness: s
             raise
         except (NotImplementedError, RuntimeError):
             pass
+    return _one_by_one(f, tensors)
+
+
+def _usual(t: Tensor) -> Tensor:
+    """A tensor that autograd may save, which those made in inference mode are not."""
+    return t.clone() if t.is_inference() else t
+
+
+def _usual_call(call: Call) -> Call:
+    return Call(call.node, [_usual(x) for x in call.xs], _usual(call.out), call.kink)
+
+
+def _one_by_one(f: Callable[..., Any], tensors: Sequence[Tensor]) -> Any:
+    """``f`` on one sample after the other, stacked."""
+    n = max((t.shape[0] for t in tensors), default=1)
     each = [f(*[_pick(t, k) for t in tensors]) for k in range(n)]
     return torch.utils._pytree.tree_map(lambda *ts: torch.stack(ts), *each)
 
@@ -77,6 +98,9 @@ def _split(call: Call, active: Iterable[int]) -> tuple[list[int], Callable[..., 
 
 def jvp(call: Call, tangents: Mapping[int, Tensor]) -> Tensor:
     """``Σ D t`` in forward mode, checked on one sample and direction against reverse mode, which is the fallback."""
+    if torch.is_inference_mode_enabled():  # where PyTorch 2.11's torch.func is silently wrong
+        with torch.inference_mode(False):
+            return jvp(_usual_call(call), {i: _usual(t) for i, t in tangents.items()})
     if call.node.key not in _NO_FORWARD:
         try:
             found: Tensor = _forward_jvp(call, tangents)
@@ -140,7 +164,7 @@ def _underivable(call: Call, error: Exception, times: str = " twice") -> RuleErr
 def _over_pairs(f: Callable[..., Any], values: Sequence[Tensor], bundles: Sequence[Tensor]) -> Any:
     """``f`` on every pair of sample and direction, as one ``vmap`` over all of them.
 
-    Nested ``vmap`` levels of ``jvp`` are silently wrong for some operations (determinants, linear solves).
+    Nested ``vmap`` levels of ``jvp`` and ``vjp`` are silently wrong for some operations (determinants, linear solves).
     """
     n = max(t.shape[0] for t in [*values, *bundles])
     b = bundles[0].shape[1]
@@ -167,26 +191,52 @@ def _forward_jvp(call: Call, tangents: Mapping[int, Tensor]) -> Tensor:
 
 
 def vjp(call: Call, cotangent: Tensor, arg: int) -> Tensor:
-    """``Dᵀ s`` by ``torch.func``, or by plain autograd where that does not know the operation."""
+    """``Dᵀ s`` by ``torch.func``, checked on one sample and direction against plain autograd, which is the fallback."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return vjp(_usual_call(call), _usual(cotangent), arg)
     try:
-        return _transform_vjp(call, cotangent, arg)
+        found = _transform_vjp(call, cotangent, arg)
+        if call.once(f"vjp agrees {arg}", lambda: _agrees(found, _one_vjp(call, cotangent, arg), {0: cotangent})):
+            return found
     except torch.OutOfMemoryError:
         raise
     except (NotImplementedError, RuntimeError):
-        return _plain_vjp(call, cotangent, arg)
+        pass
+    return _plain_vjp(call, cotangent, arg)
+
+
+def _one_vjp(call: Call, cotangent: Tensor, arg: int) -> Tensor | None:
+    """Plain autograd's ``Dᵀ s`` for the first sample and the longest cotangent."""
+    b = _telling({0: cotangent})
+    first = Call(call.node, [x[:1] for x in call.xs], call.out[:1])
+    try:
+        return _plain_vjp(first, cotangent[:1, b : b + 1], arg)
+    except RuleError:
+        return None
 
 
 def _transform_vjp(call: Call, cotangent: Tensor, arg: int) -> Tensor:
     _, close = _split(call, [arg])
     k = len(call.xs)
 
-    def per_sample(*tensors: Tensor) -> Tensor:
-        xs, s = tensors[:k], tensors[k]
-        pull = torch.func.vjp(close(xs), xs[arg])[1]
-        pulled: Tensor = torch.func.vmap(lambda c: pull(c)[0])(s)
+    def one(*tensors: Tensor) -> Tensor:
+        xs = tensors[:k]
+        pulled: Tensor = torch.func.vjp(close(xs), xs[arg])[1](tensors[k])[0]
         return pulled
 
-    result = over_samples(per_sample, [*call.xs, cotangent])
+    def per_sample(*tensors: Tensor) -> Tensor:
+        xs = tensors[:k]
+        pull = torch.func.vjp(close(xs), xs[arg])[1]
+        pulled: Tensor = torch.func.vmap(lambda c: pull(c)[0])(tensors[k])
+        return pulled
+
+    try:
+        result = _over_pairs(one, call.xs, [cotangent])
+    except (NotImplementedError, RuntimeError) as error:  # no batching rule: shapes that depend on values, say
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        result = _one_by_one(per_sample, [*call.xs, cotangent])
     assert isinstance(result, Tensor)
     return result
 
@@ -214,6 +264,10 @@ def _plain_vjp(call: Call, cotangent: Tensor, arg: int) -> Tensor:
 def curvature(call: Call, adjoint: Tensor, tangents: Mapping[int, Tensor], args: Iterable[int]) -> dict[int, Tensor]:
     """``Σ M t`` forward over reverse, checked on one sample and direction like :func:`jvp`."""
     args = list(args)
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            moved = {i: _usual(t) for i, t in tangents.items()}
+            return curvature(_usual_call(call), _usual(adjoint), moved, args)
     if call.node.key not in _NO_FORWARD:
         try:
             found = _forward_over_reverse(call, adjoint, tangents, args)

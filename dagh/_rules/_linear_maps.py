@@ -321,10 +321,12 @@ class FixedDropout(LinearMap):
         return xs[0] * xs[1]
 
     def jvp(self, call: Call, tangents: Tangents) -> Tensor:
+        if 0 not in tangents:  # the mask is a constant
+            return torch.zeros_like(tangents[1])
         return tangents[0] * call.xs[1].unsqueeze(1)
 
     def vjp(self, call: Call, cotangent: Tensor, arg: int, keep: bool) -> Tensor:
-        return cotangent * call.xs[1].unsqueeze(1)
+        return torch.zeros_like(cotangent) if arg else cotangent * call.xs[1].unsqueeze(1)
 
 
 @register_rule("dagh.stop_gradient")

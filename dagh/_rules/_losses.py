@@ -59,7 +59,7 @@ class CrossEntropy(Rule):
                 norm = z.new_full([1] * z.dim(), count)
             else:
                 ignored = (target == int(call.arg("ignore_index"))).unsqueeze(axis)
-                hot = torch.zeros_like(z).scatter(axis, target.clamp(min=0).unsqueeze(axis), 1.0)
+                hot = torch.zeros_like(z).scatter(axis, target.long().unsqueeze(axis).masked_fill(ignored, 0), 1.0)
                 q = ((1 - smoothing) * w * hot + smoothing / classes * w).masked_fill(ignored, 0.0)
                 used = (w * hot).sum(axis, keepdim=True).masked_fill(ignored, 0.0)
                 norm = used.flatten(1).sum(1).reshape(-1, *([1] * (z.dim() - 1)))
