@@ -72,6 +72,11 @@ class DataConfig:
         if any(n is not None and n < 2 for n in (self.train, self.test)):
             raise ConfigError("data.train and data.test: expected at least 2 samples")
 
+    @property
+    def dataset(self) -> str:
+        """What results call it: a file by its name without folder and ending."""
+        return Path(self.name).stem if self.name.endswith(".npz") else self.name
+
 
 @dataclass(frozen=True)
 class StudyConfig:

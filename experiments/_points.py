@@ -6,12 +6,12 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import dagh
+from dagh.errors import first_line
 
 from ._config import DataConfig, NetConfig, StudyConfig, TrainConfig
 from ._measure_config import MeasureConfig
@@ -72,6 +72,11 @@ class Run:
         }
 
 
+def pairs(study: StudyConfig) -> list[tuple[str | None, Any]]:
+    """Every (axis, value) of a study; (None, None) for one without axes."""
+    return [(axis, value) for axis, values in study.axes.items() for value in values] or [(None, None)]
+
+
 def expand(study: StudyConfig, sources: Callable[[DataConfig], Source]) -> list[Run]:
     """All runs of a study, in the order of its axes, values and seeds, without repeats.
 
@@ -79,8 +84,7 @@ def expand(study: StudyConfig, sources: Callable[[DataConfig], Source]) -> list[
         DaghError: a data set cannot be loaded, or a network does not fit it.
     """
     found: dict[str, Run] = {}
-    pairs: list[tuple[str | None, Any]] = [(a, v) for a, values in study.axes.items() for v in values]
-    for axis, value in pairs or [(None, None)]:
+    for axis, value in pairs(study):
         point = study.at(axis, value)
         source = sources(point.data)
         _check(point.base, source)
@@ -97,8 +101,9 @@ def _check(net: NetConfig, source: Source) -> None:
         with torch.device("meta"):
             build(net, source.shape, source.classes)
     except (RuntimeError, TypeError, OverflowError) as error:  # sizes that no tensor has
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(f"a network with L={net.L}, C={net.C}, k={net.k} cannot be built: {reason}") from error
+        raise ConfigError(
+            f"a network with L={net.L}, C={net.C}, k={net.k} cannot be built: {first_line(error)}"
+        ) from error
 
 
 def epochs(train: TrainConfig, data: str) -> int:
@@ -110,8 +115,12 @@ def epochs(train: TrainConfig, data: str) -> int:
 
 def _runs(point: StudyConfig, source: Source) -> Iterable[Run]:
     samples = {"train": len(source.split.train_x), "test": len(source.split.test_x)}
-    name = Path(point.data.name).stem if point.data.name.endswith(".npz") else point.data.name
-    data = {"name": name, **samples, "train_digest": source.train_digest, "test_digest": source.test_digest}
+    data = {
+        "name": point.data.dataset,
+        **samples,
+        "train_digest": source.train_digest,
+        "test_digest": source.test_digest,
+    }
     train = TrainConfig(**{**_fields(point.train), "epochs": epochs(point.train, point.data.name)})
     settings = {k: v for k, v in to_plain(train).items() if k != "together"}
     for seed in point.seeds:

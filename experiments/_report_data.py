@@ -13,7 +13,6 @@ import numpy as np
 
 from dagh.errors import FileFormatError
 
-from ._config import StudyConfig
 from ._store import RunRecord, Store
 from ._validate import ConfigError
 from ._wanted import points, settings
@@ -118,12 +117,13 @@ def load(folders: Sequence[str | Path]) -> Results:
     """
     stores = [Store(folder) for folder in folders]
     studies = [store.study() for store in stores]
-    held = [(r, str(store.path)) for store in stores for r in store.runs(whole=True)]
+    broken = [store.damaged() for store in stores]
+    held = [(r, str(s.path)) for s, bad in zip(stores, broken, strict=True) for r in s.runs(without=bad.keys())]
     done = {(r.key, r.axis, label_of(r.value)): (r, where) for r, where in held if r.status == "done"}
     records = [r for r, _ in done.values()]
     present = {_name(r) for r in records}
     failed = {_name(r): _failure(r) for r, _ in held if r.status != "done" and _name(r) not in present}
-    damaged = [f"{key}: {reason}" for store in stores for key, reason in store.damaged().items()]
+    damaged = [f"{key}: {reason}" for bad in broken for key, reason in bad.items()]
     missing: dict[str, None] = {}
     order: dict[str, list[str]] = {}
     for study in studies:
@@ -131,8 +131,9 @@ def load(folders: Sequence[str | Path]) -> Results:
             order[varied] = merged(order.get(varied, []), [label_of(v) for v in values])
         for axis, value in points(study):
             point = "" if axis is None else f"{axis}={label_of(value)}, "
+            dataset = study.at(axis, value).data.dataset
             for seed in study.seeds:
-                if (axis, label_of(value), seed, _data_of(study, axis, value)) not in present | failed.keys():
+                if (axis, label_of(value), seed, dataset) not in present | failed.keys():
                     missing[f"{point}seed {seed} ({study.name})"] = None
     if not records:
         raise FileFormatError(f"{', '.join(map(str, folders))}: no finished run to report on")
@@ -144,11 +145,6 @@ def load(folders: Sequence[str | Path]) -> Results:
 
 def _name(record: RunRecord) -> tuple[str | None, str, int, str]:
     return record.axis, label_of(record.value), record.seed, record.dataset
-
-
-def _data_of(study: StudyConfig, axis: str | None, value: Any) -> str:
-    name = study.at(axis, value).data.name
-    return Path(name).stem if name.endswith(".npz") else name
 
 
 def merged(first: list[str], second: list[str]) -> list[str]:

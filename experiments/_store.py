@@ -162,18 +162,18 @@ class Store:
         looked = {line["key"]: self.damage(line["key"]) for line in self.manifest() if line["status"] == "done"}
         return {key: reason for key, reason in looked.items() if reason is not None}
 
-    def runs(self, superseded: bool = False, whole: bool = False) -> list[RunRecord]:
+    def runs(self, superseded: bool = False, without: Collection[str] = ()) -> list[RunRecord]:
         """The finished and failed runs that the study asks for, the last one of every point and seed; one that stands
         for several points appears once for each.
 
         Args:
             superseded: every run instead, also those of points or settings that the study no longer has.
-            whole: leave damaged runs out instead of raising.
+            without: keys to leave out, those of damaged runs for instance.
 
         Raises:
             FileFormatError: a file of a run that the manifest calls done is damaged.
         """
-        records = self.stored(self.damaged().keys() if whole else ())
+        records = self.stored(without)
         wanted = None if superseded or not self.study_file.is_file() else Wanted(self.study())
         found: dict[str, RunRecord] = {}
         for r in records:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ._config import DataConfig, NetConfig, StudyConfig, TrainConfig
 from ._measure_config import MeasureConfig
-from ._points import epochs
+from ._points import epochs, pairs
 from ._validate import to_plain
 
 Point = tuple[str | None, Any]
 
 
 def points(study: StudyConfig) -> list[Point]:
-    """Every (axis, value) of a study, values as json has them; (None, None) for one without axes."""
-    found: list[Point] = [(axis, to_plain(value)) for axis, values in study.axes.items() for value in values]
-    return found or [(None, None)]
+    """Every (axis, value) of a study, values as json has them."""
+    return [(axis, to_plain(value)) for axis, value in pairs(study)]
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,8 +57,7 @@ class Wanted:
 
 def _same_data(wanted: DataConfig, point: Point, config: Mapping[str, Any]) -> bool:
     held = config.get("data", {})
-    name = Path(wanted.name).stem if wanted.name.endswith(".npz") else wanted.name
-    if held.get("name") != name:
+    if held.get("name") != wanted.dataset:
         return False
     for asked, count in ((wanted.train, held.get("train")), (wanted.test, held.get("test"))):
         if asked is not None and asked != count:
