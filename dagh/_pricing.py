@@ -36,7 +36,9 @@ def gate_of(program: Program, leaf: Node) -> Gate | None:
     if argument == 0 or not node.inputs[0].batched:
         return None
     if node.key == "aten.linear.default" and node.inputs[0].numel and node.inputs[1].op is None:
-        tokens = node.shape[1] if len(node.shape) >= 3 and node.inputs[0].shape[:2] == node.shape[:2] else 1
+        # Sweeps that keep axis 1 apart lay its directions out first: the order of the rows of x if axis 0 has length 1.
+        apart = len(node.shape) >= 3 and node.shape[0] == 1 and node.inputs[0].shape[:2] == node.shape[:2]
+        tokens = node.shape[1] if apart else 1
         return Gate(node, argument, rows=node.inputs[0].numel // node.inputs[0].shape[-1], tokens=tokens)
     if node.key == "dagh.convolution" and int(node.arg("groups")) == 1 and not node.arg("transposed"):
         return Gate(node, argument, channels=node.shape[1])
