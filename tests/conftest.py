@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import signal
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; tests interrupt their children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # pytest listens to every logger, and that makes torch.export write its long structured log.
 logging.getLogger("torch.__trace").propagate = False
 

@@ -460,6 +460,33 @@ def test_interrupt(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["model.py", "started"]
 
 
+def without_torch(folder: Path, instead: str) -> dict[str, str]:
+    """An environment where ``import torch`` runs other code."""
+    (folder / "fake").mkdir()
+    (folder / "fake" / "torch.py").write_text(instead)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder / "fake"), str(ROOT)])}
+
+
+def test_interrupt_while_torch_is_imported(tmp_path: Path) -> None:
+    env = without_torch(tmp_path, "import time\nopen('started', 'w').close()\ntime.sleep(60)\n")
+    command = [sys.executable, "-m", "dagh", "trace", "model.py"]
+    with subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True) as child:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "started").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=30)
+    assert (child.returncode, err.strip()) == (130, "interrupted")
+
+
+def test_what_does_not_need_torch(tmp_path: Path) -> None:
+    env = without_torch(tmp_path, "raise AssertionError('imported')\n")
+    code = "import dagh; assert 'trace' in dir(dagh); print(dagh.__version__)"
+    for command in (["-m", "dagh", "--version"], ["-c", code]):
+        done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert dagh.__version__ in done.stdout, done.stderr
+
+
 # -- files --------------------------------------------------
 
 

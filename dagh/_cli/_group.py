@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -63,17 +63,21 @@ def _plugins() -> dict[str, EntryPoint]:
 class DaghGroup(click.Group):
     """A group whose sub-commands are also found by the entry points ``dagh.commands``.
 
+    ``own``: where the group's own commands are, by name; they are imported when asked for.
     Errors of the library and of the command line end in one line on stderr and the exit code of their kind.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __init__(self, *args: Any, own: Mapping[str, str], **options: Any) -> None:
         super().__init__(*args, **options)
+        self._own = own
         self._loaded: dict[str, click.Command] = {}
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted({*super().list_commands(ctx), *_plugins()})
+        return sorted({*super().list_commands(ctx), *self._own, *_plugins()})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in self._own and cmd_name not in self.commands:
+            self.add_command(EntryPoint(cmd_name, self._own[cmd_name], "").load(), cmd_name)
         own = super().get_command(ctx, cmd_name)
         point = _plugins().get(cmd_name)
         if own is not None:
