@@ -44,7 +44,7 @@ def norm_lower_bound(
     if 0 in tuple(shape):
         raise ShapeError(f"shape {tuple(shape)} has no elements")
     generator = torch.Generator().manual_seed(seed)
-    v = torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype=dtype, device=device)
+    v = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu").to(dtype=dtype, device=device)
     value = 0.0
     for step in range(steps + 1):
         v = v / torch.linalg.vector_norm(v)

@@ -259,8 +259,8 @@ def _pools(chain: Chain) -> list[Pool]:
 def _windows(pool: Pool, source: Any, node: Any) -> Tensor:
     if not pool.plain:
         raise Absent(f"the windows of {node.name!r} overlap or leave the image")
-    at = torch.zeros(node.numel, source.numel, dtype=torch.float64)
-    images = torch.arange(source.numel).reshape(source.shape)
+    at = torch.zeros(node.numel, source.numel, dtype=torch.float64, device="cpu")
+    images = torch.arange(source.numel, device="cpu").reshape(source.shape)
     taken = images
     for axis, (kernel, stride) in enumerate(zip(pool.kernel, pool.stride, strict=True), start=2):
         taken = taken.unfold(axis, kernel, stride)

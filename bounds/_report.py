@@ -269,9 +269,9 @@ def _example(model: nn.Module | dagh.Graph, example: Any) -> tuple[Any, float | 
         raise ShapeError("without inputs, pass example=: a tensor like the inputs, or the shape of one sample")
     if isinstance(example, (list, tuple)) and example and all(isinstance(n, int) for n in example):
         module = model.model if isinstance(model, dagh.Graph) else model
-        like = next((p for p in module.parameters() if p.dtype.is_floating_point), torch.empty(()))
+        like = next((p for p in module.parameters() if p.dtype.is_floating_point), torch.empty((), device="cpu"))
         generator = torch.Generator().manual_seed(0)
-        x = torch.rand((2, *example), generator=generator, dtype=torch.float64)
+        x = torch.rand((2, *example), generator=generator, dtype=torch.float64, device="cpu")
         return x.to(like.dtype).to(like.device), math.sqrt(math.prod(example))
     if not any(isinstance(t, Tensor) for t in pytree.tree_leaves(example)):
         raise ShapeError(f"example={example!r}: expected a tensor like the inputs, or the shape of one sample")

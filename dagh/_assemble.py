@@ -176,7 +176,11 @@ def _sweep_column(
     else:
         # A range of a layer's outputs, for all of its rows: what is summed over the rows must be together.
         outputs = slice(part.start // column.order, part.stop // column.order)
-        chosen = torch.arange(column.seed.numel // column.copies).reshape(column.order, -1)[:, outputs].flatten()
+        chosen = (
+            torch.arange(column.seed.numel // column.copies, device="cpu")
+            .reshape(column.order, -1)[:, outputs]
+            .flatten()
+        )
         seed = unit_vectors(column.seed, column.copies, chosen, state.values[column.seed])
         units = chosen if column.copies == 1 else None
     if column.basis == "input":

@@ -276,7 +276,7 @@ def atlas(
         return Atlas(
             matrix.names, matrix.shapes, matrix.modules, part=part, reduction=reduction, matrix=matrix, info=matrix.info
         )
-    state = graph.evaluate(loss, inputs, targets, reduction=reduction, kinks=kinks, wrt=names)
+    state = graph._evaluate(loss, inputs, targets, reduction=reduction, kinks=kinks, wrt=names)
     names, _ = choose_names(state.program, graph.trainable, params, None)
     return atlas_of(state, names, part, reduction, budget=budget, probes=probes or _PROBES, seed=seed)
 

@@ -50,6 +50,12 @@ def append_loss(
         if result is base.output:  # the model computes its loss itself
             result = builder.emit(torch.ops.aten.sum.default, result)
     nodes = [*base.nodes, *builder.nodes]
+    for made in builder.nodes:
+        if made.dtype.is_complex and _depends(nodes, made, base.output):
+            raise LossError(
+                f"loss {objective.name!r} makes the output complex (node {made.name!r}), which has no rules; "
+                "write it with real and imaginary parts"
+            )
     if not isinstance(result, Node) or not _depends(nodes, result, base.output):
         raise LossError(f"loss {objective.name!r} does not depend on the model's output through tensor operations")
     if "loss" not in base.by_name:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from dagh._capture import batch_size
+from dagh._capture import batch_size, some_samples
 from dagh._inputs import normalize_inputs
 from dagh.errors import DataError
 
@@ -68,13 +68,18 @@ class Batches:
             args, kwargs = normalize_inputs(inputs)
             n = batch_size(args, kwargs)
             count += n
-            if not self.single:
-                mark += _mark((inputs, targets))
+            mark += _mark((inputs, targets))
             step = n if self.limit is None else max(1, min(self.limit, n))
             self.whole = self.single and step >= n
             for start in range(0, max(n, 1), max(step, 1)):
-                yield (inputs, targets) if step >= n else _cut((inputs, targets), n, start, start + step)
+                window = slice(start, start + step)
+                yield (inputs, targets) if step >= n else some_samples((inputs, targets), n, window)
         self._compare(count, mark)
+
+    def renew(self) -> None:
+        """Take one batch as it is now; a loader must go on giving the same data."""
+        if self.single:
+            self._seen = None
 
     def _pair(self, batch: Any) -> Pair:
         if self.single:
@@ -95,6 +100,8 @@ class Batches:
         if before != count:
             raise DataError(f"the loader gave {before} samples in its first pass and {count} in this one")
         if not math.isclose(mark, other, rel_tol=1e-9, abs_tol=1e-9):
+            if self.single:
+                raise DataError("the batch has changed since the operator was made; call op.update()")
             raise DataError(
                 "the loader gives other data on every pass (random augmentation, or a sampler with replacement?); "
                 "an operator needs the same samples each time, in any order"
@@ -109,14 +116,6 @@ def _mark(batch: Any) -> float:
             x = t.detach().double()
             total += (k + 1) * float((x.abs() + x.square()).sum())
     return total
-
-
-def _cut(batch: Any, n: int, start: int, stop: int) -> Pair:
-    def one(t: Any) -> Any:
-        return t[start:stop] if isinstance(t, Tensor) and t.dim() and t.shape[0] == n else t
-
-    inputs, targets = pytree.tree_map(one, batch)
-    return inputs, targets
 
 
 def _describe(batch: Any) -> str:

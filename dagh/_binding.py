@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from dagh._ir import Node, Program
 from dagh._lowering import Builder, dropout_mask
 from dagh._outputs import choose_output, prune
 from dagh.errors import DtypeError
+
+if TYPE_CHECKING:
+    from dagh._state import State
 
 
 def lower_model(
@@ -78,6 +81,12 @@ def lower_model(
     flat_out = pytree.tree_leaves(results) if not isinstance(results, (list, tuple)) else list(results)
     outputs = [flat_out[i] for i in captured.outputs]
     node, name = choose_output(captured.names, outputs, output)
+    kinds = {p.dtype for p in leaf_of.values() if p.dtype.is_floating_point}
+    if len(kinds) == 1 and node.dtype not in kinds:
+        raise DtypeError(
+            f"the model's parameters are {str(kinds.pop())[6:]} and its output is {str(node.dtype)[6:]}: it casts on "
+            "the way; use that dtype for both, or leave out the cast"
+        )
     return prune(builder.nodes, {names[0]: leaf_of[names[0]] for names in tied}, inputs, node), name
 
 
@@ -107,3 +116,12 @@ def leaf_values(
             shared = not (x.dim() and x.shape[0] == n)
             leaves[node] = x.unsqueeze(0) if coupled or shared else x.unsqueeze(1)
     return leaves
+
+
+def unbind(state: State) -> None:
+    """Copy values that share memory with the model or the data, so that the state does not move with them."""
+    live = {v.untyped_storage().data_ptr() for n, v in state.values.items() if n.op is None}
+    for node, value in state.values.items():
+        if value.untyped_storage().data_ptr() in live:
+            state.values[node] = value.clone()
+    state._calls.clear()

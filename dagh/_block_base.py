@@ -306,7 +306,7 @@ def _lanczos_spectral(block: Block) -> Tensor:
         result: np.ndarray[Any, Any] = wide.matmat(wide.rmatmat(v)).reshape(-1).cpu().numpy()
         return result
 
-    dtype = torch.empty(0, dtype=block.dtype).numpy().dtype
+    dtype = torch.empty(0, dtype=block.dtype, device="cpu").numpy().dtype
     operator = LinearOperator((size, size), matvec=product, dtype=dtype)
     start = np.random.default_rng(0).standard_normal(size).astype(dtype)
     try:

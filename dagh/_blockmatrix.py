@@ -359,6 +359,10 @@ class BlockMatrix:
         """Read what :meth:`save` wrote, on the CPU; ``FileFormatError`` for any other file."""
         return load(Path(path), memory_budget=memory_budget)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: the plan first, which knows the order of the nodes that blocks may refer to."""
+        return {"plan": self.plan, **self.__dict__}
+
     def __repr__(self) -> str:
         per_sample = "" if self.samples is None else f", N={self.samples}"
         device = "" if self.device.type == "cpu" else f", {self.device}"

@@ -102,7 +102,7 @@ def scipy_operator(matrix: BlockMatrix) -> LinearOperator:
         raise ReductionError("per-sample blocks are no single operator; take H.sample(n).to_scipy()")
     matrix.require_complete()
     held = matrix.to("cpu")
-    dtype = torch.empty(0, dtype=matrix.dtype).numpy().dtype
+    dtype = torch.empty(0, dtype=matrix.dtype, device="cpu").numpy().dtype
 
     def product(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         v = torch.from_numpy(np.ascontiguousarray(x, dtype))

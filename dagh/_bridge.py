@@ -37,7 +37,7 @@ def build(state: State, bridge: Bridge, working: float) -> Crossing:
     step = bridge.step(state.samples, working, itemsize(like.dtype))
     pieces = []
     for part in ranges(bridge.width, step):
-        seed = unit_vectors(bridge.node, bridge.copies, torch.arange(part.start, part.stop), like)
+        seed = unit_vectors(bridge.node, bridge.copies, torch.arange(part.start, part.stop, device="cpu"), like)
         tangents = _sweep.push_forward(
             state, {bridge.node: seed}, bridge.within, bridge.held, channelwise=bridge.copies > 1
         )
@@ -64,7 +64,7 @@ def _table(state: State, table: Table, node: Node, working: float) -> Tensor:
         if table.gate is not None:
             seed = Convolution().seed_channels(state.call(table.seed), table.gate.argument)[:, part]
         else:
-            seed = unit_vectors(table.seed, table.copies, torch.arange(part.start, part.stop), like)
+            seed = unit_vectors(table.seed, table.copies, torch.arange(part.start, part.stop, device="cpu"), like)
         tangents = _sweep.push_forward(state, {table.seed: seed}, table.within, {node}, channelwise=table.copies > 1)
         packed = node in tangents.channelwise
         t, c = tangents[node], node.shape[1] if packed else 1
@@ -98,7 +98,7 @@ def unit_vectors(node: Node, copies: int, chosen: Tensor, like: Tensor) -> Tenso
     """Some of the basis of a node: ``[1, B, *shape]``, alike in each of the channels (tokens) it stands for."""
     each, shape = node.numel // copies, node.shape
     eye = torch.zeros(len(chosen), each, dtype=like.dtype, device=like.device)
-    eye[torch.arange(len(chosen)), chosen] = 1
+    eye[torch.arange(len(chosen), device="cpu"), chosen] = 1
     if copies == 1:
         return eye.reshape(1, len(chosen), *shape)
     return eye.reshape(1, len(chosen), shape[0], 1, *shape[2:]).expand(-1, -1, -1, copies, *shape[2:])

@@ -11,20 +11,33 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from dagh import _written_out
-from dagh._decompose import decompositions, settled, write_out_in_place
+from dagh._decompose import decompositions, settled, write_out_in_place, write_out_no_grad
+from dagh._outputs import as_dicts, output_paths, spec_paths
+from dagh._reading import ReadValues, StandIns
 from dagh.errors import CaptureError, DaghError, first_line
 
 aten = torch.ops.aten
+F = TypeVar("F", bound=Callable[..., Any])
 
 #: Modes and flags are put back as they were found, and PyTorch traces in one thread at a time.
 _ONE_AT_A_TIME = threading.RLock()
+
+
+def one_at_a_time(f: F) -> F:
+    """``f`` while no other thread traces: a model that is being traced holds stand-ins of its parameters."""
+
+    @functools.wraps(f)
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        with _ONE_AT_A_TIME:
+            return f(*args, **kwargs)
+
+    return cast(F, alone)
 
 
 @dataclass
@@ -95,16 +108,20 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Restore buffers afterwards (training-mode normalization updates them), and keep the random state."""
-    saved = {n: b.detach().clone() for n, b in model.named_buffers()}
+    """Run the model on copies of its buffers (training-mode normalization updates them), and keep the random state.
+
+    The buffers themselves are not even written to: a backward pass of the user's may be waiting for them.
+    """
+    held = [(m, n, b) for m in model.modules() for n, b in m._buffers.items() if b is not None]
+    copies = {id(b): b.detach().clone() for _, _, b in held}
     with torch.random.fork_rng(devices=_cuda_devices(model)):
         try:
+            for m, n, b in held:
+                m._buffers[n] = copies[id(b)]
             yield
         finally:
-            with torch.no_grad():
-                for n, b in model.named_buffers():
-                    if n in saved and not torch.equal(b, saved[n]):
-                        b.copy_(saved[n])
+            for m, n, b in held:
+                m._buffers[n] = b
 
 
 def _cuda_devices(model: nn.Module) -> list[torch.device]:
@@ -127,6 +144,10 @@ def capture(
     batch exactly (``args`` must have it).
     """
     started = time.perf_counter()
+    with torch.inference_mode(False):  # autograd takes copies of inputs that were made in that mode
+        args, kwargs = pytree.tree_map(
+            lambda x: x.clone() if isinstance(x, Tensor) and x.is_inference() else x, (args, kwargs)
+        )
     failures: list[str] = []
     attempts: list[tuple[str, Callable[[], Captured]]] = []
     if batch is None:
@@ -134,13 +155,20 @@ def capture(
         attempts.append(
             ("torch.export of the tensor outputs, dynamic batch", lambda: _export_tensors(model, args, kwargs))
         )
-        one = pytree.tree_map(_first_sample(args, kwargs), (args, kwargs))
+        one = some_samples((args, kwargs), batch_size(args, kwargs), slice(1))
         attempts.append(("torch.export, batch of 1", lambda: _export(model, one[0], one[1], False)))
         attempts.append(("direct tracing, batch of 1", lambda: _make_fx(model, one[0], one[1])))
     else:
         attempts.append((f"torch.export, batch of {batch}", lambda: _export(model, args, kwargs, False)))
         attempts.append((f"direct tracing, batch of {batch}", lambda: _make_fx(model, args, kwargs)))
-    with in_mode(model, mode), undisturbed(model), _without_counters(model), quiet(), _StandIns():
+    with (
+        in_mode(model, mode),
+        undisturbed(model),
+        _without_counters(model),
+        quiet(),
+        StandIns(),
+        torch.set_grad_enabled(recordable(model)),  # a region without gradient is then the model's own
+    ):
         for method, attempt in attempts:
             try:
                 captured = attempt()
@@ -159,6 +187,11 @@ def capture(
     raise CaptureError(f"the model could not be traced ({'; '.join(failures)})")
 
 
+def recordable(model: nn.Module) -> bool:
+    """Whether autograd takes the model: its tensors were not made in inference mode."""
+    return not any(t.is_inference() for t in (*model.parameters(), *model.buffers()))
+
+
 def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Length of axis 0 of the first tensor."""
     for leaf in pytree.tree_leaves((args, kwargs)):
@@ -167,9 +200,9 @@ def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     return 1
 
 
-def _first_sample(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Any], Any]:
-    n = batch_size(args, kwargs)
-    return lambda x: x[:1] if isinstance(x, Tensor) and x.dim() and x.shape[0] == n else x
+def some_samples(batch: Any, n: int, window: slice) -> Any:
+    """A range of a batch's ``n`` samples; what does not have ``n`` rows is left as it is."""
+    return pytree.tree_map(lambda x: x[window] if isinstance(x, Tensor) and x.dim() and x.shape[0] == n else x, batch)
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool) -> Captured:
@@ -189,6 +222,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
 
         shapes = _dynamic_shapes(model, args, kwargs, spec)
     program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    write_out_no_grad(program.graph_module)
     write_out_in_place(program.graph_module)
     if not settled(program.graph_module):
         program = program.run_decompositions(decompositions())
@@ -225,21 +259,6 @@ def _export_tensors(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
                 for key, entry in stack.items()
             }
     return captured
-
-
-def output_paths(result: Any) -> list[tuple[str, Any]]:
-    """Every leaf of what a model returned, with its dotted path."""
-    paths, _ = pytree.tree_flatten_with_path(result)
-    named = []
-    for path, leaf in paths:
-        parts = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path]
-        named.append((".".join(parts) or "output", leaf))
-    return named
-
-
-def spec_paths(spec: Any) -> list[str]:
-    """The dotted paths of a pytree's leaves."""
-    return [name for name, _ in output_paths(pytree.tree_unflatten(list(range(spec.num_leaves)), spec))]
 
 
 def _dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], spec: Callable[[Any], Any]) -> Any:
@@ -292,7 +311,7 @@ def _make_fx(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         for i, t in zip(positions, tensors, strict=True):
             full[i] = t
         a, k = pytree.tree_unflatten(full, spec)
-        out = torch.func.functional_call(model, named, a, k)
+        out = as_dicts(torch.func.functional_call(model, named, a, k))
         leaves, tree = pytree.tree_flatten(out)
         out_spec[:] = [tree]
         return leaves
@@ -300,7 +319,7 @@ def _make_fx(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     functional = torch.func.functionalize(run)
 
     def concrete(*inputs: Any) -> Any:
-        with _ReadValues():
+        with ReadValues():
             return functional(*inputs)
 
     values = [*params.values(), *(b.clone() for b in buffers.values())]
@@ -315,41 +334,6 @@ def _make_fx(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return Captured(traced, leaves, list(range(count)), spec_paths(out_spec[0]), "", None, 0.0)
 
 
-class _StandIns(torch.overrides.TorchFunctionMode):
-    """Calls simpler functions in place of some that cannot be traced."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        found = NotImplemented
-        if func in _written_out.STAND_INS:
-            with self:
-                found = _written_out.STAND_INS[func](*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {})) if found is NotImplemented else found
-
-
-class _ReadValues(_StandIns):
-    """Lets Python read numbers out of traced tensors, so that control flow follows the example's values."""
-
-    _READERS = frozenset(
-        getattr(Tensor, name) for name in ("item", "__bool__", "__int__", "__float__", "__index__", "tolist")
-    )
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in self._READERS:
-            from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
-
-            x = args[0]
-            if torch._is_functional_tensor(x):
-                torch._sync(x)  # type: ignore[attr-defined, no-untyped-call]
-                x = torch._from_functional_tensor(x)
-            with disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():
-                return func(x, *args[1:], **(kwargs or {}))
-        return super().__torch_function__(func, types, args, kwargs)
-
-
 def trace_function(function: Callable[..., Any], tensors: Sequence[Tensor]) -> fx.GraphModule:
     """ATen graph of a plain function of tensors, at these values (used for losses).
 
@@ -359,11 +343,11 @@ def trace_function(function: Callable[..., Any], tensors: Sequence[Tensor]) -> f
     from torch.fx.experimental.proxy_tensor import make_fx
 
     def concrete(*inputs: Tensor) -> Any:
-        with _ReadValues():
+        with ReadValues():
             return torch.func.functionalize(function)(*inputs)
 
     table = decompositions()
-    with quiet(), _StandIns(), torch.enable_grad():
+    with quiet(), StandIns(), torch.enable_grad():
         try:
             traced: fx.GraphModule = make_fx(
                 function, decomposition_table=table, tracing_mode="real", pre_dispatch=True

@@ -55,6 +55,35 @@ def settled(module: fx.GraphModule) -> bool:
     return True
 
 
+def write_out_no_grad(module: fx.GraphModule) -> None:
+    """Put the calls of every ``no_grad`` region in its place, their results detached."""
+    for node in list(module.graph.nodes):
+        if node.op == "call_function" and node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
+            differentiated, inner, *operands = node.args
+            region = getattr(module, inner.target)
+            write_out_no_grad(region)
+            known = dict(zip((n for n in region.graph.nodes if n.op == "placeholder"), operands, strict=True))
+            with module.graph.inserting_before(node):
+                results: Any = module.graph.graph_copy(region.graph, known)
+                if not differentiated:
+                    results = fx.map_arg(results, lambda n: _detached(module.graph, n))
+            for user in list(node.users):
+                user.replace_all_uses_with(results[user.args[1]])
+                module.graph.erase_node(user)
+            module.graph.erase_node(node)
+            if not inner.users:
+                module.graph.erase_node(inner)
+    module.recompile()
+
+
+def _detached(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    if not isinstance(node.meta.get("val"), Tensor) or not node.meta["val"].dtype.is_floating_point:
+        return node
+    found = graph.call_function(aten.detach.default, (node,))
+    found.meta = dict(node.meta)
+    return found
+
+
 def write_out_in_place(module: fx.GraphModule) -> None:
     """Turn ``relu_(x)`` into ``relu(x)`` where ``x`` is an intermediate result that nothing else is a view of.
 

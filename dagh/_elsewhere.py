@@ -7,12 +7,11 @@ vanish: interactions between samples, or a backward pass that is not the derivat
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from dagh import _capture, _inputs
 from dagh._binding import leaf_values
@@ -23,11 +22,15 @@ from dagh.errors import DaghError
 _SAMPLES = 4
 
 
-def moved(t: Tensor, generator: torch.Generator, share: float = 0.1) -> Tensor:
-    """``t`` with noise of a share of its own size, or of one where it (nearly) vanishes."""
-    noise = 2 * torch.rand(t.shape, generator=generator, dtype=torch.float64) - 1
+def moved(t: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """``t`` with noise of a tenth of its own size, or of 0.1 where it (nearly) vanishes.
+
+    Without a generator the same numbers in every call.
+    """
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    noise = 2 * torch.rand(t.shape, generator=generator, dtype=torch.float64, device="cpu") - 1
     size = float(t.detach().norm()) / max(1, t.numel()) ** 0.5
-    return t.detach() + share * (size if size > 1e-2 else 1.0) * noise.to(t)
+    return t.detach() + 0.1 * (size if size > 1e-2 else 1.0) * noise.to(t)
 
 
 def moved_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -54,9 +57,7 @@ def twin(model: nn.Module, parameters: dict[str, Tensor]) -> nn.Module | None:
 def few(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The first samples of a batch."""
     n = _capture.batch_size(args, kwargs)
-    found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(
-        lambda x: x[:_SAMPLES] if isinstance(x, Tensor) and x.dim() and x.shape[0] == n else x, (args, kwargs)
-    )
+    found: tuple[tuple[Any, ...], dict[str, Any]] = _capture.some_samples((args, kwargs), n, slice(_SAMPLES))
     return found
 
 
@@ -79,6 +80,22 @@ def program_values(
     except (DaghError, RuntimeError, ValueError, IndexError):
         return None
     return values if bool(torch.isfinite(values[program.output]).all()) else None
+
+
+def with_output(
+    program: Program, values: Mapping[Node, Tensor], output: Tensor, samples: int
+) -> dict[Node, Tensor] | None:
+    """Values of a program's loss where the model had another output; ``None``: not defined."""
+    model = program.ancestors([program.output])  # of which a loss reads the output alone
+    known = {node: t for node, t in values.items() if node in model or node.op is None}
+    known[program.output] = output.reshape(samples, *program.output.shape)
+    try:
+        with torch.no_grad():
+            return evaluate_program(program, known, as_policy("torch"), known=known)
+    except torch.OutOfMemoryError:
+        raise
+    except (DaghError, RuntimeError, ValueError, IndexError):
+        return None
 
 
 def coupled_elsewhere(
@@ -104,20 +121,18 @@ def coupled_elsewhere(
             whole = run(args, kwargs)
         except Exception:  # the user's code may raise anything at parameters that are not its own
             return False
-        if not bool(torch.isfinite(whole).all()) or _inputs.same_output(values[program.output], whole, n):
+        if not bool(torch.isfinite(whole).all()) or _inputs.same_output(
+            values[program.output], whole, n, program.precision
+        ):
             return False
         try:
-            each = [run(*pytree.tree_map(_one(k, n), (args, kwargs))) for k in range(n)]
-            return not _inputs.close(torch.cat(each), whole)
+            each = [run(*_capture.some_samples((args, kwargs), n, slice(k, k + 1))) for k in range(n)]
+            return not _inputs.close(torch.cat(each), whole, program.precision)
         except Exception:  # a batch of one is refused: Batch-Norm in training mode
             return True
-
-
-def _one(k: int, n: int) -> Any:
-    return lambda x: x[k : k + 1] if isinstance(x, Tensor) and x.dim() and x.shape[0] == n else x
 
 
 def random_like(shapes: Sequence[int], like: Tensor) -> Tensor:
     """Standard normal numbers, the same in every call."""
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(tuple(shapes), generator=generator, dtype=torch.float64).to(like)
+    return torch.randn(tuple(shapes), generator=generator, dtype=torch.float64, device="cpu").to(like)

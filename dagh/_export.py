@@ -242,7 +242,9 @@ def _other_sample(x: Tensor) -> Tensor:
     """``x [1, N, …]`` with its first sample replaced."""
     x = x.clone()
     if x.dtype.is_floating_point:
-        noise = torch.rand(x[0, 0].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x)
+        noise = torch.rand(
+            x[0, 0].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu"
+        ).to(x)
         x[0, 0] = x[0, 0] * (0.5 + noise) + 0.1 * noise
         return x
     different = [k for k in range(1, x.shape[1]) if not torch.equal(x[0, k], x[0, 0])]

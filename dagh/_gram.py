@@ -198,7 +198,7 @@ def gram(
     budget = _memory.parse_size(memory_budget) if isinstance(memory_budget, str) else memory_budget
     graph = model if isinstance(model, Graph) else trace(model, inputs, mode=mode, output=output)
     names, _ = choose_names(graph.program, graph.trainable, params, None)
-    state = graph.evaluate(loss, inputs, targets, reduction=reduction, kinks=kinks, wrt=names)
+    state = graph._evaluate(loss, inputs, targets, reduction=reduction, kinks=kinks, wrt=names)
     names, _ = choose_names(state.program, graph.trainable, params, None)
     return gram_of(state, names, kind, budget)
 

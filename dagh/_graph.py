@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 from dagh import _capture, _inputs, _objectives
 from dagh._attach import append_loss
+from dagh._binding import unbind
 from dagh._gradient_check import check_elsewhere, check_gradient, check_loss
-from dagh._ir import Node, Program
+from dagh._ir import Node, Program, same_program
+from dagh._kinks import KinkPolicy
+from dagh._marks import Watch
 from dagh._programs import Mode, Programs
 from dagh._state import State, as_policy, check_finite, evaluate_program
 from dagh.errors import (
@@ -68,6 +71,7 @@ class Graph(Programs):
     model is trained.
     """
 
+    @_capture.one_at_a_time
     def __init__(
         self, model: nn.Module, example_inputs: Any, *, mode: Mode, dropout_seed: int | None, output: str | int | None
     ) -> None:
@@ -84,7 +88,19 @@ class Graph(Programs):
         _inputs.warn_about_mode(model, mode)
         _inputs.check_runs(model, args, kwargs, mode)
         self._capture_all(args, kwargs)
+        self._watch = Watch(model)
         self.seconds = time.perf_counter() - started
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copies: what it takes to trace the model again."""
+        kept = ("model", "mode", "dropout_seed", "output_name", "seconds", "_output", "_example")
+        return {name: getattr(self, name) for name in kept}
+
+    @_capture.one_at_a_time
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._capture_all(*self._example)
+        self._watch = Watch(self.model)
 
     # -- structure ---------------------------------------------------------------------------------
 
@@ -96,6 +112,7 @@ class Graph(Programs):
         return self._program(_capture.batch_size(args, kwargs) if self.coupled else 1)
 
     @property
+    @_capture.one_at_a_time
     def parameters(self) -> dict[str, Tensor]:
         """Distinct parameters by their first name, as they are now."""
         self._follow()
@@ -172,6 +189,15 @@ class Graph(Programs):
             NonDeterministicError: the model does not reproduce itself.
             CoupledSamplesError: ``reduction="none"`` where samples interact.
         """
+        state = self._evaluate(loss, inputs, targets, reduction=reduction, kinks=kinks, wrt=wrt)
+        unbind(state)
+        return state
+
+    @_capture.one_at_a_time
+    def _evaluate(
+        self, loss: Any, inputs: Any, targets: Any, *, reduction: _objectives.Reduction, kinks: Any, wrt: Any
+    ) -> State:
+        """:meth:`evaluate`, with values that share memory with the model's parameters and the inputs."""
         if reduction not in ("mean", "sum", "none"):
             raise ReductionError(f"reduction={reduction!r}: expected 'mean', 'sum' or 'none'")
         args, kwargs = _inputs.normalize_inputs(inputs)
@@ -183,6 +209,7 @@ class Graph(Programs):
         objective = _objectives.resolve(loss)
         policy = as_policy(kinks)
         self._follow()
+        self._look_again(args, kwargs)
         output, known = self._verify(args, kwargs, n)
         # A model that lays its samples out in other rows (logits.view(-1, V)) is one sample to its loss.
         rows = output.shape[0] if output.dim() else 1
@@ -191,42 +218,38 @@ class Graph(Programs):
         _objectives.check_targets(targets, None if coupled else n)
         if not coupled:
             objective = _objectives.separable(objective, output, targets, n)
-        reason, scale = self.coupling or "the rows of output and targets are not the samples", None
-        if not coupled and objective.is_callable:
-            scale = _objectives.scale_of(objective, output, targets, n)
-            scale = _objectives.scale_elsewhere(objective, output, targets, n, scale)
-            if scale is None:
-                coupled = True
-                reason = f"on the batch, loss {objective.name!r} is neither the mean nor the sum over single samples"
-            else:
-                weights = output.new_full((n,), scale if reduction == "mean" else 1.0)
-        elif not coupled:
-            weights = _objectives.sample_weights(objective, reduction, output, targets, n)
-        if coupled and (reduction == "none" or (reduction == "sum" and not self.coupled)):
-            raise CoupledSamplesError(f"per-sample blocks do not exist: {reason}; use reduction='mean'")
+        reason = self.coupling or "the rows of output and targets are not the samples"
+        scale = None if coupled or not objective.is_callable else _objectives.scale_of(objective, output, targets, n)
+        if not coupled and objective.is_callable and scale is None:
+            coupled = True
+            reason = f"on the batch, loss {objective.name!r} is neither the mean nor the sum over single samples"
+        found = None
+        if not coupled:
+            try:
+                found = self._valued(objective, output, targets, args, kwargs, known, policy, False, scale)
+            except LossError:  # where the loss does not work on the whole batch either, that says so
+                if reduction != "mean":
+                    raise
+            if found is None:
+                coupled, reason = True, f"loss {objective.name!r} decides by the values of single samples"
         if coupled:
-            weights = _objectives.coupled_weight(objective, reduction, output, targets)
+            if reduction == "none" or (reduction == "sum" and not self.coupled):
+                raise CoupledSamplesError(f"per-sample blocks do not exist: {reason}; use reduction='mean'")
             if not self.coupled:
                 self._require_batch(args, kwargs, n)
-        samples, batch = (1, n) if coupled else (n, 1)
-        flat_targets, _ = _objectives.target_tensors(targets)
-        for retraced in (False, True):
-            program = self._with_loss(objective, output, targets, batch, n, fresh=retraced)
-            policy.check(program)
-            leaves = self._leaf_values(program, args, kwargs, coupled)
-            for node, t in zip(program.targets, flat_targets, strict=True):
-                leaves[node] = t.unsqueeze(0) if coupled else t.unsqueeze(1)
-            with torch.no_grad(), _objectives.blamed_on(objective.name, output, targets):
-                values = evaluate_program(program, leaves, policy, known=known)
-            check_finite(program, values)
-            assert program.loss is not None
-            each = values[program.loss].reshape(-1).expand(samples)
-            if _objectives.reproduces(objective, output, targets, each, scale):
-                break
+            found = self._valued(objective, output, targets, args, kwargs, known, policy, True, None)
+            if found is None:
+                raise LossError(
+                    f"loss {objective.name!r} does not reproduce itself: it must be a function of output and target "
+                    "alone"
+                )
+            weights = _objectives.coupled_weight(objective, reduction, output, targets)
+        elif scale is not None:
+            weights = output.new_full((n,), scale if reduction == "mean" else 1.0)
         else:
-            raise LossError(
-                f"loss {objective.name!r} does not reproduce itself: it must be a function of output and target alone"
-            )
+            weights = _objectives.sample_weights(objective, reduction, output, targets, n)
+        assert found is not None
+        (program, values), samples = found, 1 if coupled else n
         sources = [
             v for v in program if v.op is None and v.dtype.is_floating_point and v.kind in ("parameter", "input")
         ]
@@ -247,6 +270,43 @@ class Graph(Programs):
             self._gradient_checked = True
         return policy.settle(state)
 
+    def _valued(
+        self,
+        objective: _objectives.Objective,
+        output: Tensor,
+        targets: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        known: dict[Node, Tensor],
+        policy: KinkPolicy,
+        coupled: bool,
+        scale: float | None,
+    ) -> tuple[Program, dict[Node, Tensor]] | None:
+        """The program with the loss, and its values; ``None`` where they do not add up to the loss as it is now."""
+        n = _capture.batch_size(args, kwargs)
+        flat_targets, _ = _objectives.target_tensors(targets)
+        for retraced in (False, True):
+            program = self._with_loss(objective, output, targets, n if coupled else 1, n, fresh=retraced)
+            policy.check(program)
+            leaves = self._leaf_values(program, args, kwargs, coupled)
+            for node, t in zip(program.targets, flat_targets, strict=True):
+                leaves[node] = t.unsqueeze(0) if coupled else t.unsqueeze(1)
+            with torch.no_grad(), _objectives.blamed_on(objective.name, output, targets):
+                values = evaluate_program(program, leaves, policy, known=known)
+            check_finite(program, values)
+            assert program.loss is not None
+            each = values[program.loss].reshape(-1).expand(1 if coupled else n)
+            if not _objectives.reproduces(objective, output, targets, each, scale, program.precision):
+                continue
+            # A callable that decides by values may be another function on single samples, and not show it here.
+            if (
+                coupled
+                or not objective.is_callable
+                or _objectives.reproduced_elsewhere(objective, program, values, output, targets, scale)
+            ):
+                return program, values
+        return None
+
     def _verify(self, args: tuple[Any, ...], kwargs: dict[str, Any], n: int) -> tuple[Tensor, dict[Node, Tensor]]:
         """The model's own output on these inputs, after checking that the program reproduces it; and its values."""
         if self.dropout_seed is not None and self.mode == "train":
@@ -265,7 +325,8 @@ class Graph(Programs):
                 with torch.no_grad():
                     values = evaluate_program(program, leaves, as_policy("torch"), program.ancestors([program.output]))
                 got = values[program.output]
-                if _inputs.same_output(got, output.unsqueeze(0) if self.coupled else output, 1 if self.coupled else n):
+                wanted, rows = (output.unsqueeze(0), 1) if self.coupled else (output, n)
+                if _inputs.same_output(got, wanted, rows, program.precision):
                     return output, values
                 if not bool(torch.isfinite(got).all()):
                     check_finite(program, values)
@@ -273,7 +334,7 @@ class Graph(Programs):
                 if self.coupled:
                     raise
             again = self._pick(_capture.run_model(self.model, args, kwargs, self.mode))
-            if not _inputs.close(output, again):
+            if not _inputs.close(output, again, program.precision):
                 raise NonDeterministicError(
                     "two evaluations of the model on the same inputs differ; remove or seed its randomness"
                 )
@@ -281,9 +342,6 @@ class Graph(Programs):
                 # The model has changed, or the traced branch does not fit these inputs: then the batch as it is.
                 self._capture_all(args, kwargs)
                 if not self.coupled and not self._agrees(args, kwargs)[0]:
-                    self._losses = {}
-                    self._programs = {}
-                    self._example = (args, kwargs)
                     self._whole(args, kwargs, "the model takes another branch on some of these inputs")
         raise NonDeterministicError(
             "the traced graph does not reproduce the model on these inputs: its control flow depends on values in a "
@@ -293,16 +351,24 @@ class Graph(Programs):
     def _with_loss(
         self, objective: _objectives.Objective, output: Tensor, targets: Any, batch: int, n: int, *, fresh: bool
     ) -> Program:
-        """The model's program with the loss appended; ``fresh``: traced anew even if it is remembered."""
+        """The model's program with the loss appended, as it is remembered while the loss reads what it read then.
+
+        ``fresh``: traced anew all the same.
+        """
         flat, spec = _objectives.target_tensors(targets)
         key = (objective.key, batch, tuple((t.shape[1:], t.dtype) for t in flat))
-        if key in self._losses and not fresh:
-            return self._losses[key]
+        known, watch = self._losses.get(key, (None, None))
+        changed = set[Any]() if watch is None else watch.changes()
+        if known is not None and not fresh and not changed:
+            return known
         base = self._program(batch)
         one = not (batch > 1 or n == 1 or self.coupled)
         first, some = (output[:1], [t[:1] for t in flat]) if one else (output, flat)
         program = append_loss(base, objective, first, some, spec, batched=batch == 1)
+        if known is not None and watch is not None and not fresh and same_program(known, program):
+            watch.excuse(changed)
+            return known
         while len(self._losses) >= _KEPT_LOSSES:
             self._losses.pop(next(iter(self._losses)))
-        self._losses[key] = program
+        self._losses[key] = program, None if objective.source is None else Watch(objective.source, tensors=True)
         return program

@@ -195,7 +195,10 @@ def decompose(
     output: str | int | None = None,
     mode: Mode = "eval",
 ) -> Decomposition:
-    """Both parts and their sum, from one evaluation. Arguments as in :func:`hessian`."""
+    """Both parts and their sum, from one evaluation. Arguments as in :func:`hessian`.
+
+    Where a block of one part is zero, the sum shares the other's memory: copy what you want to write to.
+    """
     found = compute(
         ("full", "outer", "functional"),
         model,

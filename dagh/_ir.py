@@ -8,9 +8,10 @@ interact, the program is the model applied to the whole batch, and the leading a
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, Literal
 
 import torch
@@ -100,6 +101,15 @@ class Node:
         bound.update(self.kwargs)
         self.bound = bound
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle, which does not take PyTorch's operations: they go by name."""
+        return {**self.__dict__, "op": _named(self.op), "bound": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.op = _called(state["op"])
+        self.__post_init__()
+
     @property
     def numel(self) -> int:
         return self.shape.numel()
@@ -132,6 +142,25 @@ class Node:
 
     def __repr__(self) -> str:
         return f"<{self.name}: {self.operation} {tuple(self.shape)}>"
+
+
+def _named(op: Any) -> Any:
+    if isinstance(op, Item):
+        return Item(_named(op.op), op.index)
+    return _Overload(str(op)) if isinstance(op, torch._ops.OpOverload) else op
+
+
+def _called(op: Any) -> Any:
+    if isinstance(op, Item):
+        return Item(_called(op.op), op.index)
+    return operator.attrgetter(op.name)(torch.ops) if isinstance(op, _Overload) else op
+
+
+@dataclass(frozen=True)
+class _Overload:
+    """Stands for one of PyTorch's operations, ``aten.add.Tensor``."""
+
+    name: str
 
 
 def fill(template: Any, tensors: Sequence[Any]) -> Any:
@@ -173,6 +202,12 @@ class Program:
     def __iter__(self) -> Iterator[Node]:
         return iter(self.nodes)
 
+    @cached_property
+    def precision(self) -> torch.dtype:
+        """The coarsest floating-point type in which the model computes: some cast to single precision on the way."""
+        single = any(n.dtype == torch.float32 and n.op is not None and n.part == "model" for n in self.nodes)
+        return torch.float32 if single else torch.float64
+
     def descendants(self, sources: Sequence[Node]) -> set[Node]:
         """``sources`` and every node computed from them."""
         reached = set(sources)
@@ -188,3 +223,19 @@ class Program:
             if node in reached:
                 reached.update(node.inputs)
         return reached
+
+
+def same_program(a: Program, b: Program) -> bool:
+    """Whether two programs do the same calls on the same constants."""
+    return len(a.nodes) == len(b.nodes) and all(_same(m, n) for m, n in zip(a.nodes, b.nodes, strict=True))
+
+
+def _same(a: Node, b: Node) -> bool:
+    described = ("name", "kind", "shape", "dtype", "op", "args", "kwargs", "module", "batched", "names", "dropout")
+    constant = a.value is None or (b.value is not None and torch.equal(a.value, b.value))
+    return (
+        (a.value is None) == (b.value is None)
+        and constant
+        and [p.index for p in a.inputs] == [p.index for p in b.inputs]
+        and all(getattr(a, name) == getattr(b, name) for name in described)
+    )

@@ -263,7 +263,7 @@ def _averages(site: Site) -> bool:
     if kernel is None or "pool" not in node.operation:
         return False
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(node.inputs[0].shape, generator=generator, dtype=torch.float64)
+    x = torch.randn(node.inputs[0].shape, generator=generator, dtype=torch.float64, device="cpu")
     shape: list[int] = []
     for n, k in zip(node.shape[2:], kernel, strict=True):
         shape += [n, k]

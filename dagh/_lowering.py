@@ -219,7 +219,7 @@ def fixed_dropout(input: Tensor, mask: Tensor) -> Tensor:
 def dropout_mask(like: Tensor, p: float, seed: int) -> Tensor:
     """A dropout mask of the shape of ``like``, scaled by ``1 / (1 - p)``; the same seed gives the same numbers."""
     generator = torch.Generator().manual_seed(seed)
-    keep = (torch.rand(like.shape, generator=generator, dtype=torch.float64) >= p).to(like)
+    keep = (torch.rand(like.shape, generator=generator, dtype=torch.float64, device="cpu") >= p).to(like)
     return keep / (1 - p) if p < 1 else keep
 
 

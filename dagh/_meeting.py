@@ -52,7 +52,8 @@ def meet(sweeps: Sweeps, columns: Sequence[Column]) -> tuple[list[Column], dict[
     widest = max((c.width * c.copies for c in columns), default=0)
     nodes = [v for v in program if v.op is not None and v.part == "model" and v.batched and 0 < v.numel < widest]
     columns = list(columns)
-    if len(nodes) * len(columns) > _CANDIDATES:
+    mixed = program.loss is not None and program.precision != program.loss.dtype  # a bridge multiplies across casts
+    if mixed or len(nodes) * len(columns) > _CANDIDATES:
         return columns, {}
     meeting = _Meeting(sweeps)
     whole = {i: meeting.whole(c) for i, c in enumerate(columns) if c.basis != "input"}

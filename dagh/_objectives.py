@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dagh import _elsewhere
+from dagh._ir import Node, Program
 from dagh.errors import DaghError, DtypeError, LossError, ShapeError, first_line
 
 Reduction = Literal["mean", "sum", "none"]
@@ -42,6 +43,8 @@ class Objective:
     averages: bool = True
     own: Callable[[Any, Any], Tensor] | None = None
     """A module's own call, for when its samples turn out not to be separable."""
+    source: Any = None
+    """What the user gave, where it is not a name."""
 
     @property
     def is_callable(self) -> bool:
@@ -122,7 +125,7 @@ def resolve(loss: Any) -> Objective:
         value: Tensor = loss(output) if target is None else loss(output, target)
         return value
 
-    return Objective(name, _callable_key(loss), call, None)
+    return Objective(name, _callable_key(loss), call, None, source=loss)
 
 
 def _callable_key(loss: Any) -> Any:
@@ -181,7 +184,9 @@ def _from_module(loss: Any) -> Objective:
         weigh = _count
     # Modules with several targets, or whose unreduced shape is not the output's, are taken at their own word.
     if isinstance(loss, _SEVERAL_TARGETS):
-        return Objective(name, key, lambda o, t: loss(o, *t) if isinstance(t, (tuple, list)) else loss(o, t), None)
+        return Objective(
+            name, key, lambda o, t: loss(o, *t) if isinstance(t, (tuple, list)) else loss(o, t), None, source=loss
+        )
 
     elementwise = isinstance(loss, _ELEMENTWISE)
 
@@ -196,7 +201,7 @@ def _from_module(loss: Any) -> Objective:
         value: Tensor = summing(output, target)
         return value
 
-    return Objective(name, key, summed, weigh, averages=own != "sum", own=loss)
+    return Objective(name, key, summed, weigh, averages=own != "sum", own=loss, source=loss)
 
 
 @contextlib.contextmanager
@@ -234,7 +239,7 @@ def separable(objective: Objective, output: Tensor, targets: Any, n: int) -> Obj
                 return objective
         except (RuntimeError, ValueError, IndexError):
             pass
-    return Objective(objective.name, (objective.key, "own"), objective.own, None)
+    return Objective(objective.name, (objective.key, "own"), objective.own, None, source=objective.own)
 
 
 # -- weights of the samples ------------------------------------------------------------------------
@@ -260,7 +265,10 @@ def have_rows(targets: Any, rows: int) -> bool:
 
 
 def scale_of(objective: Objective, output: Tensor, targets: Any, n: int) -> float | None:
-    """1/N where a callable averages over samples, 1 where it sums, ``None`` where it does neither."""
+    """1/N where a callable averages over samples, 1 where it sums, ``None`` where it does neither.
+
+    Looked at here, and at another output where there is a value: at equal outputs interactions may cancel.
+    """
     with torch.no_grad():
         with blamed_on(objective.name, output, targets):
             total = objective.summed(output, targets)
@@ -269,11 +277,25 @@ def scale_of(objective: Objective, output: Tensor, targets: Any, n: int) -> floa
             raise LossError(f"loss {objective.name!r} must return a scalar; it returned {shape}")
         if n == 1:
             return 1.0
-        try:
-            pieces = _pieces(n)
-            each = torch.stack([objective.summed(*_part(output, targets, p)) for p in pieces])
-        except (RuntimeError, ValueError, IndexError):
+        scale = _scale_at(objective, output, targets, n, total)
+        if scale is None:
             return None
+        point = _elsewhere.moved(output)
+        try:
+            total = objective.summed(point, targets)
+            return _scale_at(objective, point, targets, n, total) if bool(torch.isfinite(total).all()) else scale
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # outside its domain the user's code may raise anything
+            return scale
+
+
+def _scale_at(objective: Objective, output: Tensor, targets: Any, n: int, total: Tensor) -> float | None:
+    try:
+        pieces = _pieces(n)
+        each = torch.stack([objective.summed(*_part(output, targets, p)) for p in pieces])
+    except (RuntimeError, ValueError, IndexError):
+        return None
     counts = each.new_tensor([p.stop - p.start for p in pieces])
     tolerance = 1e-9 if output.dtype == torch.float64 else 1e-4
     size = max(float((each.abs() * counts).sum()), 1e-30)
@@ -284,30 +306,36 @@ def scale_of(objective: Objective, output: Tensor, targets: Any, n: int) -> floa
     return None
 
 
-def scale_elsewhere(objective: Objective, output: Tensor, targets: Any, n: int, scale: float | None) -> float | None:
-    """:func:`scale_of` at another output, where there is one: at equal outputs interactions may cancel."""
-    if n == 1 or scale is None:
-        return scale
-    point = _elsewhere.moved(output, torch.Generator().manual_seed(0))
-    try:
-        with torch.no_grad():
-            if not bool(torch.isfinite(objective.summed(point, targets)).all()):
-                return scale
-        return scale_of(objective, point, targets, n)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # outside its domain the user's code may raise anything
-        return scale
-
-
-def reproduces(objective: Objective, output: Tensor, targets: Any, each: Tensor, scale: float | None) -> bool:
+def reproduces(
+    objective: Objective,
+    output: Tensor,
+    targets: Any,
+    each: Tensor,
+    scale: float | None,
+    precision: torch.dtype = torch.float64,
+) -> bool:
     """Whether traced values ``each`` (``[N]``) add up to the loss as it is now (its own state may have changed)."""
     with torch.no_grad(), blamed_on(objective.name, output, targets):
         wanted = float(objective.summed(output, targets))
     got = float(each.sum()) * (scale if objective.is_callable and scale is not None else 1.0)
-    tolerance = 1e-9 if output.dtype == torch.float64 else 1e-3
+    tolerance = 1e-3 if output.dtype != torch.float64 else 1e-9 if precision == torch.float64 else 1e-5
     size = max(abs(wanted), float(each.abs().sum()) * (1.0 if scale is None else scale), 1e-30)
     return abs(got - wanted) <= tolerance * size
+
+
+def reproduced_elsewhere(
+    objective: Objective, program: Program, values: Mapping[Node, Tensor], output: Tensor, targets: Any, scale: Any
+) -> bool:
+    """:func:`reproduces` at another output, where the loss is defined there."""
+    point, n = _elsewhere.moved(output), output.shape[0]
+    moved = _elsewhere.with_output(program, values, point, n)
+    if moved is None or program.loss is None:
+        return True
+    each = moved[program.loss].reshape(-1).expand(n)
+    try:
+        return not bool(torch.isfinite(each).all()) or reproduces(objective, point, targets, each, scale)
+    except LossError:
+        return True
 
 
 def _pieces(n: int) -> list[slice]:
@@ -331,13 +359,20 @@ def sample_weights(objective: Objective, reduction: Reduction, output: Tensor, t
     if reduction == "none":
         # A sample of which nothing counts (every label ignored) has no loss of its own.
         return torch.where(share == 0, 0.0, ones / share) if objective.averages else ones
-    return ones / share.sum()
+    return ones / _total(objective, share)
+
+
+def _total(objective: Objective, share: Tensor) -> Tensor:
+    total = share.sum()
+    if not bool(total):
+        raise LossError(f"loss {objective.name!r} is a mean over no targets: all are ignored, or have weight zero")
+    return total
 
 
 def coupled_weight(objective: Objective, reduction: Reduction, output: Tensor, targets: Any) -> Tensor:
     if objective.weigh is None or not objective.averages or reduction == "sum":
         return output.new_ones(1)
-    return output.new_ones(1) / _share(objective, output, targets).sum()
+    return output.new_ones(1) / _total(objective, _share(objective, output, targets))
 
 
 def _share(objective: Objective, output: Tensor, targets: Any) -> Tensor:

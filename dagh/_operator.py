@@ -132,6 +132,9 @@ class HessianOperator:
         self._pieces: list[Linearization] | None = None
         self.update()
 
+    def __reduce__(self) -> Any:
+        raise TypeError("an operator cannot be pickled or copied: pickle its graph, and call dagh.operator on that")
+
     # -- making it ---------------------------------------------------------------------------------
 
     def update(self) -> HessianOperator:
@@ -141,7 +144,9 @@ class HessianOperator:
         self._bytes = _memory.budget_bytes(self._budget, device)
         self._width = 1
         self._point = {n: p.detach().clone() for n, p in self.graph.parameters.items()}
+        self._buffers = {n: b.detach().clone() for n, b in self.graph.model.named_buffers()}
         batches = self._batches
+        batches.renew()
         self._per_sample = _sample_bytes(self.graph, self.dtype)
         if not self.graph.coupled:
             batches.limit = max(1, self._bytes // (2 * _HELD * self._per_sample))
@@ -191,7 +196,6 @@ class HessianOperator:
             raise self._coupled(str(error)) from None
         if state.coupled and not lone:
             raise self._coupled(self.graph.coupling or "the loss couples the samples of a batch")
-        _detach_from_model(state)
         return state
 
     def _coupled(self, reason: str) -> CoupledSamplesError:
@@ -338,11 +342,13 @@ class HessianOperator:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _fresh(self) -> Iterator[Linearization]:
-        """The pieces made again, one at a time. Refused where the parameters have changed since."""
-        for name, p in self.graph.parameters.items():
-            if not torch.equal(p.detach(), self._point[name]):
+        """The pieces made again, one at a time. Refused where parameters, buffers or data have changed since."""
+        now = {**self.graph.parameters, **dict(self.graph.model.named_buffers())}
+        for name, before in {**self._point, **self._buffers}.items():
+            if name not in now or not torch.equal(now[name].detach(), before):
+                kind = "buffer" if name in self._buffers else "parameter"
                 raise DataError(
-                    f"parameter {name!r} has changed since the operator was made, and its linearizations do not fit "
+                    f"{kind} {name!r} has changed since the operator was made, and its linearizations do not fit "
                     "memory; call op.update(), or raise memory_budget"
                 )
         for inputs, targets in self._shown("a product over"):
@@ -382,12 +388,3 @@ def _sample_bytes(graph: Graph, dtype: torch.dtype) -> int:
 
 def _length(inputs: Any) -> int:
     return batch_size(*normalize_inputs(inputs))
-
-
-def _detach_from_model(state: State) -> None:
-    """Copy values that share memory with the model or the data: a state of an operator does not move with them."""
-    live = {v.untyped_storage().data_ptr() for n, v in state.values.items() if n.op is None}
-    for node, value in state.values.items():
-        if value.untyped_storage().data_ptr() in live:
-            state.values[node] = value.clone()
-    state._calls.clear()

@@ -23,6 +23,7 @@ from dagh._rules._losses import loss_factor
 
 if TYPE_CHECKING:
     from dagh._state import State
+from dagh.errors import NonFiniteError
 
 
 @dataclass
@@ -44,6 +45,11 @@ def factor_loss(state: State) -> LossFactor:
         if columns is not None:
             return LossFactor(columns, None)
     curvature = loss_curvature(state)
+    if not bool(torch.isfinite(curvature).all()):
+        raise NonFiniteError(
+            "the loss has no finite second derivative in the model's output: look for coinciding points, a division by "
+            "zero, or NaN among the targets"
+        )
     n, k = curvature.shape[:2]
     diagonal = curvature.diagonal(dim1=1, dim2=2)
     shape = program.output.shape

@@ -1,14 +1,42 @@
-"""The user's outputs: which tensor of everything a model returns is differentiated."""
+"""The user's outputs: everything a model returns by name, and which tensor of it is differentiated."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from dagh._ir import Node, Program
 from dagh.errors import OutputError
+
+
+def output_paths(result: Any) -> list[tuple[str, Any]]:
+    """Every leaf of what a model returned, with its dotted path."""
+    paths, _ = pytree.tree_flatten_with_path(as_dicts(result))
+    named = []
+    for path, leaf in paths:
+        parts = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path]
+        named.append((".".join(parts) or "output", leaf))
+    return named
+
+
+def as_dicts(result: Any) -> Any:
+    """What a model returned, data classes that PyTorch does not know as a container by the names of their fields."""
+
+    def one(leaf: Any) -> Any:
+        if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
+            return leaf
+        return {f.name: as_dicts(getattr(leaf, f.name)) for f in dataclasses.fields(leaf)}
+
+    return pytree.tree_map(one, result)
+
+
+def spec_paths(spec: Any) -> list[str]:
+    """The dotted paths of a pytree's leaves."""
+    return [name for name, _ in output_paths(pytree.tree_unflatten(list(range(spec.num_leaves)), spec))]
 
 
 def choose_output(names: Sequence[str], leaves: Sequence[Any], wanted: str | int | None) -> tuple[Any, str]:
@@ -17,7 +45,7 @@ def choose_output(names: Sequence[str], leaves: Sequence[Any], wanted: str | int
         name: leaf for name, leaf in zip(names, leaves, strict=True)
         if isinstance(leaf, (Tensor, Node)) and leaf.dtype.is_floating_point
     }  # fmt: skip
-    if wanted is not None:
+    if wanted is not None and candidates:
         key = str(wanted)
         if key not in candidates and isinstance(wanted, int) and 0 <= wanted < len(names):
             key = names[wanted]
@@ -28,7 +56,9 @@ def choose_output(names: Sequence[str], leaves: Sequence[Any], wanted: str | int
         name, leaf = next(iter(candidates.items()))
         return leaf, name
     if not candidates:
-        raise OutputError("the model returns no floating-point tensor")
+        raise OutputError(
+            "the model returns no floating-point tensor; return one, or a tuple, dict or data class with one"
+        )
     raise OutputError(
         f"the model returns {len(candidates)} tensors ({', '.join(map(repr, candidates))}); "
         f"say which with output={next(iter(candidates))!r}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import RenderableType
@@ -19,6 +19,7 @@ from dagh._chunks import CACHE, fitting
 from dagh._costs import BEGINNING, PASS, SUSTAINED, product_rate
 from dagh._footprint import APART, BASE, RESIDENT, RESIDENT_MOST, RESIDENT_ROWS, Alive
 from dagh._ir import Node, Program
+from dagh._memory import human
 from dagh._outer_plan import dense_rows, gathered_elements, gathered_rows, kept_rows, largest_product
 from dagh._plan_sweeps import Bridge, Column, Gate, Table
 from dagh._request import Pair, itemsize
@@ -34,7 +35,7 @@ _TOGETHER, _FEWEST, _NOTABLE = 4, 16, 0.1
 FLOOR = 4 * 2**20
 
 
-@dataclass
+@dataclass(repr=False)
 class Plan:
     """How the requested blocks will be formed, and at what price; ``print(plan)`` explains it.
 
@@ -57,22 +58,22 @@ class Plan:
     sizes: tuple[int, ...]
     pairs: tuple[Pair, ...]
     kinds: dict[Pair, str]
-    columns: list[Column] = field(repr=False)
-    layers: dict[int, Gate] = field(repr=False)
+    columns: list[Column]
+    layers: dict[int, Gate]
     fallbacks: list[str]
     outer_rows: int
     samples: int
     routes: dict[Pair, str]
-    alternatives: dict[Pair, dict[str, float]] = field(repr=False)
+    alternatives: dict[Pair, dict[str, float]]
     forward: tuple[float, float, float]
     state: tuple[float, float]
     outer_alive: Alive
     widest: int
     dtype: torch.dtype
-    program: Program = field(repr=False)
+    program: Program
     functional: bool
-    bridges: dict[Node, Bridge] = field(default_factory=dict, repr=False)
-    strips: list[Strip] = field(default_factory=list, repr=False)
+    bridges: dict[Node, Bridge] = field(default_factory=dict)
+    strips: list[Strip] = field(default_factory=list)
     notes: tuple[str, ...] = ()
     device: str = "cpu"
     keep: bool = False
@@ -305,6 +306,16 @@ class Plan:
         from dagh._planview import render
 
         return render(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: nodes in their order first, as they refer to those before them."""
+        return {"program": self.program, **self.__dict__}
+
+    def __repr__(self) -> str:
+        return (
+            f"Plan({len(self.names)} parameters, P={sum(self.sizes)}, {len(self.pairs)} blocks, "
+            f"{self.samples} samples, {self.flops:.3g} flops, peak {human(self.peak_memory)})"
+        )
 
     def __str__(self) -> str:
         from rich.console import Console

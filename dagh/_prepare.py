@@ -63,7 +63,7 @@ def prepare(
     graph = model if isinstance(model, Graph) else trace(model, inputs, mode=mode, output=output)
     names, _ = choose_names(graph.program, graph.trainable, params, wrt)
     choose_pairs(names, blocks)
-    state = graph.evaluate(loss, inputs, targets, reduction=reduction, kinks=kinks, wrt=names)
+    state = graph._evaluate(loss, inputs, targets, reduction=reduction, kinks=kinks, wrt=names)
     names, leaves = choose_names(state.program, graph.trainable, params, wrt)
     request = Request(names, leaves, choose_pairs(names, blocks), entries)
     parts = tuple(p for p in ("outer", "functional") if wanted != ("outer",) or p == "outer")

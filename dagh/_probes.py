@@ -111,7 +111,7 @@ def _products(
     like = state.values[leaf]
     for start in range(0, count, step):
         b = min(step, count - start)
-        v = torch.randint(2, (b, *leaf.shape), generator=generator).to(like) * 2 - 1
+        v = torch.randint(2, (b, *leaf.shape), generator=generator, device="cpu").to(like) * 2 - 1
         with torch.no_grad(), quiet_batching():
             product = state.hessian_product({column: v}, part)
         yield torch.stack([product[names[i]].reshape(b, -1).double().square().sum(1) for i in rows]).cpu()

@@ -10,8 +10,9 @@ from torch.utils import _pytree as pytree
 
 from dagh import _capture, _elsewhere, _inputs
 from dagh._binding import leaf_values, lower_model
-from dagh._ir import Node, Program
-from dagh._outputs import choose_output
+from dagh._ir import Node, Program, same_program
+from dagh._marks import Watch
+from dagh._outputs import choose_output, output_paths
 from dagh._state import as_policy, evaluate_program
 from dagh.errors import CaptureError, CoupledSamplesError, ShapeError, first_line
 
@@ -28,6 +29,7 @@ class Programs:
     mode: Mode
     dropout_seed: int | None
     _output: str | int | None
+    _watch: Watch
 
     def _capture_all(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Trace the model as it is now, forgetting what was known of it."""
@@ -36,8 +38,8 @@ class Programs:
         self.coupled = False
         self.coupling = ""
         self.parameter_names = _inputs.parameter_names(self.model)
-        self._programs: dict[Any, Program] = {}
-        self._losses: dict[Any, Program] = {}
+        self._programs: dict[int, Program] = {}
+        self._losses: dict[Any, tuple[Program, Watch | None]] = {}
         try:
             captured = _capture.capture(self.model, args, kwargs, self.mode, batch=None)
         except CaptureError:
@@ -47,6 +49,7 @@ class Programs:
         self.method = captured.method
         self._settle(args, kwargs)
 
+    @_capture.one_at_a_time
     def _follow(self) -> None:
         """Trace the model again where its parameters are others than they were: added, removed, tied or untied."""
         if self.parameter_names != _inputs.parameter_names(self.model):
@@ -54,9 +57,26 @@ class Programs:
             _inputs.check_runs(self.model, args, kwargs, self.mode)
             self._capture_all(args, kwargs)
 
+    def _look_again(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Trace the model again where something that it may read has changed: an attribute, a global, a hook.
+
+        What was known of it stays where the same program comes out.
+        """
+        changed = self._watch.changes()
+        if not changed:
+            return
+        before = dict(self.__dict__)
+        self._capture_all(args, kwargs)
+        self._watch.changes()  # made by tracing
+        known: dict[int, Program] = before["_programs"]
+        both = known.keys() & self._programs.keys()
+        if self.coupled == before["coupled"] and both and all(same_program(known[b], self._programs[b]) for b in both):
+            self.__dict__.update(before)
+            self._watch.excuse(changed)
+
     def _whole(self, args: tuple[Any, ...], kwargs: dict[str, Any], why: str) -> None:
         """Trace exactly this batch, as one sample."""
-        self._captured = {}
+        self._captured, self._programs, self._losses = {}, {}, {}
         self._couple(why, args, kwargs)
 
     def _settle(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -99,9 +119,8 @@ class Programs:
                 return False, str(error)
             except RuntimeError as error:  # boolean masks and the like: shapes that depend on values
                 return False, f"one sample at a time cannot be evaluated ({first_line(error, 80)})"
-        return _inputs.same_output(
-            values[program.output], wanted, n
-        ), "the model's output on a batch differs from its output sample by sample"
+        agrees = _inputs.same_output(values[program.output], wanted, n, program.precision)
+        return agrees, "the model's output on a batch differs from its output sample by sample"
 
     def _capture_for(self, batch: int) -> _capture.Captured:
         """A captured graph valid for this batch size."""
@@ -132,7 +151,7 @@ class Programs:
 
     def _pick(self, result: Any) -> Tensor:
         """The chosen output among everything the model returned."""
-        named = _capture.output_paths(result)
+        named = output_paths(result)
         chosen, _ = choose_output([n for n, _ in named], [leaf for _, leaf in named], self._output)
         assert isinstance(chosen, Tensor)
         return chosen

@@ -129,4 +129,4 @@ def _indices(names: Sequence[str], pattern: str) -> list[int]:
 
 def itemsize(dtype: torch.dtype) -> int:
     """Bytes of one element."""
-    return torch.empty((), dtype=dtype).element_size()
+    return torch.empty((), dtype=dtype, device="cpu").element_size()

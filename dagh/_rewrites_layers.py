@@ -274,15 +274,12 @@ def _attention(b: Builder, a: dict[str, Any]) -> Any:
     if mask is not None:
         if mask.dtype == torch.bool:
             hidden = b.emit(aten.logical_not.default, mask)
-        else:
-            hidden = b.emit(aten.eq.Scalar, mask, float("-inf"))
-        if mask.batched or bool(b.values[hidden].all(-1).any()):
-            blind = b.emit(aten.all.dim, hidden, -1, True)
-        if mask.dtype == torch.bool:
             scores = b.emit(aten.masked_fill.Scalar, scores, hidden, float("-inf"))
         else:
+            hidden = b.emit(aten.eq.Scalar, mask, float("-inf"))
             scores = b.emit(aten.add.Tensor, scores, mask)
-        if blind is not None:
+        if mask.batched or bool(b.values[hidden].all(-1).any()):
+            blind = b.emit(aten.all.dim, hidden, -1, True)
             scores = b.emit(aten.masked_fill.Scalar, scores, blind, 0.0)
     weights = b.emit(aten.softmax.int, scores, -1)
     if blind is not None:

@@ -50,7 +50,7 @@ class Estimate:
         return f"{self.value:.6g} ± {self.error:.2g} ({self.method}, {self.products} products)"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Eigenpairs:
     """Eigenvalues ``[k]`` in ascending order, eigenvectors ``[P, k]``, and ``‖H v - λ v‖`` for each, ``[k]``."""
 
@@ -58,8 +58,13 @@ class Eigenpairs:
     vectors: Tensor
     residuals: Tensor
 
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{float(v):.6g}" for v in self.values[-5:].flip(0))
+        more = ", …" if len(self.values) > 5 else ""
+        return f"Eigenpairs({shown}{more}; {len(self.values)} of P={self.vectors.shape[0]})"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class SpectralDensity:
     """Stochastic Lanczos quadrature: ``density`` and its standard ``error`` on ``grid``; it integrates to one.
 
@@ -75,6 +80,10 @@ class SpectralDensity:
     weights: Tensor
     sigma: float
     size: int
+
+    def __repr__(self) -> str:
+        low, high = float(self.nodes.min()), float(self.nodes.max())
+        return f"SpectralDensity({low:.4g} to {high:.4g}, P={self.size}, {self.probes} probes, sigma={self.sigma:.2g})"
 
     @property
     def probes(self) -> int:
@@ -140,7 +149,9 @@ def eigsh(
 
 def _norm(op: Symmetric, seed: int) -> float:
     """A close lower bound on ``‖H‖`` by a few Lanczos steps."""
-    start = torch.randn(op.shape[0], 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    start = torch.randn(
+        op.shape[0], 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu"
+    )
     nodes, _ = _lanczos(op, (start / start.norm()).to(op.device), min(12, op.shape[0]))
     return max(float(nodes.abs().max()), torch.finfo(op.dtype).tiny)
 
@@ -247,7 +258,7 @@ def trace(
 def _xtrace(op: Symmetric, m: int, generator: torch.Generator) -> Estimate:
     """XTrace with directions normalized in what each leave-one-out range leaves over (section 2 of the paper)."""
     p = op.shape[0]
-    omega = torch.randn(p, m, generator=generator, dtype=torch.float64)
+    omega = torch.randn(p, m, generator=generator, dtype=torch.float64, device="cpu")
     omega = (omega * (math.sqrt(p) / omega.norm(dim=0))).to(device=op.device, dtype=op.dtype)
     y = op @ omega
     q, r = torch.linalg.qr(y)
@@ -315,7 +326,7 @@ def spectral_density(
     low, high = float(real.min()), float(real.max())
     width = max(high - low, 1e-12 * max(abs(low), abs(high)), torch.finfo(torch.float64).tiny)
     sigma = 0.01 * width if sigma is None else sigma
-    grid = torch.linspace(low - 5 * sigma, high + 5 * sigma, points, dtype=torch.float64)
+    grid = torch.linspace(low - 5 * sigma, high + 5 * sigma, points, dtype=torch.float64, device="cpu")
     bumps = torch.exp(-0.5 * ((grid[:, None, None] - nodes) / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
     each = (bumps * weights).sum(2)  # [points, probes]
     error = each.std(1) / math.sqrt(probes)
@@ -326,9 +337,12 @@ def _lanczos(op: Symmetric, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Gauss quadratures of every column of ``start`` (unit vectors ``[P, b]``): nodes and weights ``[b, steps]``."""
     p, b = start.shape
     basis = torch.zeros(b, steps, p, dtype=torch.float64, device=start.device)
-    alpha, beta = torch.zeros(b, steps, dtype=torch.float64), torch.zeros(b, steps, dtype=torch.float64)
-    v, alive = start.T.clone(), torch.ones(b, dtype=torch.bool)
-    size = torch.zeros(b, dtype=torch.float64)
+    alpha, beta = (
+        torch.zeros(b, steps, dtype=torch.float64, device="cpu"),
+        torch.zeros(b, steps, dtype=torch.float64, device="cpu"),
+    )
+    v, alive = start.T.clone(), torch.ones(b, dtype=torch.bool, device="cpu")
+    size = torch.zeros(b, dtype=torch.float64, device="cpu")
     for j in range(steps):
         basis[:, j] = v
         w = (op @ v.T.to(op.dtype)).double().T
@@ -350,7 +364,7 @@ def _lanczos(op: Symmetric, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
 
 def _signs(op: Symmetric, columns: int, generator: torch.Generator) -> Tensor:
     """Random signs ``[P, columns]``."""
-    z = torch.randint(0, 2, (op.shape[0], columns), generator=generator, dtype=torch.int8)
+    z = torch.randint(0, 2, (op.shape[0], columns), generator=generator, dtype=torch.int8, device="cpu")
     return (2 * z - 1).to(device=op.device, dtype=op.dtype)
 
 

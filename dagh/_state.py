@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dagh._kinks import KinkPolicy, KinkTable
 
 
-@dataclass
+@dataclass(repr=False)
 class State:
     """The network and its loss at one point.
 
@@ -51,6 +51,9 @@ class State:
         self._calls: dict[Node, Call] = {}
         self._linear: tuple[Any, Linearization] | None = None
         self._reached = self.program.descendants([n for n in self.program if n in self.sources])
+
+    def __repr__(self) -> str:
+        return f"State(loss={self.loss:.6g}, N={self.samples}, {len(self.program.nodes)} nodes)"
 
     # -- what the sweeps need ----------------------------------------------------------------------
 
@@ -177,11 +180,9 @@ class State:
         row, column = self.node(v), self.node(w)
         for node in (row, column):
             self._require_floating(node)
-        flipped = column.index > row.index
-        if flipped:
+        if flipped := column.index > row.index:
             row, column = column, row
-        rows, columns = self.values[row].shape[0], self.values[column].shape[0]
-        keep = max(rows, columns) > 1
+        keep = max(self.values[row].shape[0], self.values[column].shape[0]) > 1
         block = self._hessian_rows(row, column, keep)
         return block.transpose(1, 2) if flipped else block
 

@@ -79,7 +79,7 @@ def add_strip(
         targets = list(dict.fromkeys(request.leaves[row] for _, row in pairs))
         linear = Linearization(state, [leaf], targets, part)
         for columns in ranges(strip.width, step):
-            chosen = torch.arange(columns.start, columns.stop)
+            chosen = torch.arange(columns.start, columns.stop, device="cpu")
             found = linear.product({leaf: unit_vectors(leaf, 1, chosen, state.weights)[0]})
             for _, row in pairs:
                 if request.leaves[row] in found:

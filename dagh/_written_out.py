@@ -40,9 +40,17 @@ def fill_diagonal_(self: Tensor, fill_value: float, wrap: bool = False) -> Any:
     return self.masked_fill_(torch.eye(*self.shape, dtype=torch.bool, device=self.device), fill_value)
 
 
+def one_hot(self: Tensor, num_classes: int = -1) -> Any:
+    """Without a look at the numbers, where the number of classes is given."""
+    if num_classes <= 0:
+        return NotImplemented
+    return (self.unsqueeze(-1) == torch.arange(num_classes, device=self.device)).long()
+
+
 #: Functions of PyTorch that read numbers or strides, with a stand-in that does not (or gives ``NotImplemented``).
 STAND_INS: dict[Any, Callable[..., Any]] = {
     F.gaussian_nll_loss: gaussian_nll_loss,
+    F.one_hot: one_hot,
     Tensor.fill_diagonal_: fill_diagonal_,
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -120,6 +122,15 @@ class UnknownNameError(DaghError):
 def first_line(error: BaseException, limit: int = 200) -> str:
     """The first line of an error that says something, cut to ``limit`` characters; without one, its type."""
     return next((line.strip()[:limit] for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def user_level() -> int:
+    """The ``stacklevel`` of the user's own line, for a warning that the caller of this function gives."""
+    package = os.path.dirname(os.path.abspath(__file__))
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and os.path.abspath(frame.f_code.co_filename).startswith(package):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _shorten(names: list[str], limit: int = 8) -> str:

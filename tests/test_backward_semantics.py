@@ -60,7 +60,7 @@ def hooked(net: Net, x: Tensor) -> Tensor:
     return net.b(h.tanh())
 
 
-@pytest.mark.parametrize("body", [no_grad, raw_data, straight_through, hooked])
+@pytest.mark.parametrize("body", [straight_through, hooked])
 def test_other_gradients_are_refused(body: Callable[[Net, Tensor], Tensor]) -> None:
     """Their Hessian would be that of another function than the one autograd trains."""
     with pytest.raises(dagh.errors.CaptureError, match="autograd") as caught:
@@ -89,8 +89,36 @@ def masked_scaling(net: Net, x: Tensor) -> Tensor:
     return net.b(h)
 
 
-@pytest.mark.parametrize("body", [detached, masked_sum, masked_assignment, masked_scaling])
-def test_detach_and_boolean_masks_are_exact(body: Callable[[Net, Tensor], Tensor]) -> None:
+def nested(net: Net, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        gate = net.a(x).tanh()
+        with torch.enable_grad():
+            kept = net.a(x).sin()
+        gate.mul_(2)
+    return net.b(gate * kept)
+
+
+def several(net: Net, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        first, second = net.a(x).tanh(), net.a(x).exp()
+        index = second.argmax(1)
+    h = net.a(x).sin()
+    with torch.no_grad():
+        second = second + h
+    return net.b(first * second * h) + index.unsqueeze(1) * net.b(h)
+
+
+def deciding(net: Net, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        gate = net.a(x).tanh()
+    return net.b(gate * net.a(x)) if gate.sum() < 1e9 else net.b(gate)
+
+
+STOPPED = [detached, no_grad, raw_data, nested, several, deciding]
+
+
+@pytest.mark.parametrize("body", [*STOPPED, masked_sum, masked_assignment, masked_scaling])
+def test_stopped_gradients_and_boolean_masks_are_exact(body: Callable[[Net, Tensor], Tensor]) -> None:
     net, (x, y) = Net(body), data()
     matrix = dagh.hessian(net, "cross_entropy", x, y)
     reference = hessian_double_backward(net, F.cross_entropy, x, y)
@@ -98,6 +126,23 @@ def test_detach_and_boolean_masks_are_exact(body: Callable[[Net, Tensor], Tensor
     assert max(relative_error(found, reference).values()) <= 1e-10
 
 
+@pytest.mark.parametrize("body", STOPPED)
+@pytest.mark.parametrize("surroundings", [torch.no_grad, torch.inference_mode])
+def test_stopped_gradients_wherever_called(body: Callable[[Net, Tensor], Tensor], surroundings: Any) -> None:
+    net, (x, y) = Net(body), data()
+    wanted = dagh.hessian(net, "cross_entropy", x, y).dense()
+    with surroundings():
+        torch.testing.assert_close(dagh.hessian(dagh.trace(net, x), "cross_entropy", x, y).dense(), wanted)
+
+
 def test_empty_example() -> None:
     with pytest.raises(dagh.errors.ShapeError, match="empty"):
         dagh.trace(Net(detached), data()[0][:0])
+
+
+def test_tensors_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        net, batch = Net(detached), data()
+    wanted = dagh.hessian(Net(detached), "cross_entropy", *data()).dense()
+    torch.testing.assert_close(dagh.hessian(net, "cross_entropy", *data()).dense(), wanted)
+    torch.testing.assert_close(dagh.hessian(Net(detached), "cross_entropy", *batch).dense(), wanted)

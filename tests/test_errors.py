@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -225,6 +226,67 @@ def test_loss_that_ignores_the_output() -> None:
         dagh.hessian(net(), lambda o, t: t.double().sum(), x, y)
 
 
+def test_no_target_counts() -> None:
+    x, y = data()
+    ignored = torch.full_like(y, -100)
+    with refused(errors.LossError, "no targets"):
+        dagh.hessian(net(), "cross_entropy", x, ignored)
+    assert not dagh.hessian(net(), "cross_entropy", x, ignored, reduction="sum").dense().any()
+
+
+def test_complex_losses() -> None:
+    x, y = data()
+    with refused(errors.LossError, "complex", "fft_rfft"):
+        dagh.hessian(net(), lambda o, t: torch.fft.rfft(o).abs().square().mean(), x, y)
+
+    def of_targets(o: Tensor, t: Tensor) -> Tensor:
+        return (o * torch.fft.rfft(t.double()).abs().sum()).square().mean()
+
+    dagh.hessian(net(), of_targets, x, y)
+
+
+def test_losses_without_a_second_derivative() -> None:
+    """Distances of coinciding points, and NaN among the targets."""
+    x = data()[0]
+    hidden = torch.zeros(len(x), 3).double()
+    hidden[0, 1] = float("nan")
+    with refused(errors.NonFiniteError, "second derivative"):
+        dagh.hessian(net(), lambda o, t: torch.nanmean((o - t).square()), x, hidden[:, : net()(x).shape[1]])
+
+
+def test_single_precision_on_the_way() -> None:
+    """Some layers normalize in float32 whatever they are given: seven digits, and no refusal."""
+
+    class Casting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 5).double(), nn.Linear(5, 3).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x).float()
+            h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6)
+            out: Tensor = self.b(h.double())
+            return out
+
+    x, y = data()
+    model = Casting()
+    expected = assemble(hessian_double_backward(model, F.cross_entropy, x, y))
+    for loss in ("cross_entropy", lambda o, t: F.cross_entropy(o, t)):
+        found = dagh.hessian(model, loss, x, y)
+        assert not found.info["coupled"]
+        assert float((found.dense() - expected).norm()) < 1e-6 * float(expected.norm())
+
+
+def test_an_output_of_another_dtype() -> None:
+    class Casting(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).float()
+
+    x, y = data()
+    with refused(errors.DtypeError, "float64", "float32", "casts"):
+        dagh.hessian(Casting(net()), "cross_entropy", x, y)
+
+
 def test_loss_over_parameters() -> None:
     """A penalty inside the loss is a hidden dependence on the parameters: it must not be dropped in
     silence.
@@ -399,10 +461,39 @@ def test_several_outputs_need_a_name() -> None:
     assert float((dagh.hessian(model, "cross_entropy", x, y, output="aux").dense() - reference).norm()) < 1e-12
 
 
+@pytest.mark.parametrize("call", [dagh.hessian, dagh.operator, dagh.gram, lambda m, loss, x, y: dagh.trace(m, x)])
+def test_warnings_point_to_the_users_line(call: Callable[..., Any]) -> None:
+    x, y = data()
+    model = nn.Sequential(net(), nn.Dropout()).train()
+    with pytest.warns(UserWarning, match="training mode") as caught:
+        call(model, "cross_entropy", x, y)
+    assert caught[0].filename == __file__
+
+
+@dataclasses.dataclass
+class Result:
+    logits: Tensor
+    aux: dict[str, Any]
+
+
+def test_data_classes_of_outputs() -> None:
+    x, y = data()
+    model = Several(lambda a, b: [Result(a, {"square": Result(b, {})})])
+    same = Several(lambda a, b: b)
+    same.a = model.a
+    reference = assemble(hessian_double_backward(same, F.cross_entropy, x, y))
+    with refused(errors.OutputError, "'0.logits'", "'0.aux.square.logits'"):
+        dagh.hessian(model, "cross_entropy", x, y)
+    found = dagh.hessian(model, "cross_entropy", x, y, output="0.aux.square.logits").dense()
+    assert float((found - reference).norm()) < 1e-12
+
+
 def test_no_floating_point_output() -> None:
     x, y = data()
     with refused(errors.OutputError, "floating-point"):
         dagh.hessian(Several(lambda a, b: a.argmax(1)), "cross_entropy", x, y)
+    with refused(errors.OutputError, "floating-point", "data class"):
+        dagh.hessian(Several(lambda a, b: object()), "cross_entropy", x, y)
 
 
 def test_model_that_raises() -> None:

@@ -207,7 +207,7 @@ def kinks(
         raise KinkError("patterns belong to the whole batch: use reduction='mean' or 'sum'")
     graph = model if isinstance(model, Graph) else trace(model, inputs, mode=mode, output=output)
     names, _ = choose_names(graph.program, graph.trainable, params, wrt)
-    state = graph.evaluate(loss, inputs, targets, reduction=reduction, wrt=names)
+    state = graph._evaluate(loss, inputs, targets, reduction=reduction, kinks="torch", wrt=names)
     return report(graph, state, choose_names(state.program, graph.trainable, params, wrt), tol, max_patterns, seed)
 
 

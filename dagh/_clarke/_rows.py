@@ -31,7 +31,7 @@ def element_rows(
     ``place`` may be ``[K, 2]`` with ``weight`` ``[K, 2]``: gradients of weighted sums of two elements.
     """
     value = state.values[node]
-    place, weight = place.reshape(len(sample), -1), torch.ones(1, 1) if weight is None else weight
+    place, weight = place.reshape(len(sample), -1), torch.ones(1, 1, device="cpu") if weight is None else weight
     weight = weight.to(value).expand(place.shape)
     width = sum(leaf.numel for leaf in leaves)
     out = value.new_zeros(len(sample), width)
@@ -74,7 +74,7 @@ def candidate_rows(state: State, site: Site, which: Tensor, leaves: Sequence[Nod
     """Gradients ``[k, C, P]`` of the candidates of the ties ``which``, ``sign`` included; NaN where there is none."""
     ties = site.ties
     width = sum(leaf.numel for leaf in leaves)
-    out = torch.full((len(which), len(ties.arg), width), float("nan"), dtype=torch.float64)
+    out = torch.full((len(which), len(ties.arg), width), float("nan"), dtype=torch.float64, device="cpu")
     for c, arg in enumerate(ties.arg):
         there = ties.valid[which, c]
         if arg < 0:

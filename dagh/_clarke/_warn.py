@@ -13,6 +13,7 @@ from dagh._clarke._completion import split
 from dagh._clarke._nearby import branches_at, steps, values_at
 from dagh._clarke._sites import Sites, find_sites
 from dagh._state import State
+from dagh.errors import user_level
 
 if TYPE_CHECKING:
     from dagh._graph import Graph
@@ -72,5 +73,5 @@ def warn_at_ties(graph: Graph, state: State) -> None:
         f"{many} exactly on a kink (first: {node.name!r}), where the Hessian does not exist; PyTorch's choice of "
         "derivative is taken. dagh.kinks reports what meets there; kinks= takes another choice",
         KinkWarning,
-        stacklevel=4,
+        stacklevel=user_level(),
     )

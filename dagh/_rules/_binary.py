@@ -163,8 +163,8 @@ class Div(_Binary):
 def _share(op: Any) -> float:
     """Weight that PyTorch gives to the second of two equal arguments: asked of it."""
     with torch.enable_grad():
-        other = torch.ones(1, requires_grad=True)
-        (slope,) = torch.autograd.grad(op(torch.ones(1), other).sum(), other)
+        other = torch.ones(1, requires_grad=True, device="cpu")
+        (slope,) = torch.autograd.grad(op(torch.ones(1, device="cpu"), other).sum(), other)
     return float(slope)
 
 

@@ -42,7 +42,7 @@ def _zero(call: Call, x: Tensor) -> Tensor:
 def _probe(op: Any, constants: tuple[Any, ...], point: float, dtype: torch.dtype) -> tuple[float, float]:
     """PyTorch's own first and second derivative of a unary operation at ``point``."""
     with torch.enable_grad():
-        x = torch.tensor([point], dtype=dtype, requires_grad=True)
+        x = torch.tensor([point], dtype=dtype, requires_grad=True, device="cpu")
         (first,) = torch.autograd.grad(op(x, *constants).sum(), x, create_graph=True)
         second = 0.0
         if first.requires_grad:
@@ -287,9 +287,8 @@ def _sinc(order: int) -> Derivative:
         small, large = torch.where(near, u, 0.0), torch.where(near, 1.0, u)
         series = torch.zeros_like(u)
         for k in range(10, 0, -1):  # Horner's scheme in u²
-            series = series * -small * small + (2 * k if order == 1 else 2 * k * (2 * k - 1)) / math.factorial(
-                2 * k + 1
-            )
+            factor = 2 * k if order == 1 else 2 * k * (2 * k - 1)
+            series = series * -small * small + factor / math.factorial(2 * k + 1)
         f = torch.sin(large) / large
         first = (torch.cos(large) - f) / large
         if order == 1:

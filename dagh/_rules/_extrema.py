@@ -138,7 +138,7 @@ class Extreme(Selection):
 def _convention(op: Any, operation: str) -> str:
     """How PyTorch shares the derivative among equal elements: asked of it on three equal numbers."""
     with torch.enable_grad():
-        x = torch.ones(3, requires_grad=True)
+        x = torch.ones(3, requires_grad=True, device="cpu")
         dims = {"amax": ([0],), "amin": ([0],)}.get(operation, (0,) if isinstance(op, Item) else ())
         (slope,) = torch.autograd.grad(op(x, *dims).sum(), x)
     if slope[0] == 1:

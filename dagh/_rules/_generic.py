@@ -8,16 +8,19 @@ differentiated twice in reverse mode, one sample and one tangent at a time.
 from __future__ import annotations
 
 import contextlib
-import warnings
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from dagh._ir import Node
 from dagh._rules._base import Call
 from dagh.errors import RuleError, first_line
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 _NO_FORWARD: set[str] = set()
 _QUIET: list[None] = []
@@ -26,26 +29,42 @@ _QUIET: list[None] = []
 @contextlib.contextmanager
 def quiet_batching() -> Iterator[None]:
     """Silence PyTorch's hint that an operation without a batching rule runs sample by sample: nothing to act on."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet implemented")
-        torch._C._functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]
-        _QUIET.append(None)
-        try:
-            yield
-        finally:
-            _QUIET.pop()
-            if not _QUIET:  # the outermost of several; PyTorch does not tell what was set before
-                torch._C._functorch._set_vmap_fallback_warning_enabled(True)  # type: ignore[attr-defined]
+    torch._C._functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]
+    _QUIET.append(None)
+    try:
+        yield
+    finally:
+        _QUIET.pop()
+        if not _QUIET:  # the outermost of several; PyTorch does not tell what was set before
+            torch._C._functorch._set_vmap_fallback_warning_enabled(True)  # type: ignore[attr-defined]
 
 
+def _outside_inference_mode(f: F) -> F:
+    """``f`` on tensors that autograd may save: in inference mode PyTorch 2.11's ``torch.func`` is silently wrong."""
+
+    @functools.wraps(f)
+    def outside(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_inference_mode_enabled():
+            return f(*args, **kwargs)
+        with torch.inference_mode(False):
+            args, kwargs = pytree.tree_map(_usual, (args, kwargs))
+            return f(*args, **kwargs)
+
+    return cast(F, outside)
+
+
+def _usual(x: Any) -> Any:
+    if isinstance(x, Call):
+        return Call(x.node, [_usual(t) for t in x.xs], _usual(x.out), x.kink)
+    return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
+
+
+@_outside_inference_mode
 def over_samples(f: Callable[..., Any], tensors: Sequence[Tensor], randomness: str = "error") -> Any:
     """``vmap`` of ``f`` over the leading axis of ``tensors``; those of length one are shared.
 
     One sample after the other where ``vmap`` cannot: custom operators, and indexing with a mask.
     """
-    if torch.is_inference_mode_enabled():
-        with torch.inference_mode(False):
-            return over_samples(f, [_usual(t) for t in tensors], randomness)
     if max((t.shape[0] for t in tensors), default=1) > 1:
         dims = tuple(None if t.shape[0] == 1 else 0 for t in tensors)
         shared = [t[0] if d is None else t for t, d in zip(tensors, dims, strict=True)]
@@ -58,20 +77,11 @@ def over_samples(f: Callable[..., Any], tensors: Sequence[Tensor], randomness: s
     return _one_by_one(f, tensors)
 
 
-def _usual(t: Tensor) -> Tensor:
-    """A tensor that autograd may save, which those made in inference mode are not."""
-    return t.clone() if t.is_inference() else t
-
-
-def _usual_call(call: Call) -> Call:
-    return Call(call.node, [_usual(x) for x in call.xs], _usual(call.out), call.kink)
-
-
 def _one_by_one(f: Callable[..., Any], tensors: Sequence[Tensor]) -> Any:
     """``f`` on one sample after the other, stacked."""
     n = max((t.shape[0] for t in tensors), default=1)
     each = [f(*[_pick(t, k) for t in tensors]) for k in range(n)]
-    return torch.utils._pytree.tree_map(lambda *ts: torch.stack(ts), *each)
+    return pytree.tree_map(lambda *ts: torch.stack(ts), *each)
 
 
 def value(node: Node, xs: list[Tensor]) -> Tensor:
@@ -96,11 +106,9 @@ def _split(call: Call, active: Iterable[int]) -> tuple[list[int], Callable[..., 
     return active, close
 
 
+@_outside_inference_mode
 def jvp(call: Call, tangents: Mapping[int, Tensor]) -> Tensor:
     """``Σ D t`` in forward mode, checked on one sample and direction against reverse mode, which is the fallback."""
-    if torch.is_inference_mode_enabled():  # where PyTorch 2.11's torch.func is silently wrong
-        with torch.inference_mode(False):
-            return jvp(_usual_call(call), {i: _usual(t) for i, t in tangents.items()})
     if call.node.key not in _NO_FORWARD:
         try:
             found: Tensor = _forward_jvp(call, tangents)
@@ -174,7 +182,7 @@ def _over_pairs(f: Callable[..., Any], values: Sequence[Tensor], bundles: Sequen
     whole = (t.expand(n, *t.shape[1:]).clone(memory_format=torch.contiguous_format) for t in bundles)
     flat += [t.flatten(0, 1) for t in whole]
     out = torch.func.vmap(f, in_dims=(*dims, *([0] * len(bundles))))(*flat)
-    return torch.utils._pytree.tree_map(lambda t: t.reshape(n, b, *t.shape[1:]), out)
+    return pytree.tree_map(lambda t: t.reshape(n, b, *t.shape[1:]), out)
 
 
 def _forward_jvp(call: Call, tangents: Mapping[int, Tensor]) -> Tensor:
@@ -190,11 +198,9 @@ def _forward_jvp(call: Call, tangents: Mapping[int, Tensor]) -> Tensor:
     return result
 
 
+@_outside_inference_mode
 def vjp(call: Call, cotangent: Tensor, arg: int) -> Tensor:
     """``Dᵀ s`` by ``torch.func``, checked on one sample and direction against plain autograd, which is the fallback."""
-    if torch.is_inference_mode_enabled():
-        with torch.inference_mode(False):
-            return vjp(_usual_call(call), _usual(cotangent), arg)
     try:
         found = _transform_vjp(call, cotangent, arg)
         if call.once(f"vjp agrees {arg}", lambda: _agrees(found, _one_vjp(call, cotangent, arg), {0: cotangent})):
@@ -261,13 +267,10 @@ def _plain_vjp(call: Call, cotangent: Tensor, arg: int) -> Tensor:
     return torch.stack(rows).reshape(n_max, cotangent.shape[1], *call.node.inputs[arg].shape)
 
 
+@_outside_inference_mode
 def curvature(call: Call, adjoint: Tensor, tangents: Mapping[int, Tensor], args: Iterable[int]) -> dict[int, Tensor]:
     """``Σ M t`` forward over reverse, checked on one sample and direction like :func:`jvp`."""
     args = list(args)
-    if torch.is_inference_mode_enabled():
-        with torch.inference_mode(False):
-            moved = {i: _usual(t) for i, t in tangents.items()}
-            return curvature(_usual_call(call), _usual(adjoint), moved, args)
     if call.node.key not in _NO_FORWARD:
         try:
             found = _forward_over_reverse(call, adjoint, tangents, args)

@@ -235,7 +235,7 @@ class AdaptiveMaxPool(MaxPool):
         ]
         grid = torch.arange(space.numel(), device=x.device).reshape(space)
         rows = []
-        for cell in torch.cartesian_prod(*(torch.arange(o) for o in out)).reshape(-1, len(out)).tolist():
+        for cell in torch.cartesian_prod(*(torch.arange(o, device="cpu") for o in out)).reshape(-1, len(out)).tolist():
             part = grid
             for axis, i in enumerate(cell):
                 part = part.index_select(axis, axes[axis][i])
