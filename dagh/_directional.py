@@ -12,7 +12,6 @@ from torch import Tensor
 from dagh import _sweep
 from dagh._bundles import Tangents, matrices
 from dagh._ir import Node
-from dagh._rules._generic import quiet_batching
 
 if TYPE_CHECKING:
     from dagh._state import State
@@ -44,7 +43,7 @@ def along(state: State, seeds: Mapping[Node, Tensor]) -> Directional:
     """
     program, loss = state.program, state.program.loss
     assert loss is not None
-    with torch.no_grad(), quiet_batching():
+    with torch.no_grad():
         within = program.descendants(list(seeds)) & program.ancestors([loss])
         tangents = _sweep.push_forward(state, {n: t.unsqueeze(0) for n, t in seeds.items()}, within)
         bending = [n for n in program if n in within and n.op is not None and state.rule(n).curved(n)]

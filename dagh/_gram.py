@@ -19,7 +19,6 @@ from dagh._objectives import Reduction
 from dagh._outer import factor_loss
 from dagh._programs import Mode
 from dagh._request import choose_names
-from dagh._rules._generic import quiet_batching
 from dagh._state import State, non_finite
 from dagh.errors import ReductionError, ShapeError
 
@@ -216,7 +215,7 @@ def gram_of(
     if not leaves:
         raise ShapeError("name at least one parameter")
     columns, signs = _columns(state, kind)
-    with torch.no_grad(), quiet_batching():
+    with torch.no_grad():
         matrices, ways = gram_matrices(
             state, columns, leaves, _memory.budget_bytes(budget, state.weights.device), advance
         )

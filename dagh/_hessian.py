@@ -27,7 +27,6 @@ from dagh._plan import Plan
 from dagh._prepare import Blocks, Names, Prepared, prepare
 from dagh._programs import Mode
 from dagh._request import Pair, Request
-from dagh._rules._generic import quiet_batching
 from dagh._state import State, non_finite
 
 
@@ -301,8 +300,7 @@ def _matrices(wanted: tuple[str, ...], state: State, ready: Prepared, reduction:
     sums = {part: kind(request, state, plan) for part in parts}
     if wanted == ("full",):
         sums["outer"] = sums["functional"]
-    with quiet_batching():
-        assemble(state, request, plan, parts=sums, budget=budget)
+    assemble(state, request, plan, parts=sums, budget=budget)
     info = {"loss": state.loss, "samples": state.samples, "method": graph.method, "coupled": state.coupled}
     out: dict[str, BlockMatrix] = {}
     if wanted == ("full",):

@@ -19,7 +19,6 @@ from dagh import _local_conv, _local_smooth  # noqa: F401  (these register their
 from dagh._ir import Node
 from dagh._local import Local, Site, make_local
 from dagh._local_products import NarrowLocal
-from dagh._rules._generic import quiet_batching
 
 if TYPE_CHECKING:
     from dagh._state import State
@@ -51,7 +50,7 @@ class Linearization:
         route = program.descendants(self.targets)
         self._bending = self._find_bending(moving, route, part)
         needed = program.ancestors([p for n, args in self._bending.items() for p in _parents(n, args)])
-        with torch.no_grad(), quiet_batching():
+        with torch.no_grad():
             steps = self._make(moving & needed, route)
         self._steps = steps
         self._forward = [s for s in steps if s.moving and program.nodes[s.node] in needed]
@@ -122,7 +121,7 @@ class Linearization:
         seeds = {node.index: _spread(t.unsqueeze(0), self.state.values[node]) for node, t in directions.items()}
         for index, seed in seeds.items():
             tangents[index] = seed
-        with self._lock, torch.no_grad(), quiet_batching():
+        with self._lock, torch.no_grad():
             several = any(t.shape[0] > 1 for t in directions.values())
             for step in self._steps:
                 step.local.transient = several

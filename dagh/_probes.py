@@ -14,7 +14,6 @@ from rich.text import Text
 
 from dagh._blocktables import NormTable, Pair, find_name
 from dagh._request import itemsize
-from dagh._rules._generic import quiet_batching
 from dagh._state import State
 
 #: Bundles that a product holds at once, in units of all tangents.
@@ -112,7 +111,7 @@ def _products(
     for start in range(0, count, step):
         b = min(step, count - start)
         v = torch.randint(2, (b, *leaf.shape), generator=generator, device="cpu").to(like) * 2 - 1
-        with torch.no_grad(), quiet_batching():
+        with torch.no_grad():
             product = state.hessian_product({column: v}, part)
         yield torch.stack([product[names[i]].reshape(b, -1).double().square().sum(1) for i in rows]).cpu()
 

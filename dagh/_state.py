@@ -16,7 +16,6 @@ from dagh._directional import Directional, along
 from dagh._ir import Node, Program
 from dagh._linearize import Linearization, Part
 from dagh._rules import Call, Rule, rule_for
-from dagh._rules._generic import quiet_batching
 from dagh.errors import CoupledSamplesError, NonFiniteError, ReductionError, ShapeError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -303,8 +302,7 @@ def evaluate_program(
     known: dict[Node, Tensor] | None = None,
 ) -> dict[Node, Tensor]:
     """Values of every node (``[N or 1, *shape]``) from the values of the leaves; ``known`` ones are not recomputed."""
-    with quiet_batching():
-        return _evaluate(program, leaves, policy, only, known or {})
+    return _evaluate(program, leaves, policy, only, known or {})
 
 
 def _evaluate(

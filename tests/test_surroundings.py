@@ -70,6 +70,31 @@ def test_threads_leave_warnings_alone() -> None:
     assert list(warnings.filters) == before
 
 
+class Unbatched(nn.Module):
+    """Operations that PyTorch runs sample by sample under vmap, and says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.both = nn.Linear(4, 4), nn.Bilinear(4, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.linear(x).tanh()
+        out: Tensor = self.both(torch.cummax(h, 1)[0] * h, h.unfold(1, 4, 1).squeeze(1))
+        return out
+
+
+def test_no_hints_of_pytorchs_own() -> None:
+    net, x, y = Unbatched().double(), torch.randn(5, 4).double(), torch.tensor([0, 1, 2, 0, 1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        H = dagh.hessian(net, "cross_entropy", x, y)
+        dagh.hessian(net, "cross_entropy", x, y, reduction="none")
+        dagh.operator(net, "cross_entropy", x, y) @ torch.ones(H.shape[0]).double()
+        dagh.gram(net, "cross_entropy", x, y)
+        dagh.diagonal(net, "cross_entropy", x, y)
+
+
 @pytest.fixture
 def elsewhere() -> Iterator[None]:
     torch.set_default_device("meta")

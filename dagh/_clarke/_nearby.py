@@ -10,7 +10,6 @@ from torch import Tensor
 from dagh._clarke._sites import Site, candidates
 from dagh._ir import Node
 from dagh._rules import Call
-from dagh._rules._generic import quiet_batching
 from dagh._state import State
 
 
@@ -24,7 +23,7 @@ def values_at(state: State, shift: Mapping[Node, Tensor], until: Node | None = N
     program = state.program
     moved = program.descendants(list(shift))
     values: dict[Node, Tensor] = {}
-    with quiet_batching(), torch.no_grad():
+    with torch.no_grad():
         for node in program:
             if node not in moved or node.op is None:
                 values[node] = state.values[node]

@@ -14,7 +14,6 @@ from dagh import _sweep
 from dagh._bundles import matrices
 from dagh._clarke._sites import Site, candidates, rows_of
 from dagh._ir import Node
-from dagh._rules._generic import quiet_batching
 from dagh._state import State
 
 Array = NDArray[np.float64]
@@ -46,8 +45,7 @@ def element_rows(
             at = (sample[chosen], slot, place[chosen, column])
             seed.index_put_(at, weight[chosen, column], accumulate=True)
         seed = seed.reshape(*seed.shape[:2], *node.shape)
-        with quiet_batching():
-            found = _sweep.pull_back(state, {node: seed}, list(leaves), keep=True)
+        found = _sweep.pull_back(state, {node: seed}, list(leaves), keep=True)
         offset = 0
         for leaf in leaves:
             if leaf in found:
@@ -91,8 +89,7 @@ def candidate_tangents(state: State, site: Site, seeds: Mapping[Node, Tensor]) -
     """Tangents ``[K, C]`` of the candidates along a direction ``{leaf: [1, 1, *shape]}``; -inf where there is none."""
     within = state.program.descendants(list(seeds)) & state.program.ancestors([site.node])
     held = list(site.node.inputs)
-    with quiet_batching():
-        found = _sweep.push_forward(state, dict(seeds), within, held)
+    found = _sweep.push_forward(state, dict(seeds), within, held)
     values = {
         p: found[p].squeeze(1) if p in found else torch.zeros_like(state.values[p][:1])
         for p in site.node.inputs

@@ -13,7 +13,6 @@ from dagh._clarke._reach import Reach
 from dagh._ir import Node
 from dagh._rules import Call, Ties
 from dagh._rules._base import flat
-from dagh._rules._generic import quiet_batching
 from dagh._state import State
 
 #: A branch for every tie of some nodes: node -> candidate, ``[K]``.
@@ -145,7 +144,7 @@ def forced(state: State, sites: Collection[Site], pattern: Pattern) -> State:
 def _recompute(state: State, values: dict[Node, Tensor], jumps: Mapping[Node, tuple[Site, Tensor]]) -> None:
     """Put the values of the branches in place, and follow them to the loss."""
     changed: set[Node] = set()
-    with quiet_batching(), torch.no_grad():
+    with torch.no_grad():
         for node in state.program:
             if node.op is not None and any(p in changed for p in node.inputs):
                 value = state.rule(node).value(node, [values[p] for p in node.inputs])

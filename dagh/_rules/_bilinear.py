@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dagh._ir import Node
 from dagh._rules._base import Call, DerivativeClass, Rule, Tangents, bundle, register_rule, same_channels, unbroadcast
-from dagh._rules._generic import over_samples
+from dagh._rules._generic import over_samples, vmap
 
 
 class Multilinear(Rule):
@@ -32,7 +32,8 @@ class Multilinear(Rule):
             def f(one: Tensor) -> Tensor:
                 return call.node.call([one if i == arg else x for i, x in enumerate(xs)])
 
-            return torch.func.vmap(f)(tensors[k])
+            moved: Tensor = vmap(f)(tensors[k])
+            return moved
 
         result = over_samples(per_sample, [*call.xs, t])
         assert isinstance(result, Tensor)
@@ -58,7 +59,8 @@ class Multilinear(Rule):
                         grad: Tensor = torch.func.vjp(f, xs[arg])[1](delta)[0]
                         return grad
 
-                    return torch.func.vmap(pull)(ts)
+                    rows: Tensor = vmap(pull)(ts)
+                    return rows
 
                 term = over_samples(per_sample, [*call.xs, adjoint, t])
                 out[arg] = out[arg] + term if arg in out else term

@@ -7,9 +7,8 @@ differentiated twice in reverse mode, one sample and one tangent at a time.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -26,17 +25,21 @@ _NO_FORWARD: set[str] = set()
 _QUIET: list[None] = []
 
 
-@contextlib.contextmanager
-def quiet_batching() -> Iterator[None]:
-    """Silence PyTorch's hint that an operation without a batching rule runs sample by sample: nothing to act on."""
-    torch._C._functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]
-    _QUIET.append(None)
-    try:
-        yield
-    finally:
-        _QUIET.pop()
-        if not _QUIET:  # the outermost of several; PyTorch does not tell what was set before
-            torch._C._functorch._set_vmap_fallback_warning_enabled(True)  # type: ignore[attr-defined]
+def vmap(f: Callable[..., Any], in_dims: Any = 0, randomness: str = "error") -> Callable[..., Any]:
+    """``torch.func.vmap``, without the hint that an operation runs sample by sample: there is nothing to act on."""
+    mapped = torch.func.vmap(f, in_dims=in_dims, randomness=randomness)
+
+    def quiet(*tensors: Tensor) -> Any:
+        torch._C._functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]
+        _QUIET.append(None)
+        try:
+            return mapped(*tensors)
+        finally:
+            _QUIET.pop()
+            if not _QUIET:  # the outermost of several; PyTorch does not tell what was set before
+                torch._C._functorch._set_vmap_fallback_warning_enabled(True)  # type: ignore[attr-defined]
+
+    return quiet
 
 
 def _outside_inference_mode(f: F) -> F:
@@ -69,7 +72,7 @@ def over_samples(f: Callable[..., Any], tensors: Sequence[Tensor], randomness: s
         dims = tuple(None if t.shape[0] == 1 else 0 for t in tensors)
         shared = [t[0] if d is None else t for t, d in zip(tensors, dims, strict=True)]
         try:
-            return torch.func.vmap(f, in_dims=dims, randomness=randomness)(*shared)
+            return vmap(f, in_dims=dims, randomness=randomness)(*shared)
         except torch.OutOfMemoryError:
             raise
         except (NotImplementedError, RuntimeError):
@@ -181,7 +184,7 @@ def _over_pairs(f: Callable[..., Any], values: Sequence[Tensor], bundles: Sequen
     # Copies: PyTorch's forward formula of some operations (zero) changes the tangent it is given.
     whole = (t.expand(n, *t.shape[1:]).clone(memory_format=torch.contiguous_format) for t in bundles)
     flat += [t.flatten(0, 1) for t in whole]
-    out = torch.func.vmap(f, in_dims=(*dims, *([0] * len(bundles))))(*flat)
+    out = vmap(f, in_dims=(*dims, *([0] * len(bundles))))(*flat)
     return pytree.tree_map(lambda t: t.reshape(n, b, *t.shape[1:]), out)
 
 
@@ -234,7 +237,7 @@ def _transform_vjp(call: Call, cotangent: Tensor, arg: int) -> Tensor:
     def per_sample(*tensors: Tensor) -> Tensor:
         xs = tensors[:k]
         pull = torch.func.vjp(close(xs), xs[arg])[1]
-        pulled: Tensor = torch.func.vmap(lambda c: pull(c)[0])(tensors[k])
+        pulled: Tensor = vmap(lambda c: pull(c)[0])(tensors[k])
         return pulled
 
     try:

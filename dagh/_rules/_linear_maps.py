@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dagh._ir import Node
 from dagh._rules._base import Call, Rule, Tangents, align, register_rule, same_channels, unbroadcast
-from dagh._rules._generic import over_samples
+from dagh._rules._generic import over_samples, vmap
 
 
 class LinearMap(Rule):
@@ -31,7 +31,8 @@ class LinearMap(Rule):
                     full[i] = t
                 return node.call(full)
 
-            return torch.func.vmap(f)(*ts)
+            moved: Tensor = vmap(f)(*ts)
+            return moved
 
         result = over_samples(per_sample, [*call.xs, *(tangents[i] for i in moving)])
         assert isinstance(result, Tensor)
