@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from dagh._decompose import decompositions, settled, write_out_in_place, write_out_no_grad
 from dagh._outputs import as_dicts, output_paths, spec_paths
 from dagh._reading import ReadValues, StandIns
+from dagh._rules._generic import usual
 from dagh.errors import CaptureError, DaghError, first_line
 
 aten = torch.ops.aten
@@ -144,10 +145,8 @@ def capture(
     batch exactly (``args`` must have it).
     """
     started = time.perf_counter()
-    with torch.inference_mode(False):  # autograd takes copies of inputs that were made in that mode
-        args, kwargs = pytree.tree_map(
-            lambda x: x.clone() if isinstance(x, Tensor) and x.is_inference() else x, (args, kwargs)
-        )
+    with torch.inference_mode(False):
+        args, kwargs = pytree.tree_map(usual, (args, kwargs))
     failures: list[str] = []
     attempts: list[tuple[str, Callable[[], Captured]]] = []
     if batch is None:

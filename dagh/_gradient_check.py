@@ -40,7 +40,7 @@ def check_gradient(
     leaves = {name: leaf for name, leaf in leaves.items() if named[name].requires_grad}
     if delta is None or not leaves or not _all_ours(state):
         return
-    found = _autograd(model, [named[n] for n in leaves], args, kwargs, mode, pick, lambda output: delta)
+    found = _autograd(model, [named[n] for n in leaves], args, kwargs, mode, pick, delta)
     if found is None:
         return
     ours = {}
@@ -84,7 +84,7 @@ def check_elsewhere(
     own = dict(twin.named_parameters())
     cotangent = _elsewhere.random_like((n, *program.output.shape), got)
     try:
-        found = _autograd(twin, [own[k] for k in leaves], args, kwargs, mode, pick, lambda output: cotangent)
+        found = _autograd(twin, [own[k] for k in leaves], args, kwargs, mode, pick, cotangent)
     except torch.OutOfMemoryError:
         raise
     except Exception:  # the user's code may raise anything at parameters that are not its own
@@ -175,7 +175,7 @@ def _autograd(
     kwargs: dict[str, Any],
     mode: str,
     pick: Pick,
-    cotangent: Callable[[Tensor], Tensor],
+    delta: Tensor,
 ) -> tuple[Tensor, list[Tensor]] | None:
     """The model's output and the gradients of ``wanted`` by autograd; ``None`` where it does not take them."""
     if not _capture.recordable(model):
@@ -189,7 +189,6 @@ def _autograd(
     ):
         args, kwargs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
         output = pick(model(*args, **kwargs))
-        delta = cotangent(output)
         if output.numel() != delta.numel():
             return None
         if not output.requires_grad:

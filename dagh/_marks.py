@@ -126,14 +126,13 @@ def _parts(value: Any, tensors: bool) -> Iterator[tuple[Any, Any]]:
 def _class_parts(kind: type) -> Iterator[tuple[str, Any]]:
     """Functions and plain attributes of a class of the user's."""
     for base in kind.__mro__:
-        if not base.__module__.startswith(_LIBRARIES):
-            for key, part in vars(base).items():
-                part = getattr(part, "__func__", getattr(part, "fget", part))
-                if isinstance(part, (*_PLAIN, types.FunctionType, list, tuple, dict)) and not key.startswith("__"):
-                    yield f"{base.__name__}.{key}", part
-        call = vars(base).get("__call__")
-        if isinstance(call, types.FunctionType) and not base.__module__.startswith(_LIBRARIES):
-            yield f"{base.__name__}.__call__", call
+        if base.__module__.startswith(_LIBRARIES):
+            continue
+        for key, part in vars(base).items():
+            part = getattr(part, "__func__", getattr(part, "fget", part))
+            known = isinstance(part, (*_PLAIN, types.FunctionType, list, tuple, dict))
+            if known and (key == "__call__" or not key.startswith("__")):
+                yield f"{base.__name__}.{key}", part
 
 
 def _function_parts(function: types.FunctionType) -> Iterator[tuple[str, Any]]:

@@ -445,17 +445,23 @@ def test_python_m_dagh(tmp_path: Path) -> None:
     assert done.stderr == "error: no such file: missing.py\n"
 
 
-def test_interrupt(tmp_path: Path) -> None:
-    (tmp_path / "model.py").write_text("import time\nopen('started', 'w').close()\ntime.sleep(60)\n")
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "dagh", "trace", "model.py", "--out", "r.txt"]
-    with subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True) as child:
+def interrupted(args: list[str], folder: Path, env: dict[str, str]) -> tuple[int, str]:
+    """Exit code and errors of ``dagh`` after Ctrl-C, pressed when a file named ``started`` appears."""
+    command = [sys.executable, "-m", "dagh", *args]
+    with subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.PIPE, text=True) as child:
         deadline = time.monotonic() + 60
-        while not (tmp_path / "started").exists() and time.monotonic() < deadline:
+        while not (folder / "started").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         child.send_signal(signal.SIGINT)
         _, err = child.communicate(timeout=30)
-    assert child.returncode == 130
+    return child.returncode, err
+
+
+def test_interrupt(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text("import time\nopen('started', 'w').close()\ntime.sleep(60)\n")
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    code, err = interrupted(["trace", "model.py", "--out", "r.txt"], tmp_path, env)
+    assert code == 130
     assert "Traceback" not in err
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["model.py", "started"]
 
@@ -469,14 +475,8 @@ def without_torch(folder: Path, instead: str) -> dict[str, str]:
 
 def test_interrupt_while_torch_is_imported(tmp_path: Path) -> None:
     env = without_torch(tmp_path, "import time\nopen('started', 'w').close()\ntime.sleep(60)\n")
-    command = [sys.executable, "-m", "dagh", "trace", "model.py"]
-    with subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True) as child:
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "started").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        child.send_signal(signal.SIGINT)
-        _, err = child.communicate(timeout=30)
-    assert (child.returncode, err.strip()) == (130, "interrupted")
+    code, err = interrupted(["trace", "model.py"], tmp_path, env)
+    assert (code, err.strip()) == (130, "interrupted")
 
 
 def test_what_does_not_need_torch(tmp_path: Path) -> None:

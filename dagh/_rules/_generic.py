@@ -50,15 +50,16 @@ def _outside_inference_mode(f: F) -> F:
         if not torch.is_inference_mode_enabled():
             return f(*args, **kwargs)
         with torch.inference_mode(False):
-            args, kwargs = pytree.tree_map(_usual, (args, kwargs))
+            args, kwargs = pytree.tree_map(usual, (args, kwargs))
             return f(*args, **kwargs)
 
     return cast(F, outside)
 
 
-def _usual(x: Any) -> Any:
+def usual(x: Any) -> Any:
+    """A copy where a tensor was made in inference mode, which autograd does not take; to be called outside of it."""
     if isinstance(x, Call):
-        return Call(x.node, [_usual(t) for t in x.xs], _usual(x.out), x.kink)
+        return Call(x.node, [usual(t) for t in x.xs], usual(x.out), x.kink)
     return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
 
 
