@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,9 @@ from dagh.errors import FileFormatError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Status = Literal["done", "failed"]
+
+#: What a damaged ``.npz`` file raises.
+UNREADABLE = (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -46,15 +51,21 @@ class Arrays(Mapping[str, Array]):
     def _names(self) -> list[str]:
         if not self._path.is_file():
             return []
-        with np.load(self._path, allow_pickle=False) as file:
-            return list(file.files)
+        try:
+            with np.load(self._path, allow_pickle=False) as file:
+                return list(file.files)
+        except UNREADABLE as error:
+            raise FileFormatError(f"{self._path} cannot be read: {error}") from error
 
     def __getitem__(self, name: str) -> Array:
         if name not in self._held:
             if not self._path.is_file():
                 raise KeyError(name)
-            with np.load(self._path, allow_pickle=False) as file:
-                self._held[name] = file[name]
+            try:
+                with np.load(self._path, allow_pickle=False) as file:
+                    self._held[name] = file[name]
+            except UNREADABLE as error:
+                raise FileFormatError(f"{self._path} cannot be read: {error}") from error
         return self._held[name]
 
     def __iter__(self) -> Iterator[str]:

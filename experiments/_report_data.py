@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,7 @@ class Results:
     panels: list[Panel]
     runs: list[RunRecord]
     failed: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     titles: list[str] = field(default_factory=list)
 
@@ -82,6 +83,11 @@ class Results:
     def datasets(self) -> list[str]:
         """Data sets in the order in which they appear; an axis over the data is none."""
         return list(dict.fromkeys(p.dataset for p in self._on_one))
+
+    @property
+    def lacking(self) -> list[tuple[str, list[str]]]:
+        """What the report had to do without, by kind."""
+        return [("failed", self.failed), ("damaged", self.damaged), ("missing", self.missing)]
 
     def distinct(self, dataset: str) -> list[RunRecord]:
         """Finished runs on a data set, each once, whatever axes it belongs to."""
@@ -123,7 +129,7 @@ def load(folders: Sequence[str | Path]) -> Results:
     records = [r for r, _ in done.values()]
     present = {_name(r) for r in records}
     failed = {_name(r): _failure(r) for r, _ in held if r.status != "done" and _name(r) not in present}
-    damaged = [f"{key}: {reason}" for bad in broken for key, reason in bad.items()]
+    damaged = {n: f"{key}: {bad[key]}" for s, bad in zip(stores, broken, strict=True) for key, n in _named(s, bad)}
     missing: dict[str, None] = {}
     order: dict[str, list[str]] = {}
     for study in studies:
@@ -133,14 +139,23 @@ def load(folders: Sequence[str | Path]) -> Results:
             point = "" if axis is None else f"{axis}={label_of(value)}, "
             dataset = study.at(axis, value).data.dataset
             for seed in study.seeds:
-                if (axis, label_of(value), seed, dataset) not in present | failed.keys():
+                if (axis, label_of(value), seed, dataset) not in present | failed.keys() | damaged.keys():
                     missing[f"{point}seed {seed} ({study.name})"] = None
     if not records:
         raise FileFormatError(f"{', '.join(map(str, folders))}: no finished run to report on")
     refuse_contradictions(list(done.values()))
     runs = list({r.key: r for r in records}.values())
+    unread = list(dict.fromkeys(reason for name, reason in damaged.items() if name not in present))
     titles = list(dict.fromkeys(study.title or study.name for study in studies))
-    return Results(_panels(records, order), runs, [*failed.values(), *damaged], list(missing), titles)
+    return Results(_panels(records, order), runs, list(failed.values()), unread, list(missing), titles)
+
+
+def _named(store: Store, keys: Collection[str]) -> Iterator[tuple[str, tuple[str | None, str, int, str]]]:
+    """Runs with the names that the manifest gives them, where their own files cannot be read."""
+    for line in store.manifest():
+        if line["key"] in keys:
+            for axis, value in line.get("points") or [[None, None]]:
+                yield line["key"], (axis, label_of(value), line.get("seed", 0), line.get("dataset", ""))
 
 
 def _name(record: RunRecord) -> tuple[str | None, str, int, str]:

@@ -62,7 +62,7 @@ def html(results: Results, claims: Sequence[Claim], figures: Figures) -> str:
     """The report as one page without outside references."""
     title = escape(_title(results))
     parts = [f"<h1>{title}</h1>", f"<p class=facts>{escape(_facts(results))}</p>"]
-    for kind, names in (("failed", results.failed), ("missing", results.missing)):
+    for kind, names in results.lacking:
         if names:
             items = "".join(f"<li>{escape(n)}</li>" for n in names)
             parts.append(f"<details class=warn><summary>{_count(names, kind)}</summary><ul>{items}</ul></details>")
@@ -182,14 +182,14 @@ def _seconds(parts: Any) -> list[float]:
 
 
 def _count(things: Sequence[Any], what: str) -> str:
-    if what in ("failed", "missing"):
+    if what in ("failed", "damaged", "missing"):
         return f"{len(things)} {'run' if len(things) == 1 else 'runs'} {what}"
     return f"{len(things)} {what}{'' if len(things) == 1 else 's'}"
 
 
 def _warnings(results: Results) -> list[str]:
     lines = []
-    for kind, names in (("failed", results.failed), ("missing", results.missing)):
+    for kind, names in results.lacking:
         if names:
             lines += [f"**{_count(names, kind)}:**", "", *(f"- {n}" for n in names), ""]
     return lines

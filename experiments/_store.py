@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from dagh.errors import DaghError, FileFormatError
 
 from ._config import StudyConfig, read, to_toml
-from ._records import Array, Arrays, RunRecord, Status, read_json
+from ._records import UNREADABLE, Array, Arrays, RunRecord, Status, read_json
 from ._wanted import Wanted
 
 __all__ = ["RunRecord", "Store", "StoreError"]
@@ -128,24 +128,27 @@ class Store:
         return self._lines
 
     def status(self) -> dict[str, str]:
-        """Key to ``"done"``, ``"failed"`` or, where a file of a run that is done cannot be used, ``"damaged"``."""
-        return {
-            line["key"]: "damaged" if line["status"] == "done" and self.damage(line["key"]) else line["status"]
-            for line in self.manifest()
-        }
+        """Key to ``"done"``, ``"failed"`` or, where a file of the run cannot be used, ``"damaged"``."""
+        return {line["key"]: "damaged" if self.damage(line) else line["status"] for line in self.manifest()}
 
-    def damage(self, key: str) -> str | None:
-        """What is wrong with the files of a run that is done, by a look that is cheap: they exist and can be opened."""
-        folder = self.path / "runs" / key
+    def damage(self, line: Mapping[str, Any]) -> str | None:
+        """What is wrong with the files of the run of a line of the manifest; arrays must have their checksums."""
+        folder = self.path / "runs" / line["key"]
         try:
-            config, result = read_json(folder / "config.json"), read_json(folder / "result.json")
-            if not isinstance(result.get("scalars"), dict) or not {"key", "seed", "data"} <= config.keys():
+            config = read_json(folder / "config.json")
+            if not {"key", "seed", "data"} <= config.keys():
+                return f"{folder} lacks what a run has"
+            if line["status"] != "done":
+                return None
+            if not isinstance(read_json(folder / "result.json").get("scalars"), dict):
                 return f"{folder} lacks what a run has"
             with zipfile.ZipFile(folder / "arrays.npz") as file:
-                file.namelist()
+                torn = file.testzip()
+            if torn is not None:
+                return f"{folder / 'arrays.npz'} is damaged: {torn.removesuffix('.npy')}"
         except FileFormatError as error:
             return str(error)
-        except (OSError, zipfile.BadZipFile) as error:
+        except UNREADABLE as error:
             return f"{folder / 'arrays.npz'} cannot be read: {error}"
         return None
 
@@ -155,11 +158,12 @@ class Store:
 
     def is_finished(self, key: str) -> bool:
         """Whether one run is done, without a look at the others."""
-        return any(line["key"] == key and line["status"] == "done" for line in self.manifest()) and not self.damage(key)
+        lines = [line for line in self.manifest() if line["key"] == key and line["status"] == "done"]
+        return bool(lines) and not self.damage(lines[0])
 
     def damaged(self) -> dict[str, str]:
-        """What is wrong, by key, with the runs that the manifest calls done."""
-        looked = {line["key"]: self.damage(line["key"]) for line in self.manifest() if line["status"] == "done"}
+        """What is wrong, by key, with the runs that the manifest names."""
+        looked = {line["key"]: self.damage(line) for line in self.manifest()}
         return {key: reason for key, reason in looked.items() if reason is not None}
 
     def runs(self, superseded: bool = False, without: Collection[str] = ()) -> list[RunRecord]:

@@ -88,7 +88,9 @@ def print_status(store: Store, study: StudyConfig, runs: Sequence[Run]) -> None:
             error = escape(str(lines[run.key].get("error", "")))
             console.print(f"[red]failed[/] {escape(run.label)}: {error} ({where})", soft_wrap=True)
         if states[run.key] == "damaged":
-            console.print(f"[red]damaged[/] {escape(run.label)}: {escape(store.damage(run.key) or '')}", soft_wrap=True)
+            console.print(
+                f"[red]damaged[/] {escape(run.label)}: {escape(store.damage(lines[run.key]) or '')}", soft_wrap=True
+            )
     rest = sum(state != "done" for state in states.values())
     more = f"; go on with: dagh sweep resume {store.path}" if rest else ""
     console.print(f"{len(runs) - rest} of {len(runs)} runs done{more}", soft_wrap=True)

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -195,22 +196,42 @@ def test_an_empty_shard_is_said_to_be_empty(tmp_path: Path) -> None:
     assert (done.exit_code, done.output.splitlines()[0][:22]) == (0, "shard 9/9 is empty: th")
 
 
-@pytest.mark.parametrize("name", ["result.json", "arrays.npz", ""])
+@pytest.mark.parametrize("name", ["result.json", "arrays.npz", "", "inside"])
 def test_a_damaged_run_is_named_left_out_and_done_again(tmp_path: Path, name: str) -> None:
     pytest.importorskip("matplotlib")
     out = tmp_path / "out"
     assert sweep("run", write_study(tmp_path), "--out", out).exit_code == 0
     folder = out / "runs" / Store(out).runs()[0].key
-    if name:
+    if name == "inside":  # readable as an archive, and one of the arrays is not what was written
+        whole = bytearray((folder / "arrays.npz").read_bytes())
+        with zipfile.ZipFile(folder / "arrays.npz") as file:
+            start = file.infolist()[0].header_offset
+        whole[start + 60] ^= 255
+        (folder / "arrays.npz").write_bytes(whole)
+    elif name:
         (folder / name).write_text("{}")
     else:
         shutil.rmtree(folder)
     told = sweep("status", out).output
     assert "3 of 4 runs done" in told and "damaged C=1, seed 0" in told
     assert sweep("report", out).exit_code == 0
-    assert f"- {folder.name}: " in (out / "report/report.md").read_text()
+    text = (out / "report/report.md").read_text()
+    assert f"- {folder.name}: " in text and "1 run damaged" in text and "missing" not in text
     assert "1 runs done, 3 were done before" in sweep("resume", out).output
     assert len(Store(out).runs()) == 4
+
+
+def test_a_failed_run_without_its_folder_does_not_stop_the_report(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "out"
+    assert sweep("run", write_study(tmp_path), "--out", out).exit_code == 0
+    run = Store(out).runs()[0]
+    Store(out).write_failed(run.config, "ValueError: no", {})
+    shutil.rmtree(out / "runs" / run.key)
+    assert "damaged C=1, seed 0" in sweep("status", out).output
+    assert sweep("report", out).exit_code == 0
+    assert "1 run damaged" in (out / "report/report.md").read_text()
+    assert "1 runs done, 3 were done before" in sweep("resume", out).output
 
 
 # -- processes -------------------------------------------------------------------------------------
