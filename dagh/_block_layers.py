@@ -11,6 +11,7 @@ With ``z_a = W_a x_a`` and ``z_b = W_b x_b`` (one row per sample), the block of 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from dagh._block_composite import TransposedBlock
 
 #: Entries of the right-hand factor formed at once: it should stay in the cache between its two uses.
 _PANEL = 1 << 18
+#: With a smaller share of the samples than this, those that contribute are gathered first.
+_SPARSE = 0.85
 
 
 class LayerPairBlock(Block):
@@ -99,23 +102,45 @@ def write_layers(
     the first layer (neither of the layers being a bias), with the mirror images.
     """
     o_a, o_b, i_a, i_b = core.shape[1], core.shape[2], left.shape[1], right.shape[1]
-    n = max(1, core.shape[0])
     if i_a == 1 or i_b == 1:
         _write_bias(out, core, left, right, jacobian, adjoint, add)
         return
     assert not (symmetric and add)
-    transposed = left.T
-    step = max(1, _PANEL // (n * i_b))
     for o in range(o_a) if outputs is None else outputs:
         rows = out[o * i_a : (o + 1) * i_a]
+        row = _Row(core[:, o], left, right, None if jacobian is None else jacobian[:, o], adjoint).alive()
+        transposed, step = row.left.T, max(1, _PANEL // (max(1, row.core.shape[0]) * i_b))
         for start in range(o if symmetric else 0, o_b, step):
             stop = min(start + step, o_b)
-            panel = core[:, o, start:stop, None] * right[:, None, :]
-            if jacobian is not None and adjoint is not None:
-                panel.addcmul_(adjoint[:, start:stop, None], jacobian[:, o, None, :])
+            panel = row.core[:, start:stop, None] * row.right[:, None, :]
+            if row.jacobian is not None and row.adjoint is not None:
+                panel.addcmul_(row.adjoint[:, start:stop, None], row.jacobian[:, None, :])
             _product(rows[:, start * i_b : stop * i_b], transposed, panel.flatten(1), add)
         if symmetric:
             _mirror(out, o, o_a, i_a)
+
+
+class _Row(NamedTuple):
+    """What belongs to one output of the first layer: ``core`` [N, o_b], ``left`` [N, i_a], ``right`` [N, i_b],
+    ``jacobian`` [N, i_b], ``adjoint`` [N, o_b].
+    """
+
+    core: Tensor
+    left: Tensor
+    right: Tensor
+    jacobian: Tensor | None
+    adjoint: Tensor | None
+
+    def alive(self) -> _Row:
+        """Without the samples that contribute nothing: those in which a ReLU switches the output off."""
+        live = self.core.ne(0).any(1)
+        if self.jacobian is not None:
+            live |= self.jacobian.ne(0).any(1)
+        index = live.nonzero()[:, 0]
+        if index.numel() > _SPARSE * live.numel():
+            return self
+        jacobian, adjoint = (None if t is None else t[index] for t in (self.jacobian, self.adjoint))
+        return _Row(self.core[index], self.left[index], self.right[index], jacobian, adjoint)
 
 
 def layers_share(

@@ -20,8 +20,6 @@ DEFAULT_SHARE = 0.5
 
 #: NumPy asks for huge pages from this size on.
 _HUGE = 1 << 22
-#: Beyond it, collecting that many huge pages may take the system longer than touching small ones.
-_HUGE_MOST = 1 << 29
 
 
 def zeros(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -31,7 +29,7 @@ def zeros(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> 
     is then several times faster.
     """
     kinds = {torch.float32: np.float32, torch.float64: np.float64}
-    if device.type != "cpu" or dtype not in kinds or not _HUGE <= prod(shape) * dtype.itemsize <= _HUGE_MOST:
+    if device.type != "cpu" or dtype not in kinds or prod(shape) * dtype.itemsize < _HUGE:
         return torch.zeros(tuple(shape), dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(tuple(shape), dtype=kinds[dtype]))
 

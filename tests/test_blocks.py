@@ -10,6 +10,7 @@ from torch import Tensor
 
 import dagh._block_base as base
 import dagh._block_factored as factored
+from dagh._block_layers import LayerPairBlock
 from dagh._blocks import (
     Block,
     DenseBlock,
@@ -353,3 +354,27 @@ def test_errors() -> None:
         ZeroBlock((2, 2), 2, dtype=torch.float64).sample(2)
     with pytest.raises(ShapeError, match="line up"):
         GridBlock([[DenseBlock(torch.zeros(2, 2))], [DenseBlock(torch.zeros(2, 3))]])
+
+
+@pytest.mark.parametrize("alive", [0.0, 0.3, 1.0])
+def test_layers_written_out_skip_samples_that_contribute_nothing(alive: float) -> None:
+    """Outputs that a ReLU switches off in a sample: rows of its core, and of the path, are zero."""
+    generator = torch.Generator().manual_seed(3)
+    n, o_a, i_a, o_b, i_b = 20, 3, 4, 5, 2
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    on = (torch.rand(n, o_a, generator=generator) < alive).double()
+    core, path, left, right = some(n, o_a, o_b), some(n, o_a, i_b), some(n, i_a), some(n, i_b)
+    core, path, adjoint = core * on[..., None], path * on.roll(1, 0)[..., None], some(n, o_b)
+    expected = torch.einsum("nop,ni,nj->oipj", core, left, right)
+    block = KroneckerSumBlock(core, left, right)
+    torch.testing.assert_close(block.dense(), expected.reshape(o_a * i_a, o_b * i_b))
+    expected = expected + torch.einsum("noj,ni,np->oipj", path, left, adjoint)
+    pair = LayerPairBlock(core, left, right, path, adjoint)
+    torch.testing.assert_close(pair.dense(), expected.reshape(o_a * i_a, o_b * i_b))
+    own = torch.einsum("no,np,nr->nop", on, on, on) + torch.diag_embed(on)
+    symmetric = KroneckerSumBlock(own, left, left, symmetric=True)
+    expected = torch.einsum("nop,ni,nj->oipj", own, left, left)
+    torch.testing.assert_close(symmetric.dense(), expected.reshape(o_a * i_a, o_a * i_a))
