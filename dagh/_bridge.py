@@ -127,6 +127,8 @@ def cross(state: State, column: Column, crossing: Crossing, tangents: Tangents, 
     The returned rows include those at the bridge's own node, with which the sweep back starts.
     """
     found = Tangents({})
+    if crossing.node not in tangents:  # these directions move nothing there: unused rows of a table, say
+        return found
     for node in [crossing.node, *column.after]:
         if node in crossing.rows:
             _carry(state, crossing, crossing.rows, node, tangents, found, per_sample or node.batched)

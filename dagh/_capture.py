@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from dagh._decompose import decompositions, settled, write_out_in_place, write_out_no_grad
 from dagh._outputs import as_dicts, output_paths, spec_paths
 from dagh._reading import ReadValues, StandIns
-from dagh._rules._generic import usual
+from dagh._rules._over_samples import usual
 from dagh.errors import CaptureError, DaghError, first_line
 
 aten = torch.ops.aten

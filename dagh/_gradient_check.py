@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch.utils import _pytree as pytree
 from dagh import _capture, _elsewhere, _inputs, _sweep
 from dagh._ir import Node, Program
 from dagh._objectives import Objective
+from dagh._referee import hand_written, hooks_noted, values_side_with
 from dagh._state import State, as_policy
-from dagh.errors import CaptureError, LossError, first_line
+from dagh.errors import CaptureError, LossError, first_line, user_level
 
 Pick = Callable[[Any], Tensor]
 
@@ -43,13 +45,24 @@ def check_gradient(
     found = _autograd(model, [named[n] for n in leaves], args, kwargs, mode, pick, delta)
     if found is None:
         return
+    output, gradients, written = found
     ours = {}
     for name, leaf in leaves.items():
         row = state.adjoints.get(leaf)
         ours[name] = torch.zeros_like(named[name]) if row is None else row.sum(0) if state.per_sample else row[0]
-    wrong = _worst(ours, dict(zip(leaves, found[1], strict=True)), float(delta.norm()) * gain, state.program.precision)
-    if wrong is not None:
+    theirs = dict(zip(leaves, gradients, strict=True))
+    wrong = _worst(ours, theirs, float(delta.norm()) * gain, state.program.precision, _noise(delta, output))
+    if wrong is None:
+        return
+    if written or not values_side_with(
+        ours[wrong], theirs[wrong], wrong, model, args, kwargs, mode, pick, delta.reshape(output.shape)
+    ):
         raise _refusal(wrong)
+    warnings.warn(
+        f"PyTorch's own gradient of {wrong!r} is not the derivative of what the model computes: a difference quotient "
+        "confirms the one used here",
+        stacklevel=user_level(),
+    )
 
 
 def check_elsewhere(
@@ -91,14 +104,21 @@ def check_elsewhere(
         return 0.0
     if found is None:
         return 0.0
-    if not _inputs.same_output(got, found[0].unsqueeze(0) if coupled else found[0], n, program.precision):
+    output, gradients, written = found
+    if not _inputs.same_output(got, output.unsqueeze(0) if coupled else output, n, program.precision):
         return 0.0
     rows = _sweep.pull_back(state, {program.output: cotangent.unsqueeze(1)}, list(leaves.values()))
     ours = {k: rows[v][0, 0] if v in rows else torch.zeros_like(got.new_empty(v.shape)) for k, v in leaves.items()}
-    wrong = _worst(ours, dict(zip(leaves, found[1], strict=True)), 0.0, program.precision)
-    if wrong is not None:
+    theirs = dict(zip(leaves, gradients, strict=True))
+    wrong = _worst(ours, theirs, 0.0, program.precision, _noise(cotangent, output))
+    if wrong is not None and (
+        written
+        or not values_side_with(
+            ours[wrong], theirs[wrong], wrong, twin, args, kwargs, mode, pick, cotangent.reshape(output.shape)
+        )
+    ):
         raise _refusal(wrong)
-    return float(torch.stack([g.norm() for g in found[1]]).norm() / cotangent.norm().clamp_min(1e-30))
+    return float(torch.stack([g.norm() for g in gradients]).norm() / cotangent.norm().clamp_min(1e-30))
 
 
 def check_loss(
@@ -176,8 +196,11 @@ def _autograd(
     mode: str,
     pick: Pick,
     delta: Tensor,
-) -> tuple[Tensor, list[Tensor]] | None:
-    """The model's output and the gradients of ``wanted`` by autograd; ``None`` where it does not take them."""
+) -> tuple[Tensor, list[Tensor], bool] | None:
+    """The model's output, the gradients of ``wanted`` by autograd, and whether Python code has a part in them.
+
+    ``None`` where autograd does not take them.
+    """
     if not _capture.recordable(model):
         return None
     # Inside, so that buffers are put back only after the backward pass has used them.
@@ -188,11 +211,13 @@ def _autograd(
         torch.enable_grad(),
     ):
         args, kwargs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
-        output = pick(model(*args, **kwargs))
+        with hooks_noted() as hooks:
+            output = pick(model(*args, **kwargs))
         if output.numel() != delta.numel():
             return None
         if not output.requires_grad:
-            return output.detach(), [torch.zeros_like(p.detach()) for p in wanted]
+            return output.detach(), [torch.zeros_like(p.detach()) for p in wanted], False
+        written = bool(hooks) or hand_written(output, wanted)
         try:
             found = torch.autograd.grad(output, wanted, delta.reshape(output.shape), allow_unused=True)
         except torch.OutOfMemoryError:
@@ -200,15 +225,20 @@ def _autograd(
         except (NotImplementedError, RuntimeError) as error:
             line = first_line(error).partition(";")[0]
             raise CaptureError(f"PyTorch cannot differentiate the model itself: {line}") from None
-    return output.detach(), [
-        torch.zeros_like(p.detach()) if g is None else g.detach() for p, g in zip(wanted, found, strict=True)
-    ]
+    gradients = [torch.zeros_like(p.detach()) if g is None else g.detach() for p, g in zip(wanted, found, strict=True)]
+    return output.detach(), gradients, written
 
 
 def _worst(
-    ours: dict[str, Tensor], theirs: dict[str, Tensor], size: float = 0.0, precision: torch.dtype = torch.float64
+    ours: dict[str, Tensor],
+    theirs: dict[str, Tensor],
+    size: float = 0.0,
+    precision: torch.dtype = torch.float64,
+    noise: float = 0.0,
 ) -> str | None:
-    """The name of the gradient that differs most, where any differs by more than rounding of numbers of ``size``."""
+    """The name of the gradient that differs most, where any differs by more than ``noise`` and the rounding of numbers
+    of ``size``.
+    """
     dtype = next(iter(ours.values())).dtype
     tolerance, rounding = (1e-6, 1e-13) if dtype == torch.float64 else (2e-2, 1e-5)
     if dtype == torch.float64 and precision != dtype:
@@ -216,11 +246,18 @@ def _worst(
     scale = max(float(torch.stack([g.norm() for g in theirs.values()]).norm()), 1e-30)
     worst = max(ours, key=lambda n: float((ours[n] - theirs[n]).norm()))
     difference = float((ours[worst] - theirs[worst]).norm())
-    return worst if difference > tolerance * max(scale, float(ours[worst].norm())) + rounding * size else None
+    return worst if difference > tolerance * max(scale, float(ours[worst].norm())) + rounding * size + noise else None
+
+
+def _noise(cotangent: Tensor, output: Tensor) -> float:
+    """What rounding leaves of a gradient that is zero, as its terms cancel (a softmax summed over its axis)."""
+    eps = torch.finfo(cotangent.dtype).eps
+    return 30 * eps * float(cotangent.norm()) * max(1.0, float(output.abs().max()))
 
 
 def _refusal(name: str) -> CaptureError:
     return CaptureError(
         f"the gradient of {name!r} by autograd is not the derivative of what the model computes: look for "
-        "gradient hooks or a hand-written backward; .detach(), .data and torch.no_grad are understood"
+        "gradient hooks or a hand-written backward; .detach(), .data and torch.no_grad are understood. Where there is "
+        "neither, PyTorch's own may be wrong; in float64 that is found out"
     )

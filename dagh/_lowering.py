@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from dagh._ir import Item, Kind, Node, Part, Slot, operation_key
+from dagh._rewrites_scalars import with_axis, without_axis
 from dagh._rules._base import has_rule
 from dagh.errors import CaptureError, RandomnessError
 
@@ -169,6 +170,10 @@ class Builder:
         bound["__name__"] = packet
         if packet in _RANDOM:
             return self.random(packet, bound, origin)
+        vector = with_axis(self, packet, bound)
+        if vector is not None:
+            found, axes = vector
+            return without_axis(self, self.lower(target, *_in_order(target, found), origin), axes)
         rewrite = _rewrite_of(target)
         if rewrite is not None:
             result = rewrite(self, bound)
@@ -205,10 +210,10 @@ class Builder:
         """The error for an operation that draws random numbers."""
         where = f" in {self.module!r}" if self.module else ""
         line = f" ({self.source})" if self.source else ""
-        return RandomnessError(
-            f"the model draws random numbers: {what}{where}{line}; trace it in eval mode, "
-            "or fix the dropout masks: dagh.trace(model, inputs, mode='train', dropout_seed=0)"
-        )
+        more = ", or fix the dropout masks: dagh.trace(model, inputs, mode='train', dropout_seed=0)"
+        if self.dropout_seed is not None:
+            more = "; a seed fixes the masks of nn.Dropout alone"
+        return RandomnessError(f"the model draws random numbers: {what}{where}{line}; trace it in eval mode{more}")
 
 
 def fixed_dropout(input: Tensor, mask: Tensor) -> Tensor:
@@ -230,6 +235,12 @@ def bind(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, A
     bound.update(zip((a.name for a in schema), args, strict=False))
     bound.update(kwargs)
     return bound
+
+
+def _in_order(op: Any, bound: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """The reverse of :func:`bind`."""
+    schema = op._schema.arguments
+    return [bound[a.name] for a in schema if not a.kwarg_only], {a.name: bound[a.name] for a in schema if a.kwarg_only}
 
 
 def understands(target: torch._ops.OpOverload) -> bool:

@@ -40,6 +40,11 @@ def _view(b: Builder, a: dict[str, Any]) -> Any:
     return _reshaped(b, a["self"], "reshape", list(a["size"] if "size" in a else a["shape"]))
 
 
+@rewrite("aten.roll")
+def _roll(b: Builder, a: dict[str, Any]) -> Any:
+    return NotImplemented if a["self"].shape else a["self"]  # vmap takes the samples for an axis of numbers
+
+
 def _reshaped(b: Builder, x: Any, method: str, *args: Any) -> Any:
     """``x.method(*args)`` as a reshape to a shape without -1."""
     like = torch.empty(tensor_of(b, x).shape, device="meta")
@@ -291,6 +296,15 @@ def _threshold(b: Builder, a: dict[str, Any]) -> Any:
         return NotImplemented
     above = b.emit(aten.gt.Scalar, a["self"], a["threshold"])
     return b.emit(aten.where.ScalarOther, above, a["self"], a["value"])
+
+
+@rewrite("aten.heaviside")
+def _heaviside(b: Builder, a: dict[str, Any]) -> Any:
+    """A step, without derivative; PyTorch has none either, and refuses where one is asked for."""
+    if not a["self"].dtype.is_floating_point:
+        return NotImplemented
+    above = b.emit(aten.to.dtype, b.emit(aten.gt.Scalar, a["self"], 0.0), a["self"].dtype)
+    return b.emit(aten.where.self, b.emit(aten.eq.Scalar, a["self"], 0.0), a["values"], above)
 
 
 @rewrite("aten.hardshrink")

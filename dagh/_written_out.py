@@ -47,10 +47,33 @@ def one_hot(self: Tensor, num_classes: int = -1) -> Any:
     return (self.unsqueeze(-1) == torch.arange(num_classes, device=self.device)).long()
 
 
+def cov(self: Tensor, *, correction: int = 1, fweights: Any = None, aweights: Any = None) -> Any:
+    """Without weights, whose numbers PyTorch checks."""
+    if fweights is not None or aweights is not None or self.dim() > 2 or not self.dtype.is_floating_point:
+        return NotImplemented
+    rows = self if self.dim() == 2 else self.reshape(1, -1)
+    rows = rows - rows.mean(1, keepdim=True)
+    found = rows @ rows.T / max(0, rows.shape[1] - correction)
+    return found if self.dim() == 2 else found.reshape(())
+
+
+def corrcoef(self: Tensor) -> Any:
+    """Without the cut to [-1, 1], which takes away nothing but rounding."""
+    covariance = cov(self)
+    if covariance is NotImplemented or self.dim() != 2:
+        return NotImplemented
+    deviation = covariance.diagonal().sqrt()
+    return covariance / deviation.unsqueeze(1) / deviation
+
+
 #: Functions of PyTorch that read numbers or strides, with a stand-in that does not (or gives ``NotImplemented``).
 STAND_INS: dict[Any, Callable[..., Any]] = {
     F.gaussian_nll_loss: gaussian_nll_loss,
     F.one_hot: one_hot,
+    torch.cov: cov,
+    Tensor.cov: cov,
+    torch.corrcoef: corrcoef,
+    Tensor.corrcoef: corrcoef,
     Tensor.fill_diagonal_: fill_diagonal_,
 }
 

@@ -335,6 +335,11 @@ CASES: list[RuleCase] = [
     RuleCase(aten.upsample_bilinear2d.default, (T((1, 1, 2, 2)), [3, 4], False)),
     RuleCase(aten.upsample_bicubic2d.default, (T((1, 1, 2, 2)), [3, 3], False)),
     RuleCase(aten.upsample_trilinear3d.default, (T((1, 1, 2, 2, 1)), [3, 2, 2], False)),
+    RuleCase(aten._upsample_nearest_exact1d.default, (T((1, 2, 3)), [5])),
+    RuleCase(aten._upsample_nearest_exact2d.default, (T((1, 1, 2, 2)), [3, 4])),
+    RuleCase(aten._upsample_nearest_exact3d.default, (T((1, 1, 2, 2, 1)), [3, 2, 2])),
+    RuleCase(aten._upsample_bilinear2d_aa.default, (T((1, 1, 4, 3)), [2, 2], False)),
+    RuleCase(aten._upsample_bicubic2d_aa.default, (T((1, 1, 4, 3)), [2, 2], False)),
     RuleCase(aten.im2col.default, (T((1, 1, 3, 3)), [2, 2], [1, 1], [0, 0], [1, 1])),
     RuleCase(aten.col2im.default, (T((1, 4, 4)), [3, 3], [2, 2], [1, 1], [0, 0], [1, 1])),
     # selection

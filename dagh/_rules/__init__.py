@@ -10,6 +10,7 @@ from dagh._rules import (
     _linear_maps,
     _losses,
     _normalize,
+    _resampling,
     _robust,
     _select,
     _switches,
@@ -17,5 +18,5 @@ from dagh._rules import (
 from dagh._rules._base import Call, KinkSites, Rule, Ties, has_rule, register_rule, registered, rule_for
 
 __all__ = ["Call", "KinkSites", "Rule", "Ties", "has_rule", "register_rule", "registered", "rule_for"]
-del _average_pool, _bilinear, _binary, _conv, _elementwise, _extrema, _linear_maps, _losses, _normalize, _robust
-del _select, _switches
+del _average_pool, _bilinear, _binary, _conv, _elementwise, _extrema, _linear_maps, _losses, _normalize, _resampling
+del _robust, _select, _switches

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dagh._ir import Node
 from dagh._rules._base import Call, DerivativeClass, Rule, Tangents, bundle, register_rule, same_channels, unbroadcast
-from dagh._rules._generic import over_samples, vmap
+from dagh._rules._over_samples import over_samples, vmap
 
 
 class Multilinear(Rule):

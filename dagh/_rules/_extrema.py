@@ -195,7 +195,7 @@ class Ordered(Selection):
         picks, n = self.picks(call), call.out.shape[0]
         line = self._lines(node, grid.reshape(1, *parent.shape))
         number = torch.empty_like(grid)
-        number[line.flatten()] = grid.reshape(line.shape) // line.shape[-1]
+        number[line.flatten()] = grid // line.shape[-1]
         gap = (flat(call.xs[0]).unsqueeze(1) - call.out.reshape(n, -1, 1)).abs()
         return number[picks].unsqueeze(2) == number, gap
 

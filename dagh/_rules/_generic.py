@@ -8,8 +8,10 @@ differentiated twice in reverse mode, one sample and one tangent at a time.
 from __future__ import annotations
 
 import functools
+import importlib
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,75 +19,19 @@ from torch.utils import _pytree as pytree
 
 from dagh._ir import Node
 from dagh._rules._base import Call
+from dagh._rules._over_samples import (
+    agrees,
+    one_by_one,
+    outside_inference_mode,
+    over_samples,
+    pick,
+    telling,
+    vmap,
+    width,
+)
 from dagh.errors import RuleError, first_line
 
-F = TypeVar("F", bound=Callable[..., Any])
-
 _NO_FORWARD: set[str] = set()
-_QUIET: list[None] = []
-
-
-def vmap(f: Callable[..., Any], in_dims: Any = 0, randomness: str = "error") -> Callable[..., Any]:
-    """``torch.func.vmap``, without the hint that an operation runs sample by sample: there is nothing to act on."""
-    mapped = torch.func.vmap(f, in_dims=in_dims, randomness=randomness)
-
-    def quiet(*tensors: Tensor) -> Any:
-        torch._C._functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]
-        _QUIET.append(None)
-        try:
-            return mapped(*tensors)
-        finally:
-            _QUIET.pop()
-            if not _QUIET:  # the outermost of several; PyTorch does not tell what was set before
-                torch._C._functorch._set_vmap_fallback_warning_enabled(True)  # type: ignore[attr-defined]
-
-    return quiet
-
-
-def _outside_inference_mode(f: F) -> F:
-    """``f`` on tensors that autograd may save: in inference mode PyTorch 2.11's ``torch.func`` is silently wrong."""
-
-    @functools.wraps(f)
-    def outside(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_inference_mode_enabled():
-            return f(*args, **kwargs)
-        with torch.inference_mode(False):
-            args, kwargs = pytree.tree_map(usual, (args, kwargs))
-            return f(*args, **kwargs)
-
-    return cast(F, outside)
-
-
-def usual(x: Any) -> Any:
-    """A copy where a tensor was made in inference mode, which autograd does not take; to be called outside of it."""
-    if isinstance(x, Call):
-        return Call(x.node, [usual(t) for t in x.xs], usual(x.out), x.kink)
-    return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
-
-
-@_outside_inference_mode
-def over_samples(f: Callable[..., Any], tensors: Sequence[Tensor], randomness: str = "error") -> Any:
-    """``vmap`` of ``f`` over the leading axis of ``tensors``; those of length one are shared.
-
-    One sample after the other where ``vmap`` cannot: custom operators, and indexing with a mask.
-    """
-    if max((t.shape[0] for t in tensors), default=1) > 1:
-        dims = tuple(None if t.shape[0] == 1 else 0 for t in tensors)
-        shared = [t[0] if d is None else t for t, d in zip(tensors, dims, strict=True)]
-        try:
-            return vmap(f, in_dims=dims, randomness=randomness)(*shared)
-        except torch.OutOfMemoryError:
-            raise
-        except (NotImplementedError, RuntimeError):
-            pass
-    return _one_by_one(f, tensors)
-
-
-def _one_by_one(f: Callable[..., Any], tensors: Sequence[Tensor]) -> Any:
-    """``f`` on one sample after the other, stacked."""
-    n = max((t.shape[0] for t in tensors), default=1)
-    each = [f(*[_pick(t, k) for t in tensors]) for k in range(n)]
-    return pytree.tree_map(lambda *ts: torch.stack(ts), *each)
 
 
 def value(node: Node, xs: list[Tensor]) -> Tensor:
@@ -110,15 +56,15 @@ def _split(call: Call, active: Iterable[int]) -> tuple[list[int], Callable[..., 
     return active, close
 
 
-@_outside_inference_mode
+@outside_inference_mode
 def jvp(call: Call, tangents: Mapping[int, Tensor]) -> Tensor:
-    """``Σ D t`` in forward mode, checked on one sample and direction against reverse mode, which is the fallback."""
+    """``Σ D t`` in forward mode, checked on two directions of one sample against reverse mode, the fallback."""
     if call.node.key not in _NO_FORWARD:
         try:
             found: Tensor = _forward_jvp(call, tangents)
             if call.once(
-                f"jvp agrees {sorted(tangents)}",
-                lambda: _agrees(found, _twice(call, _double_reverse_jvp, tangents), tangents),
+                f"jvp agrees {sorted(tangents)} {width(tangents)}",
+                lambda: _agree(found, _twice(call, _double_reverse_jvp, tangents), tangents),
             ):
                 return found
         except torch.OutOfMemoryError:
@@ -132,11 +78,11 @@ def jvp(call: Call, tangents: Mapping[int, Tensor]) -> Tensor:
 def _twice(
     call: Call, method: Callable[..., Any], tangents: Mapping[int, Tensor], *rest: Any, every: bool = False
 ) -> Any:
-    """A double-reverse method on everything, or on the first sample and direction alone."""
+    """A double-reverse method on everything, or on two directions of the first sample alone."""
     if not every:
         call = Call(call.node, [x[:1] for x in call.xs], call.out[:1])
-        b = _telling(tangents)
-        tangents = {i: t[:1, b : b + 1] for i, t in tangents.items()}
+        some = telling(tangents)
+        tangents = {i: t[:1, some] for i, t in tangents.items()}
         rest = tuple(r[:1] if isinstance(r, Tensor) else r for r in rest)
     try:
         return method(call, tangents, *rest)
@@ -148,20 +94,9 @@ def _twice(
         return None
 
 
-def _telling(tangents: Mapping[int, Tensor]) -> int:
-    """The direction that moves the first sample most."""
-    moved = torch.stack([t[0].flatten(1).norm(dim=1) if t.dim() > 2 else t[0].abs() for t in tangents.values()])
-    return int(moved.sum(0).argmax())
-
-
-def _agrees(found: Tensor, reference: Tensor | None, tangents: Mapping[int, Tensor]) -> bool:
-    """Whether one entry of ``found`` matches; without a reference it is taken as it is."""
-    if reference is None or not bool(torch.isfinite(reference).all()):
-        return True
-    b = _telling(tangents)
-    tolerance, floor = (1e-7, 1e-11) if found.dtype == torch.float64 else (1e-2, 1e-4)
-    difference = (found[:1, b : b + 1] - reference).norm()
-    return bool(difference <= tolerance * reference.norm() + floor * found.norm())
+def _agree(found: Tensor, reference: Tensor | None, tangents: Mapping[int, Tensor]) -> bool:
+    """:func:`agrees` for the directions that tell, of the first sample."""
+    return agrees(found[:1, telling(tangents)], reference)
 
 
 def _underivable(call: Call, error: Exception, times: str = " twice") -> RuleError:
@@ -173,11 +108,20 @@ def _underivable(call: Call, error: Exception, times: str = " twice") -> RuleErr
     )
 
 
+@functools.cache
+def _load_formulas() -> None:
+    """PyTorch's forward-mode formulas, whose import warns of what PyTorch itself uses."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module("torch._decomp.decompositions_for_jvp")
+
+
 def _over_pairs(f: Callable[..., Any], values: Sequence[Tensor], bundles: Sequence[Tensor]) -> Any:
     """``f`` on every pair of sample and direction, as one ``vmap`` over all of them.
 
     Nested ``vmap`` levels of ``jvp`` and ``vjp`` are silently wrong for some operations (determinants, linear solves).
     """
+    _load_formulas()
     n = max(t.shape[0] for t in [*values, *bundles])
     b = bundles[0].shape[1]
     dims = [None if v.shape[0] == 1 else 0 for v in values]
@@ -202,12 +146,15 @@ def _forward_jvp(call: Call, tangents: Mapping[int, Tensor]) -> Tensor:
     return result
 
 
-@_outside_inference_mode
+@outside_inference_mode
 def vjp(call: Call, cotangent: Tensor, arg: int) -> Tensor:
-    """``Dᵀ s`` by ``torch.func``, checked on one sample and direction against plain autograd, which is the fallback."""
+    """``Dᵀ s`` by ``torch.func``, checked on two directions of one sample against plain autograd, the fallback."""
     try:
         found = _transform_vjp(call, cotangent, arg)
-        if call.once(f"vjp agrees {arg}", lambda: _agrees(found, _one_vjp(call, cotangent, arg), {0: cotangent})):
+        if call.once(
+            f"vjp agrees {arg} {width({0: cotangent})}",
+            lambda: _agree(found, _one_vjp(call, cotangent, arg), {0: cotangent}),
+        ):
             return found
     except torch.OutOfMemoryError:
         raise
@@ -217,11 +164,10 @@ def vjp(call: Call, cotangent: Tensor, arg: int) -> Tensor:
 
 
 def _one_vjp(call: Call, cotangent: Tensor, arg: int) -> Tensor | None:
-    """Plain autograd's ``Dᵀ s`` for the first sample and the longest cotangent."""
-    b = _telling({0: cotangent})
+    """Plain autograd's ``Dᵀ s`` for the first sample and the longest cotangents."""
     first = Call(call.node, [x[:1] for x in call.xs], call.out[:1])
     try:
-        return _plain_vjp(first, cotangent[:1, b : b + 1], arg)
+        return _plain_vjp(first, cotangent[:1, telling({0: cotangent})], arg)
     except RuleError:
         return None
 
@@ -246,7 +192,7 @@ def _transform_vjp(call: Call, cotangent: Tensor, arg: int) -> Tensor:
     except (NotImplementedError, RuntimeError) as error:  # no batching rule: shapes that depend on values, say
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        result = _one_by_one(per_sample, [*call.xs, cotangent])
+        result = one_by_one(per_sample, [*call.xs, cotangent])
     assert isinstance(result, Tensor)
     return result
 
@@ -257,13 +203,13 @@ def _plain_vjp(call: Call, cotangent: Tensor, arg: int) -> Tensor:
     rows = []
     with torch.enable_grad():
         for n in range(n_max):
-            xs = [_pick(x, n).detach() for x in call.xs]
+            xs = [pick(x, n).detach() for x in call.xs]
             point = xs[arg].clone().requires_grad_()
             try:
                 out = close(xs)(point)
                 for b in range(cotangent.shape[1]):
                     (grad,) = torch.autograd.grad(
-                        out, point, _pick(cotangent, n)[b], retain_graph=True, allow_unused=True
+                        out, point, pick(cotangent, n)[b], retain_graph=True, allow_unused=True
                     )
                     rows.append(torch.zeros_like(point) if grad is None else grad)
             except (NotImplementedError, RuntimeError) as error:
@@ -271,14 +217,15 @@ def _plain_vjp(call: Call, cotangent: Tensor, arg: int) -> Tensor:
     return torch.stack(rows).reshape(n_max, cotangent.shape[1], *call.node.inputs[arg].shape)
 
 
-@_outside_inference_mode
+@outside_inference_mode
 def curvature(call: Call, adjoint: Tensor, tangents: Mapping[int, Tensor], args: Iterable[int]) -> dict[int, Tensor]:
-    """``Σ M t`` forward over reverse, checked on one sample and direction like :func:`jvp`."""
+    """``Σ M t`` forward over reverse, checked like :func:`jvp`."""
     args = list(args)
     if call.node.key not in _NO_FORWARD:
         try:
             found = _forward_over_reverse(call, adjoint, tangents, args)
-            if call.once(f"curvature agrees {args}", lambda: _curvature_agrees(call, adjoint, tangents, args, found)):
+            key = f"curvature agrees {args} {width(tangents)}"
+            if call.once(key, lambda: _curvature_agrees(call, adjoint, tangents, args, found)):
                 return found
         except torch.OutOfMemoryError:
             raise
@@ -292,7 +239,7 @@ def _curvature_agrees(
     call: Call, adjoint: Tensor, tangents: Mapping[int, Tensor], args: list[int], found: dict[int, Tensor]
 ) -> bool:
     reference = _twice(call, _reverse_over_reverse, tangents, adjoint, args)
-    return reference is None or all(_agrees(found[i], reference[i], tangents) for i in args)
+    return reference is None or all(_agree(found[i], reference[i], tangents) for i in args)
 
 
 def _forward_over_reverse(
@@ -322,10 +269,6 @@ def _forward_over_reverse(
 # -- operations without forward-mode formulas ------------------------------------------------------
 
 
-def _pick(t: Tensor, n: int) -> Tensor:
-    return t[0 if t.shape[0] == 1 else n]
-
-
 def _double_reverse_jvp(call: Call, tangents: Mapping[int, Tensor]) -> Tensor:
     """``D t`` as the derivative of ``s ↦ Dᵀ s`` (linear in s), one sample and tangent at a time."""
     moving, close = _split(call, tangents)
@@ -334,18 +277,14 @@ def _double_reverse_jvp(call: Call, tangents: Mapping[int, Tensor]) -> Tensor:
     rows = []
     with torch.enable_grad():
         for n in range(max(leads)):
-            xs = [_pick(x, n).detach() for x in call.xs]
+            xs = [pick(x, n).detach() for x in call.xs]
             point = [xs[i].clone().requires_grad_() for i in moving]
             out = close(xs)(*point)
             s = torch.zeros_like(out, requires_grad=True)
             pulled = torch.autograd.grad(out, point, s, create_graph=True, allow_unused=True)
             for b in range(width):
                 total = sum(
-                    (
-                        (p * _pick(tangents[i], n)[b]).sum()
-                        for i, p in zip(moving, pulled, strict=True)
-                        if p is not None
-                    ),
+                    ((p * pick(tangents[i], n)[b]).sum() for i, p in zip(moving, pulled, strict=True) if p is not None),
                     start=s.sum() * 0,
                 )
                 rows.append(torch.autograd.grad(total, s, retain_graph=True)[0].detach())
@@ -361,16 +300,16 @@ def _reverse_over_reverse(
     rows: dict[int, list[Tensor]] = {i: [] for i in args}
     with torch.enable_grad():
         for n in range(n_max):
-            xs = [_pick(x, n).detach() for x in call.xs]
+            xs = [pick(x, n).detach() for x in call.xs]
             point = [xs[i].clone().requires_grad_() for i in active]
-            value_ = (close(xs)(*point) * _pick(adjoint, n)).sum()
+            value_ = (close(xs)(*point) * pick(adjoint, n)).sum()
             grads = torch.autograd.grad(value_, point, create_graph=True, allow_unused=True)
             for b in range(width):
                 total = torch.zeros((), dtype=value_.dtype, device=value_.device)
                 for i, t in tangents.items():
                     g = grads[active.index(i)]
                     if g is not None and g.requires_grad:
-                        total = total + (g * _pick(t, n)[b]).sum()
+                        total = total + (g * pick(t, n)[b]).sum()
                 second: Sequence[Tensor | None] = [None] * len(active)
                 if total.requires_grad:
                     second = torch.autograd.grad(total, point, retain_graph=True, allow_unused=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from dagh._ir import Node
 from dagh._rules._base import Call, Rule, Tangents, align, register_rule, same_channels, unbroadcast
-from dagh._rules._generic import over_samples, vmap
+from dagh._rules._over_samples import agrees, one_by_one, over_samples, telling, vmap
 
 
 class LinearMap(Rule):
@@ -21,7 +22,7 @@ class LinearMap(Rule):
     def jvp(self, call: Call, tangents: Tangents) -> Tensor:
         node, k, moving = call.node, len(call.xs), list(tangents)
 
-        def per_sample(*tensors: Tensor) -> Tensor:
+        def pushed(*tensors: Tensor, at_once: bool) -> Tensor:
             xs, ts = tensors[:k], tensors[k:]
             base = [torch.zeros_like(x) if x.dtype.is_floating_point else x for x in xs]
 
@@ -31,12 +32,23 @@ class LinearMap(Rule):
                     full[i] = t
                 return node.call(full)
 
-            moved: Tensor = vmap(f)(*ts)
-            return moved
+            if at_once:
+                return vmap(f)(*ts)  # type: ignore[no-any-return]
+            return torch.stack([f(*(t[b] for t in ts)) for b in range(len(ts[0]))])
 
-        result = over_samples(per_sample, [*call.xs, *(tangents[i] for i in moving)])
+        everything = [*call.xs, *(tangents[i] for i in moving)]
+        result = over_samples(partial(pushed, at_once=True), everything)
         assert isinstance(result, Tensor)
-        return result
+        some = telling(tangents)
+
+        def alone() -> bool:
+            """Whether ``vmap`` does to a few directions of one sample what the operation does to each alone."""
+            few = [*(x[:1] for x in call.xs), *(tangents[i][:1, some] for i in moving)]
+            return agrees(result[:1, some], one_by_one(partial(pushed, at_once=False), few))
+
+        if call.once(f"vmap agrees {moving} {len(some)}", alone):
+            return result
+        return one_by_one(partial(pushed, at_once=False), everything)  # type: ignore[no-any-return]
 
     def curvature(
         self, call: Call, adjoint: Tensor, tangents: Tangents, args: Iterable[int], keep: bool
@@ -99,11 +111,7 @@ class PerChannel(LinearMap):
         return len(node.shape) >= 3 and node.inputs[0].shape[:2] == node.shape[:2]
 
 
-_PER_CHANNEL = """
-avg_pool3d adaptive_avg_pool3d _adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d upsample_nearest3d
-upsample_bilinear2d upsample_linear1d upsample_trilinear3d upsample_bicubic2d
-"""
-for _name in _PER_CHANNEL.split():
+for _name in ("avg_pool3d", "adaptive_avg_pool3d", "_adaptive_avg_pool3d"):
     register_rule(f"aten.{_name}")(PerChannel())
 
 

@@ -148,8 +148,10 @@ class Softmax(Rule):
         dim, t, last = self._dim(call.node, 1), tangents[0], members_last(tangents[0])
         # The columns of D sum to zero: ⟨D t, g⟩ = ⟨D t, g - ⟨p, g⟩⟩.
         centred = adjoint - (call.out * adjoint).sum(dim, keepdim=True)
-        p_dot = _forth(self._derivative(call, t), last)
-        return {0: _back(self._project(call, p_dot.mul_(_forth(bundle(centred), last)), last), last)}
+        p_dot, centred = _forth(self._derivative(call, t), last), _forth(bundle(centred), last)
+        # In place, unless p is one and the same for samples that the adjoint tells apart.
+        weighted = p_dot.mul_(centred) if p_dot.shape[0] >= centred.shape[0] else p_dot * centred
+        return {0: _back(self._project(call, weighted, last), last)}
 
 
 def _forth(t: Tensor, last: bool) -> Tensor:
