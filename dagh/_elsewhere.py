@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dagh import _capture, _inputs
 from dagh._binding import leaf_values
@@ -111,10 +113,11 @@ def coupled_elsewhere(
     other = None if values is None else twin(model, parameters)
     if values is None or other is None:
         return False
-    with _capture.in_mode(other, mode), _capture.undisturbed(other), torch.no_grad():
+    with _capture.in_mode(other, mode), torch.no_grad():
 
         def run(a: tuple[Any, ...], k: dict[str, Any]) -> Tensor:
-            output: Tensor = pick(other(*a, **k))
+            with _capture.undisturbed(other):
+                output: Tensor = pick(other(*a, **k))
             return output
 
         try:
@@ -126,10 +129,119 @@ def coupled_elsewhere(
         ):
             return False
         try:
-            each = [run(*_capture.some_samples((args, kwargs), n, slice(k, k + 1))) for k in range(n)]
+            each = [run(*one) for one in _singles(args, kwargs, n)]
             return not _inputs.close(torch.cat(each), whole, program.precision)
         except Exception:  # a batch of one is refused: Batch-Norm in training mode
             return True
+
+
+#: Differences that rounding does not make, beside the largest output: in double precision; where single precision has
+#: a part in it.
+_EXACT, _MIXED = 1e-10, 1e-4
+
+
+class _Narrow(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes whether anything is computed in less than double precision."""
+
+    seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in pytree.tree_leaves(out):
+            if isinstance(t, Tensor) and t.dtype.is_floating_point and t.dtype != torch.float64:
+                self.seen = True
+        return out
+
+
+def coupled_in_double(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: str, pick: Any) -> bool:
+    """Whether a copy of the model in double precision computes something else on a batch than on single samples.
+
+    In single precision an interaction far smaller than the output is lost among its rounding.
+    """
+    args, kwargs = few(args, kwargs)
+    n, parameters = _capture.batch_size(args, kwargs), moved_parameters(model)
+    other, narrow = twin(model, parameters), _Narrow()  # type: ignore[no-untyped-call]
+    if other is None:
+        return False
+    other = other.double()
+
+    def alone(some: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
+        with _capture.undisturbed(other):  # buffers that a run moves on (spectral_norm) start anew
+            output: Tensor = pick(other(*some, **named))
+            return output
+
+    try:
+        args, kwargs = pytree.tree_map(
+            lambda x: x.double() if isinstance(x, Tensor) and x.dtype.is_floating_point else x, (args, kwargs)
+        )
+        with _capture.in_mode(other, mode), torch.no_grad():
+            with narrow, _capture.undisturbed(other):
+                whole: Tensor = pick(other(*args, **kwargs))
+            if not bool(torch.isfinite(whole).all()):
+                return False
+            try:
+                each = [alone(*some) for some in _singles(args, kwargs, n)]
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # a batch of one is refused: Batch-Norm in training mode
+                return True
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # a type written down in the model, or what the user's code may raise elsewhere
+        return False
+    tolerance = _MIXED if narrow.seen else _EXACT
+    together = torch.cat(each) if whole.dim() else torch.stack(each)
+    if together.shape != whole.shape:
+        return True
+    return bool((together - whole).abs().max() > tolerance * whole.abs().max()) if whole.numel() else False
+
+
+def _singles(args: tuple[Any, ...], kwargs: dict[str, Any], n: int) -> list[Any]:
+    return [_capture.some_samples((args, kwargs), n, slice(k, k + 1)) for k in range(n)]
+
+
+def curved_together(
+    model: nn.Module, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], mode: str, pick: Any
+) -> bool:
+    """Whether a model's second derivatives on a batch are not the sum of those on single samples.
+
+    Asked where ``detach`` takes part: it can hide from values what samples do to each other. By autograd alone.
+    """
+    if not any(node.key.endswith("stop_gradient") for node in program):
+        return False
+    args, kwargs = few(args, kwargs)
+    n, parameters = _capture.batch_size(args, kwargs), moved_parameters(model)
+    other, narrow = twin(model, parameters), _Narrow()  # type: ignore[no-untyped-call]
+    if other is None or not _capture.recordable(other):
+        return False
+    wanted = [p for p in other.parameters() if p.requires_grad]
+    directions = [random_like(p.shape, p) for p in wanted]
+
+    def product(window: slice, cotangent: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Output of some samples, and the second derivative of ``⟨cotangent, output⟩`` along the directions."""
+        some, named = _capture.some_samples((args, kwargs), n, window)
+        with _capture.undisturbed(other):
+            out = pick(other(*some, **named))
+        weights = random_like(out.shape, out) if cotangent is None else cotangent[window]
+        slopes = torch.autograd.grad(out, wanted, weights, create_graph=True, allow_unused=True)
+        slope = sum((s * d).sum() for s, d in zip(slopes, directions, strict=True) if s is not None)
+        if not isinstance(slope, Tensor) or not slope.requires_grad:
+            return weights, torch.zeros(())
+        found = torch.autograd.grad(slope, wanted, materialize_grads=True, allow_unused=True)
+        return weights, torch.cat([f.flatten() for f in found])
+
+    try:
+        with _capture.in_mode(other, mode), torch.inference_mode(False), torch.enable_grad():
+            with narrow:
+                weights, whole = product(slice(0, n), None)
+            each = torch.stack([product(slice(k, k + 1), weights)[1] for k in range(n)])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # not twice differentiable, not defined there, or no batch of one
+        return False
+    size = torch.stack([whole.abs().max(), each.abs().max()]).max()
+    tolerance = 1e-3 if narrow.seen else 1e-8
+    return bool((whole - each.sum(0)).abs().max() > tolerance * size)
 
 
 def random_like(shapes: Sequence[int], like: Tensor) -> Tensor:

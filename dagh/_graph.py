@@ -14,12 +14,14 @@ from dagh import _capture, _inputs, _objectives
 from dagh._attach import append_loss
 from dagh._binding import unbind
 from dagh._gradient_check import check_elsewhere, check_gradient, check_loss
+from dagh._interactions import interacts
 from dagh._ir import Node, Program, same_program
 from dagh._kinks import KinkPolicy
 from dagh._marks import Watch
 from dagh._programs import Mode, Programs
 from dagh._state import State, as_policy, check_finite, evaluate_program
 from dagh.errors import (
+    CaptureError,
     CoupledSamplesError,
     LossError,
     NonDeterministicError,
@@ -232,6 +234,11 @@ class Graph(Programs):
                     raise
             if found is None:
                 coupled, reason = True, f"loss {objective.name!r} decides by the values of single samples"
+            elif scale is not None:
+                if found[0].loss_couples is None:
+                    found[0].loss_couples = interacts(objective, output, targets, n, scale)
+                if found[0].loss_couples:
+                    coupled, scale, reason = True, None, f"loss {objective.name!r} couples the samples of a batch"
         if coupled:
             if reduction == "none" or (reduction == "sum" and not self.coupled):
                 raise CoupledSamplesError(f"per-sample blocks do not exist: {reason}; use reduction='mean'")
@@ -264,11 +271,26 @@ class Graph(Programs):
             check_loss(objective, program, values, output, targets, samples, scale, coupled)
             program.loss_checked = True
         if not self._gradient_checked and policy.choices is None and not fixed_masks:
-            base = self._program(n if self.coupled else 1)
-            gain = check_elsewhere(self.model, base, args, kwargs, self.mode, self._pick, self.coupled)
-            check_gradient(self.model, state, args, kwargs, self.mode, self._pick, gain)
-            self._gradient_checked = True
+            before = dict(self.__dict__)
+            try:
+                self._check_gradient(state, args, kwargs)
+            except CaptureError as refusal:
+                if self.coupled or n == 1 or reduction != "mean":
+                    raise
+                self._whole(args, kwargs, "the gradient on a batch is not the sum over single samples")
+                try:
+                    return self._evaluate(loss, inputs, targets, reduction=reduction, kinks=kinks, wrt=wrt)
+                except CaptureError:
+                    self.__dict__.update(before)
+                    raise refusal from None
         return policy.settle(state)
+
+    def _check_gradient(self, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Compare the model's gradient with autograd's, once."""
+        base = self._program(_capture.batch_size(args, kwargs) if self.coupled else 1)
+        gain = check_elsewhere(self.model, base, args, kwargs, self.mode, self._pick, self.coupled)
+        check_gradient(self.model, state, args, kwargs, self.mode, self._pick, gain)
+        self._gradient_checked = True
 
     def _valued(
         self,

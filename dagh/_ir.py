@@ -188,6 +188,8 @@ class Program:
     """Plans already made for this program, by request."""
     loss_checked: bool = False
     """Whether the loss's first derivative has been compared with autograd's."""
+    loss_couples: bool | None = None
+    """Whether the loss couples samples although its value does not show it; ``None``: not looked at."""
 
     def __post_init__(self) -> None:
         self.nodes = [*self.nodes]

@@ -119,6 +119,7 @@ def _parts(value: Any, tensors: bool) -> Iterator[tuple[Any, Any]]:
         yield from _function_parts(value)
     elif not type(value).__module__.startswith(_LIBRARIES):
         yield from getattr(value, "__dict__", {}).items()
+        yield from ((slot, getattr(value, slot, None)) for slot in _slots(value.__class__))
         if callable(value):
             yield from _class_parts(type(value))
 
@@ -144,11 +145,26 @@ def _function_parts(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
             yield name, cell.cell_contents
+            yield from _read_from(cell.cell_contents, name, function.__code__)
         except ValueError:  # not filled yet
             yield name, None
     for name in _names(function.__code__):
         if name in function.__globals__:
             yield name, function.__globals__[name]
+            yield from _read_from(function.__globals__[name], name, function.__code__)
+
+
+def _read_from(value: Any, name: str, code: types.CodeType) -> Iterator[tuple[str, Any]]:
+    """What code may read from an imported module: ``settings.scale``."""
+    if isinstance(value, types.ModuleType) and not value.__name__.startswith(_LIBRARIES):
+        yield from ((f"{name}.{key}", vars(value)[key]) for key in _names(code) if key in vars(value))
+
+
+@functools.lru_cache(maxsize=4096)
+def _slots(kind: type) -> tuple[str, ...]:
+    """Attributes that are kept in slots."""
+    found = (base.__dict__.get("__slots__", ()) for base in kind.__mro__)
+    return tuple(s for names in found for s in ([names] if isinstance(names, str) else names) if s[:2] != "__")
 
 
 @functools.lru_cache(maxsize=4096)

@@ -59,6 +59,10 @@ def _one(output: Tensor, target: Any) -> Tensor:
     return output.new_ones(output.shape[0])
 
 
+def _rows(output: Tensor, target: Any) -> Tensor:
+    return output.new_full((output.shape[0],), output[0, ..., 0].numel())
+
+
 def _class_share(weight: Tensor | None, ignore_index: int) -> Callable[[Tensor, Tensor], Tensor]:
     def share(output: Tensor, target: Tensor) -> Tensor:
         if target.dtype.is_floating_point:
@@ -176,9 +180,9 @@ def _from_module(loss: Any) -> Objective:
     summing.reduction = "sum"
     if isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss)):
         weigh = _class_share(loss.weight, loss.ignore_index)
-    elif own == "batchmean" or isinstance(
-        loss, (nn.MultiMarginLoss, nn.MultiLabelMarginLoss, nn.MultiLabelSoftMarginLoss)
-    ):
+    elif isinstance(loss, nn.MultiLabelSoftMarginLoss):
+        weigh = _rows
+    elif own == "batchmean" or isinstance(loss, (nn.MultiMarginLoss, nn.MultiLabelMarginLoss)):
         weigh = _one
     else:
         weigh = _count
@@ -232,7 +236,7 @@ def separable(objective: Objective, output: Tensor, targets: Any, n: int) -> Obj
         return objective
     with torch.no_grad():
         try:
-            each = sum(float(objective.summed(*_part(output, targets, p))) for p in _pieces(n))
+            each = sum(float(objective.summed(*part_of(output, targets, p))) for p in pieces(n))
             total = float(objective.summed(output, targets))
             tolerance = 1e-9 if output.dtype == torch.float64 else 1e-3
             if abs(each - total) <= tolerance * max(abs(total), 1e-30):
@@ -292,11 +296,11 @@ def scale_of(objective: Objective, output: Tensor, targets: Any, n: int) -> floa
 
 def _scale_at(objective: Objective, output: Tensor, targets: Any, n: int, total: Tensor) -> float | None:
     try:
-        pieces = _pieces(n)
-        each = torch.stack([objective.summed(*_part(output, targets, p)) for p in pieces])
+        parts = pieces(n)
+        each = torch.stack([objective.summed(*part_of(output, targets, p)) for p in parts])
     except (RuntimeError, ValueError, IndexError):
         return None
-    counts = each.new_tensor([p.stop - p.start for p in pieces])
+    counts = each.new_tensor([p.stop - p.start for p in parts])
     tolerance = 1e-9 if output.dtype == torch.float64 else 1e-4
     size = max(float((each.abs() * counts).sum()), 1e-30)
     if abs(float(total) * n - float((each * counts).sum())) <= tolerance * size:
@@ -338,13 +342,14 @@ def reproduced_elsewhere(
         return True
 
 
-def _pieces(n: int) -> list[slice]:
+def pieces(n: int) -> list[slice]:
     """A few unequal parts of a batch, single samples among them, over which a loss of samples must add up."""
     cuts = sorted({0, 1, min(2, n), n // 3, n // 2, n})
     return [slice(a, b) for a, b in itertools.pairwise(cuts)]
 
 
-def _part(output: Tensor, targets: Any, window: slice) -> tuple[Tensor, Any]:
+def part_of(output: Tensor, targets: Any, window: slice) -> tuple[Tensor, Any]:
+    """Some samples of a batch."""
     return output[window], None if targets is None else pytree.tree_map(lambda t: t[window], targets)
 
 

@@ -10,17 +10,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dagh import _memory, _objectives, _spectra
+from dagh import _memory, _spectra
 from dagh._batches import Batches, as_batches
 from dagh._capture import batch_size
 from dagh._graph import Graph, trace
 from dagh._inputs import normalize_inputs
 from dagh._linearize import Linearization, Part
+from dagh._normalizer import Normalizer
 from dagh._objectives import Reduction
 from dagh._programs import Mode
 from dagh._request import choose_names, itemsize
 from dagh._state import State
-from dagh.errors import CoupledSamplesError, DataError, NonFiniteError, ReductionError, ShapeError
+from dagh.errors import CoupledSamplesError, DataError, LossError, NonFiniteError, ReductionError, ShapeError
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -59,7 +60,7 @@ def operator(
         inputs: a batch as in :func:`dagh.hessian` with its ``targets``, or an iterable of ``(inputs, targets)`` batches
             that can be iterated over again and gives the same samples each time, in any order (a list, a
             ``DataLoader``); the loss is then that of all its samples together. Tensors of a loader are moved to the
-            device of the model.
+            device of the model. Dropout masks fixed by a seed belong to the rows of a batch: each has the same.
         targets: as in :func:`dagh.hessian`; absent for a loader.
         part: ``"full"``, ``"outer"`` (H_O, Gauss–Newton) or ``"functional"`` (H_F = H - H_O).
         params: names or globs of parameters; default: all that require a gradient.
@@ -148,18 +149,33 @@ class HessianOperator:
         batches = self._batches
         batches.renew()
         self._per_sample = _sample_bytes(self.graph, self.dtype)
-        if not self.graph.coupled:
-            batches.limit = max(1, self._bytes // (2 * _HELD * self._per_sample))
+        limit = max(1, self._bytes // (2 * _HELD * self._per_sample))
+        masked = self.graph.dropout_seed is not None and self.graph.mode == "train"  # of the rows of a batch
+        batches.limit = None if self.graph.coupled or masked else limit
+        try:
+            self._linearize_all()
+        except (CoupledSamplesError, LossError):
+            if not batches.single or batches.limit is None:
+                raise
+            batches.renew()
+            batches.limit = None  # one batch that cannot be cut
+            self._linearize_all()
+        return self
+
+    def _linearize_all(self) -> None:
+        """One pass over the data: loss, gradient, and the linearizations where they are kept."""
+        batches = self._batches
         self._pieces, self._factor, self.loss = None, 1.0, 0.0
         self._gradient: Tensor | None = None
         pieces: list[Linearization] = []
-        share, kinds, kept, samples, largest, count = 0.0, set[str](), True, 0, 0, 0
+        kept, samples, largest, count = True, 0, 0, 0
+        normalizer: Normalizer | None = None
         for count, (inputs, targets) in enumerate(self._shown("linearizing"), 1):  # noqa: B007
             state = self._evaluate(inputs, targets)
             if not batches.whole:
-                size, kind = self._share(state, targets, _length(inputs))
-                share += size
-                kinds.add(kind)
+                normalizer = normalizer or Normalizer(self._loss)
+                if normalizer.add(state, targets, _length(inputs)):
+                    raise self._coupled("the loss couples the samples of a batch")
             samples += _length(inputs)
             largest = max(largest, _length(inputs))
             needed = samples * self._per_sample * _HELD
@@ -170,13 +186,12 @@ class HessianOperator:
             self._collect(piece)
             pieces = [*pieces, piece] if kept else []
         self.samples, self.batches = samples, count
-        if kinds:
-            self._factor = self._normalizer(share, kinds)
+        if normalizer is not None and self._options["reduction"] == "mean":
+            self._factor = normalizer.factor()
         self._pieces = pieces if kept else None
         self._width = max(1, self._bytes // (2 * _MOVING * self._per_sample * max(1, largest)))
         self._gradient = self._factor * self._gradient if self._gradient is not None else None
         self.loss *= self._factor
-        return self
 
     def at(self, inputs: Any, targets: Any = None) -> HessianOperator:
         """The same operator on other data (a batch or a loader), at the present parameters, without tracing."""
@@ -204,26 +219,6 @@ class HessianOperator:
             f"samples of a batch interact ({why}), so that the loss of several batches is not a sum over samples; "
             "give one batch"
         )
-
-    def _share(self, state: State, targets: Any, n: int) -> tuple[float, str]:
-        """The batch's share of the normalizer, and how the loss averages."""
-        objective = _objectives.resolve(self._loss)
-        output = state.values[state.program.output].flatten(0, 1)
-        objective = _objectives.separable(objective, output, targets, n)
-        if objective.weigh is not None:
-            if not objective.averages:
-                return 0.0, "sum"
-            return float(_objectives._share(objective, output, targets).sum()), "weighted"
-        scale = _objectives.scale_of(objective, output, targets, n)
-        return float(n), "unknown" if n == 1 else "sum" if scale == 1.0 else "mean"
-
-    def _normalizer(self, share: float, kinds: set[str]) -> float:
-        known = kinds - {"unknown"}
-        if self._options["reduction"] == "sum" or known == {"sum"}:
-            return 1.0
-        if len(known) > 1 or share == 0:
-            raise DataError("the loss averages over some batches and sums over others; batches must be alike")
-        return 1.0 / share
 
     def _linearize(self, state: State) -> Linearization:
         leaves = [state.program.parameters[name] for name in self.names]

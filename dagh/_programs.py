@@ -90,10 +90,22 @@ class Programs:
         agrees, why = self._agrees(probe_args, probe_kwargs)
         if not agrees:
             self._couple(why, args, kwargs)
-        elif self.dropout_seed is None and _elsewhere.coupled_elsewhere(
-            self.model, self._program(1), probe_args, probe_kwargs, self.mode, self._pick
-        ):
+        else:
+            self._look_elsewhere(probe_args, probe_kwargs, why, args, kwargs)
+
+    def _look_elsewhere(
+        self, probe: tuple[Any, ...], named: dict[str, Any], why: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Whether samples are coupled where values at this point, or in this precision, do not show it."""
+        program, fixed = self._program(1), self.dropout_seed is not None and self.mode == "train"
+        if not fixed and _elsewhere.coupled_elsewhere(self.model, program, probe, named, self.mode, self._pick):
             self._couple(f"{why} at other parameters", args, kwargs)
+        elif _elsewhere.coupled_in_double(  # without masks, which a copy would draw anew
+            self.model, probe, named, "eval" if fixed else self.mode, self._pick
+        ):
+            self._couple(f"{why} in double precision", args, kwargs)
+        elif not fixed and _elsewhere.curved_together(self.model, program, probe, named, self.mode, self._pick):
+            self._couple("the model's second derivatives on a batch differ from those sample by sample", args, kwargs)
 
     def _couple(self, why: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.coupled = True
@@ -110,7 +122,10 @@ class Programs:
                 only = whole.ancestors([whole.output])
                 wanted = evaluate_program(whole, leaves, as_policy("torch"), only)[whole.output][0]
             else:
-                wanted = self._pick(_capture.run_model(self.model, args, kwargs, self.mode))
+                try:
+                    wanted = self._pick(_capture.run_model(self.model, args, kwargs, self.mode))
+                except (RuntimeError, ValueError, IndexError):  # more samples than the example has
+                    return False, "the model is tied to its batch size"
             program = self._program(1)
             try:
                 leaves = self._leaf_values(program, args, kwargs, False)

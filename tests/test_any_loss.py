@@ -263,3 +263,14 @@ def test_a_model_that_returns_its_loss() -> None:
     got = dagh.hessian(model, lambda o: o, (x, LABELS)).dense()
     wanted = assemble(hessian_double_backward(model.net, F.cross_entropy, x, LABELS))
     assert float((got - wanted).norm()) <= 1e-12 * float(wanted.norm())
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (4, 2, 3), (4, 2, 2, 3)])
+@pytest.mark.parametrize("loss", [nn.MultiLabelSoftMarginLoss(), nn.MultiLabelSoftMarginLoss(reduction="sum")])
+def test_labels_of_several_rows_per_sample(loss: nn.Module, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 3).double(), torch.randn(shape, dtype=torch.float64)
+    y = (torch.rand(shape) > 0.5).double()
+    found = dagh.hessian(model, loss, x, y)
+    torch.testing.assert_close(found.dense(), assemble(hessian_double_backward(model, loss, x, y)), rtol=0, atol=1e-12)
+    assert not found.info["coupled"]

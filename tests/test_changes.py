@@ -193,3 +193,39 @@ def test_marks_end() -> None:
     model.loop = loop  # type: ignore[assignment]
     assert 200 < len(_marks.marks(model, False)) <= _marks._MOST
     assert not _marks.Watch(model).changes()
+
+
+class Slotted:
+    __slots__ = ("factor",)
+
+    def __init__(self) -> None:
+        self.factor = 0.0
+
+
+MODULE = types.ModuleType("settings_of_the_user")
+MODULE.factor = 0.0  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("holder", [MODULE, Slotted()], ids=["module", "slots"])
+def test_what_modules_and_slots_hold(holder: Any) -> None:
+    """Beside a constant that hides its change from the value."""
+
+    def loss(out: Tensor, target: Tensor) -> Tensor:
+        return (out - target).square().mean() + 1e10 + holder.factor * torch.cos(out).mean()
+
+    model, x = Adapter(), data()[0]
+    graph, target = dagh.trace(model, x), torch.randn(6, 3, dtype=torch.float64)
+    for factor in (0.0, 1.0, 0.0):
+        holder.factor = factor
+        exact(graph, loss, loss, x, target)
+
+
+def test_settings_of_an_imported_module() -> None:
+    def loss(out: Tensor, target: Tensor) -> Tensor:
+        return (out - target).square().mean() + 1e10 + MODULE.factor * torch.cos(out).mean()
+
+    model, x = Adapter(), data()[0]
+    graph, target = dagh.trace(model, x), torch.randn(6, 3, dtype=torch.float64)
+    for factor in (0.0, 1.0, 0.0):
+        MODULE.factor = factor  # type: ignore[attr-defined]
+        exact(graph, loss, loss, x, target)
