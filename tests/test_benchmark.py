@@ -159,7 +159,8 @@ def test_a_measurement_of_dagh(references: dict[str, Any], tmp_path: Path) -> No
     assert row["repetitions"] >= 3
     assert 0 < row["seconds_min"] <= row["seconds"] <= row["seconds_max"]
     assert row["trace_seconds"] > 0
-    assert row["MiB"] >= row["work_MiB"] > 0
+    assert row["work_MiB"] > 0
+    assert row["MiB"] >= 0  # above the start, from which a process that ran other tests may have given memory back
     assert set(row["plan"]) == {"flops", "bytes", "seconds", "peak_memory"}
 
 
