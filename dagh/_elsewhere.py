@@ -114,14 +114,8 @@ def coupled_elsewhere(
     if values is None or other is None:
         return False
     with _capture.in_mode(other, mode), torch.no_grad():
-
-        def run(a: tuple[Any, ...], k: dict[str, Any]) -> Tensor:
-            with _capture.undisturbed(other):
-                output: Tensor = pick(other(*a, **k))
-            return output
-
         try:
-            whole = run(args, kwargs)
+            whole = _run(other, pick, args, kwargs)
         except Exception:  # the user's code may raise anything at parameters that are not its own
             return False
         if not bool(torch.isfinite(whole).all()) or _inputs.same_output(
@@ -129,7 +123,7 @@ def coupled_elsewhere(
         ):
             return False
         try:
-            each = [run(*one) for one in _singles(args, kwargs, n)]
+            each = [_run(other, pick, *one) for one in _singles(args, kwargs, n)]
             return not _inputs.close(torch.cat(each), whole, program.precision)
         except Exception:  # a batch of one is refused: Batch-Norm in training mode
             return True
@@ -164,23 +158,17 @@ def coupled_in_double(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     if other is None:
         return False
     other = other.double()
-
-    def alone(some: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
-        with _capture.undisturbed(other):  # buffers that a run moves on (spectral_norm) start anew
-            output: Tensor = pick(other(*some, **named))
-            return output
-
     try:
         args, kwargs = pytree.tree_map(
             lambda x: x.double() if isinstance(x, Tensor) and x.dtype.is_floating_point else x, (args, kwargs)
         )
         with _capture.in_mode(other, mode), torch.no_grad():
-            with narrow, _capture.undisturbed(other):
-                whole: Tensor = pick(other(*args, **kwargs))
+            with narrow:
+                whole = _run(other, pick, args, kwargs)
             if not bool(torch.isfinite(whole).all()):
                 return False
             try:
-                each = [alone(*some) for some in _singles(args, kwargs, n)]
+                each = [_run(other, pick, *one) for one in _singles(args, kwargs, n)]
             except torch.OutOfMemoryError:
                 raise
             except Exception:  # a batch of one is refused: Batch-Norm in training mode
@@ -194,6 +182,13 @@ def coupled_in_double(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     if together.shape != whole.shape:
         return True
     return bool((together - whole).abs().max() > tolerance * whole.abs().max()) if whole.numel() else False
+
+
+def _run(model: nn.Module, pick: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """A twin's output; buffers that a run moves on (spectral_norm) are as before in the next one."""
+    with _capture.undisturbed(model):
+        output: Tensor = pick(model(*args, **kwargs))
+    return output
 
 
 def _singles(args: tuple[Any, ...], kwargs: dict[str, Any], n: int) -> list[Any]:
@@ -219,9 +214,7 @@ def curved_together(
 
     def product(window: slice, cotangent: Tensor | None) -> tuple[Tensor, Tensor]:
         """Output of some samples, and the second derivative of ``⟨cotangent, output⟩`` along the directions."""
-        some, named = _capture.some_samples((args, kwargs), n, window)
-        with _capture.undisturbed(other):
-            out = pick(other(*some, **named))
+        out = _run(other, pick, *_capture.some_samples((args, kwargs), n, window))
         weights = random_like(out.shape, out) if cotangent is None else cotangent[window]
         slopes = torch.autograd.grad(out, wanted, weights, create_graph=True, allow_unused=True)
         slope = sum((s * d).sum() for s, d in zip(slopes, directions, strict=True) if s is not None)

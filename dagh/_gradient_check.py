@@ -54,10 +54,7 @@ def check_gradient(
     wrong = _worst(ours, theirs, float(delta.norm()) * gain, state.program.precision, _noise(delta, output))
     if wrong is None:
         return
-    if written or not values_side_with(
-        ours[wrong], theirs[wrong], wrong, model, args, kwargs, mode, pick, delta.reshape(output.shape)
-    ):
-        raise _refusal(wrong)
+    _refuse_unless_pytorchs(wrong, ours, theirs, written, model, args, kwargs, mode, pick, delta)
     warnings.warn(
         f"PyTorch's own gradient of {wrong!r} is not the derivative of what the model computes: a difference quotient "
         "confirms the one used here",
@@ -111,13 +108,8 @@ def check_elsewhere(
     ours = {k: rows[v][0, 0] if v in rows else torch.zeros_like(got.new_empty(v.shape)) for k, v in leaves.items()}
     theirs = dict(zip(leaves, gradients, strict=True))
     wrong = _worst(ours, theirs, 0.0, program.precision, _noise(cotangent, output))
-    if wrong is not None and (
-        written
-        or not values_side_with(
-            ours[wrong], theirs[wrong], wrong, twin, args, kwargs, mode, pick, cotangent.reshape(output.shape)
-        )
-    ):
-        raise _refusal(wrong)
+    if wrong is not None:
+        _refuse_unless_pytorchs(wrong, ours, theirs, written, twin, args, kwargs, mode, pick, cotangent)
     return float(torch.stack([g.norm() for g in gradients]).norm() / cotangent.norm().clamp_min(1e-30))
 
 
@@ -255,9 +247,26 @@ def _noise(cotangent: Tensor, output: Tensor) -> float:
     return 30 * eps * float(cotangent.norm()) * max(1.0, float(output.abs().max()))
 
 
-def _refusal(name: str) -> CaptureError:
-    return CaptureError(
-        f"the gradient of {name!r} by autograd is not the derivative of what the model computes: look for "
+def _refuse_unless_pytorchs(
+    wrong: str,
+    ours: dict[str, Tensor],
+    theirs: dict[str, Tensor],
+    written: bool,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    mode: str,
+    pick: Pick,
+    cotangent: Tensor,
+) -> None:
+    """Refuse the model for its gradient of ``wrong``, unless that is PyTorch's own mistake.
+
+    ``written``: Python code has a part in it.
+    """
+    if not written and values_side_with(ours[wrong], theirs[wrong], wrong, model, args, kwargs, mode, pick, cotangent):
+        return
+    raise CaptureError(
+        f"the gradient of {wrong!r} by autograd is not the derivative of what the model computes: look for "
         "gradient hooks or a hand-written backward; .detach(), .data and torch.no_grad are understood. Where there is "
         "neither, PyTorch's own may be wrong; in float64 that is found out"
     )

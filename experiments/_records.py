@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import zipfile
 import zlib
@@ -51,9 +52,14 @@ class Arrays(Mapping[str, Array]):
     def _names(self) -> list[str]:
         if not self._path.is_file():
             return []
+        with self._open() as file:
+            return list(file.files)
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[Any]:
         try:
             with np.load(self._path, allow_pickle=False) as file:
-                return list(file.files)
+                yield file
         except UNREADABLE as error:
             raise FileFormatError(f"{self._path} cannot be read: {error}") from error
 
@@ -61,11 +67,8 @@ class Arrays(Mapping[str, Array]):
         if name not in self._held:
             if not self._path.is_file():
                 raise KeyError(name)
-            try:
-                with np.load(self._path, allow_pickle=False) as file:
-                    self._held[name] = file[name]
-            except UNREADABLE as error:
-                raise FileFormatError(f"{self._path} cannot be read: {error}") from error
+            with self._open() as file:
+                self._held[name] = file[name]
         return self._held[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -144,58 +144,6 @@ def test_models_tied_to_a_small_batch(kind: str, n: int) -> None:
     torch.testing.assert_close(dagh.hessian(model, "mse", x, y).dense(), expected, rtol=0, atol=1e-12)
 
 
-MEETINGS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
-    "gradient": (lambda h: h.mean(0) - h.mean(0).detach(), "second derivatives"),
-    "curvature": (lambda h: (h.mean(0) - h.mean(0).detach()).square(), "second derivatives"),
-    "both": (lambda h: (h - h.detach()) * (h.mean(0) - h.mean(0).detach()), "second derivatives"),
-    "none": (lambda h: (h - h.detach()).square() + h.detach(), ""),
-}
-
-
-@pytest.mark.parametrize("name", MEETINGS)
-def test_samples_that_meet_in_derivatives_alone(name: str) -> None:
-    """The value of the added term is zero; its derivatives go to the whole batch."""
-    term, reason = MEETINGS[name]
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = self.first(x).tanh()
-            out: Tensor = self.last(h + term(h))
-            return out
-
-    model, (x, y) = Model().double(), data(5)
-    graph = dagh.trace(model, x)
-    found = dagh.hessian(graph, "mse", x, y)
-    assert found.info["coupled"] == bool(reason) and reason in graph.coupling
-    expected = assemble(hessian_double_backward(model, F.mse_loss, x, y))
-    torch.testing.assert_close(found.dense(), expected, rtol=0, atol=1e-12)
-
-
-def test_samples_that_meet_beside_a_large_offset() -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = self.first(x).tanh()
-            out: Tensor = self.last(h - 0.1 * h.mean(0)) + 1e9
-            return out
-
-    model, (x, y) = Model().double(), data(5)
-    graph = dagh.trace(model, x)
-    found = dagh.hessian(graph, lambda o, t: (o - 1e9 - t).square().mean(), x, y)
-    assert found.info["coupled"] and "gradient on a batch" in graph.coupling
-    expected = assemble(hessian_double_backward(model, lambda o, t: (o - 1e9 - t).square().mean(), x, y))
-    torch.testing.assert_close(found.dense(), expected, rtol=0, atol=1e-6)
-
-
 class Mixing(nn.Module):
     """A small interaction between samples beside a larger output."""
 
@@ -209,6 +157,35 @@ class Mixing(nn.Module):
         h = torch.tanh(self.first(x))
         out: Tensor = self.last(self.dropout(h + self.mix(h))) + self.offset
         return out
+
+
+MEETINGS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "gradient": (lambda h: h.mean(0) - h.mean(0).detach(), "second derivatives"),
+    "curvature": (lambda h: (h.mean(0) - h.mean(0).detach()).square(), "second derivatives"),
+    "both": (lambda h: (h - h.detach()) * (h.mean(0) - h.mean(0).detach()), "second derivatives"),
+    "none": (lambda h: (h - h.detach()).square() + h.detach(), ""),
+}
+
+
+@pytest.mark.parametrize("name", MEETINGS)
+def test_samples_that_meet_in_derivatives_alone(name: str) -> None:
+    """The value of the added term is zero; its derivatives go to the whole batch."""
+    term, reason = MEETINGS[name]
+    model, (x, y) = Mixing(term, 0.0).double(), data(5)
+    graph = dagh.trace(model, x)
+    found = dagh.hessian(graph, "mse", x, y)
+    assert found.info["coupled"] == bool(reason) and reason in graph.coupling
+    expected = assemble(hessian_double_backward(model, F.mse_loss, x, y))
+    torch.testing.assert_close(found.dense(), expected, rtol=0, atol=1e-12)
+
+
+def test_samples_that_meet_beside_a_large_offset() -> None:
+    model, (x, y) = Mixing(lambda h: -0.1 * h.mean(0), 1e9).double(), data(5)
+    graph = dagh.trace(model, x)
+    found = dagh.hessian(graph, lambda o, t: (o - 1e9 - t).square().mean(), x, y)
+    assert found.info["coupled"] and "gradient on a batch" in graph.coupling
+    expected = assemble(hessian_double_backward(model, lambda o, t: (o - 1e9 - t).square().mean(), x, y))
+    torch.testing.assert_close(found.dense(), expected, rtol=0, atol=1e-6)
 
 
 MIXES: dict[str, Callable[[Tensor], Tensor]] = {

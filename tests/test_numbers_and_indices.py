@@ -246,7 +246,6 @@ def test_a_table_of_positions_longer_than_the_sequence() -> None:
     x, y = torch.randn(64, 8, 4, dtype=torch.float64), torch.randint(3, (64,))
     found = dagh.hessian(model, "cross_entropy", x, y)
     v = torch.randn(found.shape[0], dtype=torch.float64)
-    loss = F.cross_entropy(model(x), y)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         loss = F.cross_entropy(model(x), y)
         parameters = list(model.parameters())
