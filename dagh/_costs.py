@@ -16,6 +16,8 @@ PASS = 40.0
 #: Sweeps attain this share of the rate of a large matrix product, and any call takes this many seconds before them:
 #: fitted to the cases of the benchmark.
 SUSTAINED, BEGINNING = 1 / 3, 0.015
+#: The same share for products that write blocks out.
+WRITING = 3 / 4
 VIEWS = ("view", "reshape", "unsqueeze", "squeeze", "permute", "transpose", "t", "expand", "select", "slice", "alias")
 
 

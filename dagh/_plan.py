@@ -16,7 +16,7 @@ from rich.console import RenderableType
 
 from dagh import _workers
 from dagh._chunks import CACHE, fitting
-from dagh._costs import BEGINNING, PASS, SUSTAINED, product_rate
+from dagh._costs import BEGINNING, PASS, SUSTAINED, WRITING, product_rate
 from dagh._footprint import APART, BASE, RESIDENT, RESIDENT_MOST, RESIDENT_ROWS, Alive
 from dagh._ir import Node, Program
 from dagh._memory import human
@@ -49,9 +49,10 @@ class Plan:
         samples: The batch size that totals refer to (1 where samples are coupled).
         flops: Arithmetic of the whole batch.
         bytes: Memory traffic of the whole batch, results included.
-        seconds: Predicted time until the blocks are formed, good to a factor of two or three; to write structured
-            blocks out takes more.
+        seconds: Predicted time until the blocks are formed, good to a factor of two or three.
         result_bytes, peak_memory: Bytes held at the end, and predicted at most (without model and data).
+        dense_bytes, dense_flops, dense_seconds: What ``H.dense()``, or ``H[a, b]`` for each of the blocks where not all
+            are asked for, takes beyond that: memory freed on the way is not given back before.
     """
 
     names: tuple[str, ...]
@@ -199,6 +200,32 @@ class Plan:
     @property
     def result_bytes(self) -> int:
         return self.result_elements * itemsize(self.dtype)
+
+    def _written(self) -> list[Pair]:
+        """Pairs whose entries are not held, but computed when asked for."""
+        if self.entries or self.keep:
+            return []
+        return [p for p in self.pairs if self.low_rank(*p) or self.structured(*p, self.samples)]
+
+    @property
+    def dense_bytes(self) -> int:
+        size, p = itemsize(self.dtype), sum(self.sizes)
+        if len(self.pairs) == len(self.names) * (len(self.names) + 1) // 2 > 1 and not self.entries:
+            return p * p * size * (self.samples if self.keep else 1)
+        return size * sum(self.sizes[i] * self.sizes[j] for i, j in self._written())
+
+    @property
+    def dense_flops(self) -> float:
+        total = 0.0
+        for i, j in self._written():
+            terms = self.samples * (self.outer_rows if self.low_rank(i, j) else 1)
+            total += (1.0 if i == j else 2.0) * terms * self.sizes[i] * self.sizes[j]
+        return total
+
+    @property
+    def dense_seconds(self) -> float:
+        passes = PASS * self.dense_bytes / itemsize(self.dtype)
+        return (self.dense_flops / WRITING + passes) / product_rate(self.dtype, self.device, torch.get_num_threads())
 
     @property
     def peak_memory(self) -> int:

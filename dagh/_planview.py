@@ -109,8 +109,16 @@ def _summary(plan: Plan) -> str:
         f"Plan: {len(plan.pairs)} blocks ({zero} zero) at N = {plan.samples}; "
         f"{_ways(plan)}\n"
         f"{plan.flops / 1e9:.3g} GFLOP, {human(plan.bytes)} moved, about {_seconds(plan.seconds)};\n"
-        f"result {human(plan.result_bytes)}, peak about {human(plan.peak_memory)}"
+        f"result {human(plan.result_bytes)}, peak about {human(plan.peak_memory)}" + _writing(plan)
     )
+
+
+def _writing(plan: Plan) -> str:
+    """What it takes to write the blocks out, where they are held in another form."""
+    if not plan.dense_flops:
+        return ""
+    peak = human(plan.peak_memory + plan.dense_bytes)
+    return f"\nwritten out densely: {human(plan.dense_bytes)} and about {_seconds(plan.dense_seconds)} more, peak {peak}"
 
 
 def _ways(plan: Plan) -> str:
@@ -122,4 +130,6 @@ def _ways(plan: Plan) -> str:
 
 
 def _seconds(value: float) -> str:
-    return f"{value:.2g} s" if value >= 1 else f"{1e3 * value:.2g} ms"
+    if value >= 1:
+        return f"{value:.0f} s" if value >= 10 else f"{value:.1f} s"
+    return f"{1e3 * value:.0f} ms" if value >= 0.01 else f"{1e3 * value:.2g} ms"

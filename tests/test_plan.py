@@ -211,6 +211,25 @@ def test_a_plan_explains_itself() -> None:
     assert not outer.columns and set(outer.routes.values()) == {"loss factor"}
 
 
+@pytest.mark.parametrize("part", ["full", "outer"])
+@pytest.mark.parametrize("blocks", ["all", "diagonal"])
+@pytest.mark.parametrize("name", ["wide", "conv"])
+def test_a_plan_knows_what_writing_out_takes(name: str, blocks: str, part: str) -> None:
+    if name == "conv":
+        model, x, y = case("conv")
+    else:  # more entries than factors
+        model, x, y = nn.Sequential(nn.Linear(40, 50), nn.Tanh(), nn.Linear(50, 60)), torch.randn(6, 40), torch.arange(6)
+    form = dagh.hessian if part == "full" else dagh.gauss_newton
+    H = form(model, "cross_entropy", x, y, blocks=blocks)
+    kept = [b for b in H.blocks.values() if b.structure not in ("dense", "zero")]
+    assert H.plan.dense_flops == pytest.approx(2 * sum(b.dense_flops() for b in H.blocks.values()), rel=1e-3)
+    expected = H.size**2 * H.dtype.itemsize if blocks == "all" else sum(b.dense_nbytes for b in kept)
+    assert H.plan.dense_bytes == expected
+    assert ("written out densely" in str(H.plan)) == bool(kept)
+    assert H.plan.dense_seconds > 0 or not expected
+    assert bool(kept) or name == "conv"
+
+
 def test_plans_that_do_not_fit_are_refused() -> None:
     model, x, y = case("mlp")
     graph = dagh.trace(model, x)

@@ -21,18 +21,14 @@ def plan_totals(plan: dagh.Plan) -> dict[str, float]:
     return {name: float(getattr(plan, name)) for name in ("flops", "bytes", "seconds", "peak_memory")}
 
 
-def _write_out(H: dagh.BlockMatrix, found: dict[str, Tensor], task: str) -> dict[str, float]:
-    """Flops and bytes of forming the dense results from the blocks, which a plan leaves out, and the peak with them."""
-    blocks = H.blocks.values()
-    if task in ("hessian", "ggn"):
-        written = sum(t.numel() * t.element_size() for t in found.values())
-    else:
-        written = sum(block.dense_nbytes for block in blocks if block.structure != "dense")
-    totals = plan_totals(H.plan)
+def _with_writing(plan: dagh.Plan) -> dict[str, float]:
+    """What the plan predicts, with the dense results written out."""
+    totals = plan_totals(plan)
     return {
-        "flops": totals["flops"] + 2 * sum(block.dense_flops() for block in blocks),
-        "bytes": totals["bytes"] + written,
-        "peak_memory": max(totals["peak_memory"], H.plan.result_bytes + written),
+        "flops": totals["flops"] + plan.dense_flops,
+        "bytes": totals["bytes"] + plan.dense_bytes,
+        "seconds": totals["seconds"] + plan.dense_seconds,
+        "peak_memory": totals["peak_memory"] + plan.dense_bytes,
     }
 
 
@@ -72,7 +68,7 @@ def _make(task: str) -> Callable[[Problem, Spec, dict[str, Any]], Callable[[], d
                 product = _products(graph, problem)
                 found = {"products": torch.stack([product(v) for v in directions(problem)])}
             if plan is not None and "plan" not in row:
-                row["plan"] = plan_totals(plan) | _write_out(H, found, task)
+                row["plan"] = _with_writing(plan)
             return found
 
         return run
