@@ -117,8 +117,8 @@ def _writing(plan: Plan) -> str:
     """What it takes to write the blocks out, where they are held in another form."""
     if not plan.dense_flops:
         return ""
-    peak = human(plan.peak_memory + plan.dense_bytes)
-    return f"\nwritten out densely: {human(plan.dense_bytes)} and about {_seconds(plan.dense_seconds)} more, peak {peak}"
+    size, peak = human(plan.dense_bytes), human(plan.peak_memory + plan.dense_bytes)
+    return f"\nwritten out densely: {size} and about {_seconds(plan.dense_seconds)} more, peak {peak}"
 
 
 def _ways(plan: Plan) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dagh import _written_out
+from dagh._packed import PACKED
 
 _DATA: Any = Tensor.data.__get__  # type: ignore[attr-defined]
 
@@ -36,6 +37,8 @@ class ReadValues(StandIns):
         getattr(Tensor, name) for name in ("item", "__bool__", "__int__", "__float__", "__index__", "tolist")
     )
 
+    _CREATORS = frozenset((torch.zeros, torch.ones, torch.empty, torch.full, torch.randn, torch.rand))
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -43,6 +46,13 @@ class ReadValues(StandIns):
             return _read(func, *args, **(kwargs or {}))
         if func is Tensor.__getitem__:  # x[i, k], whose kernel reads the number k
             args = (args[0], pytree.tree_map(_number, args[1]))
+        if func in self._CREATORS:  # whose kernels read sizes
+            args = pytree.tree_map(_number, args)
+        if func in PACKED:
+            with self:
+                found = PACKED[func](_integers, *args, **(kwargs or {}))
+            if found is not NotImplemented:
+                return found
         if func is torch._C._set_grad_enabled:
             from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
@@ -61,6 +71,11 @@ def _read(reader: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> A
         x = torch._from_functional_tensor(x)
     with disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():
         return reader(x, *args, **kwargs)
+
+
+def _integers(x: Tensor) -> list[int]:
+    found: list[int] = _read(Tensor.tolist, x)
+    return found
 
 
 def _number(index: Any) -> Any:

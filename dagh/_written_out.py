@@ -6,7 +6,7 @@ Each function has the signature of the ATen operation it stands for, and the sam
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -67,9 +67,20 @@ def corrcoef(self: Tensor) -> Any:
 
 
 #: Functions of PyTorch that read numbers or strides, with a stand-in that does not (or gives ``NotImplemented``).
+def pad_sequence(
+    sequences: Sequence[Tensor], batch_first: bool = False, padding_value: float = 0.0, padding_side: str = "right"
+) -> Tensor:
+    """Without copies into slices, which stay in a traced graph as changes in place."""
+    length, rest = max(len(s) for s in sequences), [0, 0] * (sequences[0].dim() - 1)
+    missing = [(0, length - len(s)) if padding_side == "right" else (length - len(s), 0) for s in sequences]
+    padded = [F.pad(s, [*rest, *m], value=padding_value) for s, m in zip(sequences, missing, strict=True)]
+    return torch.stack(padded, 0 if batch_first else 1)
+
+
 STAND_INS: dict[Any, Callable[..., Any]] = {
     F.gaussian_nll_loss: gaussian_nll_loss,
     F.one_hot: one_hot,
+    torch._C._nn.pad_sequence: pad_sequence,
     torch.cov: cov,
     Tensor.cov: cov,
     torch.corrcoef: corrcoef,

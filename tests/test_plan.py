@@ -218,7 +218,8 @@ def test_a_plan_knows_what_writing_out_takes(name: str, blocks: str, part: str) 
     if name == "conv":
         model, x, y = case("conv")
     else:  # more entries than factors
-        model, x, y = nn.Sequential(nn.Linear(40, 50), nn.Tanh(), nn.Linear(50, 60)), torch.randn(6, 40), torch.arange(6)
+        model = nn.Sequential(nn.Linear(40, 50), nn.Tanh(), nn.Linear(50, 60))
+        x, y = torch.randn(6, 40), torch.arange(6)
     form = dagh.hessian if part == "full" else dagh.gauss_newton
     H = form(model, "cross_entropy", x, y, blocks=blocks)
     kept = [b for b in H.blocks.values() if b.structure not in ("dense", "zero")]
