@@ -78,9 +78,23 @@ def spectral(matrices: Tensor) -> Tensor:
     top = matrices.abs().amax((-2, -1), keepdim=True)
     unit = matrices / torch.where(top > 0, top, 1)
     gram = unit @ unit.mH if unit.shape[-2] <= unit.shape[-1] else unit.mH @ unit
-    values = torch.linalg.eigvalsh(gram)[..., -1].clamp(min=0).sqrt()
-    norms: Tensor = values * top[..., 0, 0]
+    norms: Tensor = top_eigenvalue(gram).clamp(min=0).sqrt() * top[..., 0, 0]
     return norms
+
+
+def top_eigenvalue(matrices: Tensor) -> Tensor:
+    """Largest eigenvalue of each symmetric or Hermitian matrix ``[..., n, n]``.
+
+    LAPACK's solver fails now and then in float32, on matrices with many zero eigenvalues; float64 is tried then.
+    """
+    try:
+        values: Tensor = torch.linalg.eigvalsh(matrices)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # it is there, and documented
+        exact = matrices.to(torch.promote_types(matrices.dtype, torch.float64))
+        if exact.dtype == matrices.dtype:
+            raise
+        values = torch.linalg.eigvalsh(exact).to(matrices.real.dtype)
+    return values[..., -1]
 
 
 def text(value: float | None, digits: int = 3) -> str:

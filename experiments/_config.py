@@ -12,6 +12,9 @@ from typing import Any, Literal, get_type_hints
 from ._measure_config import MeasureConfig
 from ._validate import ConfigError, convert, from_table, to_plain, unknown_key
 
+NOT_IN_KEYS = frozenset({"train.together"})
+"""Settings that say how, not what: runs that differ in these alone are one run, with one key."""
+
 
 @dataclass(frozen=True)
 class NetConfig:
@@ -99,6 +102,14 @@ class StudyConfig:
             raise ConfigError(f"seeds are {list(self.seeds)}; expected different non-negative integers, at least one")
         checked = {}
         for axis, values in self.axes.items():
+            plain = axis.removeprefix("base.")
+            if plain in checked:
+                raise ConfigError(f"axes.{plain} and axes.base.{plain} are one axis; give it once")
+            if axis in NOT_IN_KEYS:
+                raise ConfigError(
+                    f"axes.{axis}: runs that differ in this alone are one run, so it cannot be an axis; "
+                    f"set {axis}, in one study for each value"
+                )
             if not values:
                 raise ConfigError(f"axes.{axis} has no values")
             kind = get_type_hints(type(self._owner(axis)))[axis.rpartition(".")[2]]
@@ -106,7 +117,7 @@ class StudyConfig:
                 convert(kind, value, f"axes.{axis}[{i}]")
             if any(value in values[:i] for i, value in enumerate(values)):
                 raise ConfigError(f"axes.{axis} is {list(values)}; expected different values")
-            checked[axis] = tuple(values)
+            checked[plain] = tuple(values)
         object.__setattr__(self, "axes", checked)
 
     @property
@@ -126,7 +137,7 @@ class StudyConfig:
         if owner is None or name not in {f.name for f in fields(owner)}:
             known = [f.name for f in fields(self.base)]
             known += [f"{t}.{f.name}" for t in ("train", "data") for f in fields(getattr(self, t))]
-            close = unknown_key(axis, known)
+            close = unknown_key(axis, [name for name in known if name not in NOT_IN_KEYS])
             raise ConfigError(f"axes: {close}")
         return owner
 

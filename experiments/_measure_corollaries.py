@@ -9,7 +9,8 @@ from torch import Tensor
 
 import dagh
 from dagh.bounds import corollary_corrected, corollary_printed
-from dagh.bounds import report as bound_report
+
+from ._measure_hessian import bound_logs
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -32,12 +33,12 @@ def corollaries(
     (``terms_level``). None of them is a theorem: see section "Corollaries" of the documentation of the bounds.
     """
     found, absent = {}, {}
-    ladder = bound_report(graph, loss, x, y, rows=[row for _, row in COROLLARIES.values()])
+    ladder = bound_logs(graph, loss, x, y, [row for _, row in COROLLARIES.values()])
     at, radii = arrays["terms_k"].tolist(), arrays["terms_radius"].tolist()
     for name, (corollary, row) in COROLLARIES.items():
-        log_bound = ladder[row].log_value
-        if log_bound is None:
-            absent[name] = f"{row}: {ladder[row].reason}"
+        log_bound = ladder[row]
+        if isinstance(log_bound, str):
+            absent[name] = f"{row}: {log_bound}"
             continue
         largest = arrays["terms_level"] * (arrays["terms_k"][:, None] + 1)
         found[f"terms_log_{name}"] = np.array(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 
 import dagh
 from dagh.bounds import report as bound_report
-from dagh.errors import DaghError
+from dagh.bounds._logs import top_eigenvalue
+from dagh.errors import DaghError, first_line
 
 #: Tolerance of eigenvalues, relative to ‖H‖.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
@@ -17,6 +19,8 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
 _TRACE_PRODUCTS = 24
 #: Distance within which an element counts as near a kink.
 _NEAR = 1e-3
+#: What makes a bound absent. Failures of LAPACK and of memory are RuntimeErrors.
+_FAILURES = (DaghError, RuntimeError, MemoryError)
 #: Rows of the ladder, in order of how much they need to know.
 LADDER = ("P0", "P1", "a1", "a2", "a3", "b0", "b1", "b2", "b3", "c", "F_a", "F_b", "H.a3", "H.b2", "H.c")
 
@@ -67,12 +71,14 @@ def _by_sample(gram: dagh.Gram, n: int) -> dict[str, float]:
         return {}
     r = gram.side // n
     blocks = n * torch.stack([gram.matrix[i : i + r, i : i + r] for i in range(0, n * r, r)])
-    norms = torch.linalg.eigvalsh(blocks)[:, -1].clamp(min=0)
+    norms = top_eigenvalue(blocks).clamp(min=0)
     return {"sample_outer_max": float(norms.max()), "sample_outer_mean": float(norms.mean())}
 
 
 def _eigenvalue(op: dagh.HessianOperator, which: Any, seed: int, notes: list[str]) -> float | None:
-    if not bool(torch.count_nonzero(op @ torch.ones(op.shape[0], dtype=op.dtype, device=op.device))):
+    # A random direction: ones, say, are in the null space of the last bias under cross-entropy, whatever the net.
+    start = torch.randn(op.shape[0], generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
+    if not bool(torch.count_nonzero(op @ start.to(op.device, op.dtype))):
         return 0.0  # a linear model: nothing bends, and Lanczos has nothing to start from
     try:
         return float(op.eigsh(1, which, tol=_TOLERANCE[op.dtype], seed=seed).values[0])
@@ -83,12 +89,23 @@ def _eigenvalue(op: dagh.HessianOperator, which: Any, seed: int, notes: list[str
 
 def bound_scalars(graph: dagh.Graph, loss: str, x: Tensor, y: Tensor) -> dict[str, Any]:
     """``{row: {"log": natural logarithm}}`` of the ladder, ``{"reason": why}`` where a bound does not apply."""
-    found = bound_report(graph, loss, x, y, rows=LADDER)
-    return {
-        row.id: {"reason": row.reason} if row.log_value is None else {"log": row.log_value}
-        for row in found.rows
-        if row.id in LADDER
-    }
+    found = bound_logs(graph, loss, x, y, LADDER)
+    return {row: {"reason": value} if isinstance(value, str) else {"log": value} for row, value in found.items()}
+
+
+def bound_logs(graph: dagh.Graph, loss: str, x: Tensor, y: Tensor, rows: Sequence[str]) -> dict[str, float | str]:
+    """The natural logarithm of every row, or why there is none.
+
+    A row that fails (a solver that does not converge, say) is absent for that reason: it must not cost a run the rows
+    beside it, let alone its other measurements.
+    """
+    try:
+        found = bound_report(graph, loss, x, y, rows=rows)
+    except _FAILURES as error:
+        if len(rows) == 1:
+            return {rows[0]: f"it could not be computed: {first_line(error)}"}
+        return {row: value for one in rows for row, value in bound_logs(graph, loss, x, y, [one]).items()}
+    return {row.id: row.reason or "absent" if row.log_value is None else row.log_value for row in found.rows}
 
 
 def kink_scalars(graph: dagh.Graph, loss: str, x: Tensor, y: Tensor) -> dict[str, Any]:

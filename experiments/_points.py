@@ -13,7 +13,7 @@ import torch
 import dagh
 from dagh.errors import first_line
 
-from ._config import DataConfig, NetConfig, StudyConfig, TrainConfig
+from ._config import NOT_IN_KEYS, DataConfig, NetConfig, StudyConfig, TrainConfig
 from ._measure_config import MeasureConfig
 from ._nets import build
 from ._sources import Source
@@ -122,7 +122,7 @@ def _runs(point: StudyConfig, source: Source) -> Iterable[Run]:
         "test_digest": source.test_digest,
     }
     train = TrainConfig(**{**_fields(point.train), "epochs": epochs(point.train, point.data.name)})
-    settings = {k: v for k, v in to_plain(train).items() if k != "together"}
+    settings = {k: v for k, v in to_plain(train).items() if f"train.{k}" not in NOT_IN_KEYS}
     for seed in point.seeds:
         weights = {
             "net": to_plain(point.base),

@@ -86,3 +86,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FileFormatError(f"{path} is not a table")
     return value
+
+
+def read_entry(line: bytes) -> dict[str, Any] | None:
+    """A line of the manifest, or None for one that is torn, or that no sweep wrote."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(entry, dict) or not isinstance(entry.get("key"), str):
+        return None
+    if entry.get("status") not in ("done", "failed"):
+        return None
+    points = entry.get("points", [])
+    good = isinstance(points, list) and all(isinstance(point, list) and len(point) == 2 for point in points)
+    return entry if good else None

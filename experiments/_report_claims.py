@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ._report_data import Array, Panel, Results, number
+from ._report_data import Array, Panel, Results, nets_in, number
 from ._report_stats import (
     FEWEST_DIFFERENCE,
     FEWEST_MEDIAN,
@@ -114,13 +114,13 @@ def _drivers(dataset: str, runs: list[RunRecord]) -> Iterator[Claim]:
 def _dominance(dataset: str, runs: list[RunRecord]) -> Iterator[Claim]:
     """Which part of equation (1) is larger, at every distance."""
     ratios: dict[float, list[tuple[float, str]]] = {}
-    for r in runs:
+    for r, net in zip(runs, nets_in(runs), strict=True):
         if "terms_zeroth" not in r.arrays:
             continue
         rest = r.arrays["terms_first"] + r.arrays["terms_second"]
         share = np.median(r.arrays["terms_zeroth"] / np.maximum(rest, np.finfo(float).tiny), axis=0)
         for radius, value in zip(r.arrays["terms_radius"].tolist(), share.tolist(), strict=True):
-            ratios.setdefault(radius, []).append((value, _net(r)))
+            ratios.setdefault(radius, []).append((value, net))
     for radius, pairs in sorted(ratios.items()):
         values, nets = zip(*pairs, strict=True)
         found = median(np.array(values), nets)
@@ -192,10 +192,4 @@ def _columns(runs: list[RunRecord], *paths: str) -> tuple[Array, list[Array], li
         good, columns = [i for i, keep in zip(good, positive, strict=True) if keep], columns[positive]
         if not good:
             return None
-    return np.arange(len(good)), list(columns.T), [_net(runs[i]) for i in good]
-
-
-def _net(run: RunRecord) -> str:
-    """The same for seeds of one network, trained alike on the same samples."""
-    parts = (run.config.get("net", run.value), run.config.get("train"), run.config.get("data", {}).get("train_digest"))
-    return str(parts)
+    return np.arange(len(good)), list(columns.T), nets_in(runs[i] for i in good)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,14 @@ import numpy as np
 
 from dagh.errors import FileFormatError
 
+from ._records import read_json
 from ._store import RunRecord, Store
 from ._validate import ConfigError
-from ._wanted import points, settings
+from ._wanted import Wanted, net_of, points, settings
 
 Array = np.ndarray[Any, np.dtype[Any]]
+Name = tuple[str | None, str, int, str]
+"""Axis, label of the value, seed and data set of a run: what a study asks for."""
 
 #: Names of the axes for people, and the figure of the paper that shows each.
 AXES = {
@@ -26,6 +30,10 @@ AXES = {
     "C": ("channels C", "Fig. 3"),
     "pool_at": ("position of pooling l", "Fig. 4"),
 }
+
+
+#: Kinds of runs that a report does without, as said after their number.
+LACKING = ("failed", "damaged", "of other data", "missing")
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,7 @@ class Results:
     runs: list[RunRecord]
     failed: list[str] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)
+    outdated: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     titles: list[str] = field(default_factory=list)
 
@@ -87,7 +96,8 @@ class Results:
     @property
     def lacking(self) -> list[tuple[str, list[str]]]:
         """What the report had to do without, by kind."""
-        return [("failed", self.failed), ("damaged", self.damaged), ("missing", self.missing)]
+        lists = (self.failed, self.damaged, self.outdated, self.missing)
+        return list(zip(LACKING, lists, strict=True))
 
     def distinct(self, dataset: str) -> list[RunRecord]:
         """Finished runs on a data set, each once, whatever axes it belongs to."""
@@ -97,6 +107,11 @@ class Results:
     def _on_one(self) -> list[Panel]:
         """Panels whose runs share their training samples."""
         return [p for p in self.panels if p.axis not in ("data.train", "data.name")]
+
+
+def nets_in(runs: Iterable[RunRecord]) -> list[str]:
+    """The network of every run: the same for seeds of one, trained alike on the same samples."""
+    return [net_of(run.config) for run in runs]
 
 
 def number(scalars: Mapping[str, Any], path: str) -> float | None:
@@ -130,6 +145,7 @@ def load(folders: Sequence[str | Path]) -> Results:
     present = {_name(r) for r in records}
     failed = {_name(r): _failure(r) for r, _ in held if r.status != "done" and _name(r) not in present}
     damaged = {n: f"{key}: {bad[key]}" for s, bad in zip(stores, broken, strict=True) for key, n in _named(s, bad)}
+    old = {n: text for s, bad in zip(stores, broken, strict=True) for n, text in _outdated(s, bad) if n not in present}
     missing: dict[str, None] = {}
     order: dict[str, list[str]] = {}
     for study in studies:
@@ -142,24 +158,45 @@ def load(folders: Sequence[str | Path]) -> Results:
                 if (axis, label_of(value), seed, dataset) not in present | failed.keys() | damaged.keys():
                     missing[f"{point}seed {seed} ({study.name})"] = None
     if not records:
-        raise FileFormatError(f"{', '.join(map(str, folders))}: no finished run to report on")
+        why = f"; {len(old)} of other data ({next(iter(old.values()))}), done anew by dagh sweep resume" if old else ""
+        raise FileFormatError(f"{', '.join(map(str, folders))}: no finished run to report on{why}")
     refuse_contradictions(list(done.values()))
     runs = list({r.key: r for r in records}.values())
     unread = list(dict.fromkeys(reason for name, reason in damaged.items() if name not in present))
     titles = list(dict.fromkeys(study.title or study.name for study in studies))
-    return Results(_panels(records, order), runs, list(failed.values()), unread, list(missing), titles)
+    return Results(
+        _panels(records, order), runs, list(failed.values()), unread, list(old.values()), list(missing), titles
+    )
 
 
-def _named(store: Store, keys: Collection[str]) -> Iterator[tuple[str, tuple[str | None, str, int, str]]]:
-    """Runs with the names that the manifest gives them, where their own files cannot be read."""
+def _named(store: Store, keys: Collection[str]) -> Iterator[tuple[str, Name]]:
+    """Damaged runs that the study asks for; by the manifest, which knows less, where their settings are lost."""
+    wanted = Wanted(store.study())
     for line in store.manifest():
         if line["key"] in keys:
-            for axis, value in line.get("points") or [[None, None]]:
+            points = line.get("points") or [[None, None]]
+            with contextlib.suppress(FileFormatError):
+                config = read_json(store.path / "runs" / line["key"] / "config.json")
+                points = wanted.points_of(config) if {"seed", "data"} <= config.keys() else points
+            for axis, value in points:
                 yield line["key"], (axis, label_of(value), line.get("seed", 0), line.get("dataset", ""))
 
 
-def _name(record: RunRecord) -> tuple[str | None, str, int, str]:
+def _outdated(store: Store, damaged: Collection[str]) -> Iterator[tuple[Name, str]]:
+    """Finished runs of samples that the study's file does not hold any more, and what to say of each."""
+    study = store.study()
+    for r in store.outdated(without=damaged):
+        if r.status == "done":
+            file = study.at(r.axis, r.value).data.name
+            yield _name(r), f"{_place(r)}seed {r.seed} ({study.name}): {file} has other samples now"
+
+
+def _name(record: RunRecord) -> Name:
     return record.axis, label_of(record.value), record.seed, record.dataset
+
+
+def _place(record: RunRecord) -> str:
+    return "" if record.axis is None else f"{record.axis}={label_of(record.value)}, "
 
 
 def merged(first: list[str], second: list[str]) -> list[str]:
@@ -281,5 +318,4 @@ def _size(label: str) -> float:
 
 
 def _failure(record: RunRecord) -> str:
-    point = "" if record.axis is None else f"{record.axis}={label_of(record.value)}, "
-    return f"{point}seed {record.seed}, {record.dataset}: {record.error or 'unknown error'}"
+    return f"{_place(record)}seed {record.seed}, {record.dataset}: {record.error or 'unknown error'}"

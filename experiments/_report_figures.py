@@ -211,7 +211,7 @@ def _hessian(panel: Panel) -> Figure | None:
     low, high = left.get_ylim()
     left.set_ylim(low, high * (high / low) ** 0.12)  # room for the legend
     left.legend(fontsize=7.5, frameon=False, ncols=4, loc="upper left")
-    _titled(left, "measured", panel.label, "spectral norm")
+    _titled(left, "measured", panel.label, "norm")
     x = panel.positions
     for row, color, label in _LADDER:
         groups = panel.scalar(f"bounds.{row}.log")

@@ -9,7 +9,7 @@ from typing import Any
 
 from ._report_claims import Claim
 from ._report_corollaries import NOTE, PREDICTED_NOTE, corollary_table, predicted_table
-from ._report_data import Panel, Results, number
+from ._report_data import LACKING, Panel, Results, nets_in, number
 from ._report_tables import summary
 
 
@@ -157,7 +157,7 @@ def _heading(panel: Panel) -> str:
 
 def _facts(results: Results) -> str:
     """One line: how many runs, on what, how long."""
-    nets = len({str(r.config.get("net", r.key)) for r in results.runs})
+    nets = len(set(nets_in(results.runs)))
     seeds = len({r.seed for r in results.runs})
     wall = sum(sum(_seconds(r.scalars.get("wall_s"))) for r in results.runs)
     parts = [f"{_count(results.runs, 'finished run')} ({_count(range(nets), 'net')}, {_count(range(seeds), 'seed')})"]
@@ -182,7 +182,7 @@ def _seconds(parts: Any) -> list[float]:
 
 
 def _count(things: Sequence[Any], what: str) -> str:
-    if what in ("failed", "damaged", "missing"):
+    if what in LACKING:
         return f"{len(things)} {'run' if len(things) == 1 else 'runs'} {what}"
     return f"{len(things)} {what}{'' if len(things) == 1 else 's'}"
 

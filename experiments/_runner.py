@@ -110,6 +110,10 @@ class Sweep:
         self._done_before = {run.key for run in runs} & done
         self.outcome.before = len(self._done_before)
         self.watcher.begin(len(runs), self.outcome.before)
+        for config in dict.fromkeys(run.source for run in runs):
+            note = source(config, self.options.root).note
+            if note is not None:
+                self.watcher.say(note)
         self._queue.extend(self._units([run for run in runs if run.key not in done], runs))
         try:
             while True:
@@ -127,23 +131,34 @@ class Sweep:
         for run in runs:
             groups[run.group].append(run)
         for group in dict.fromkeys(run.group for run in missing):
-            whole = tuple(groups[group])
-            if self._stacks(whole):
+            asked = [run for run in missing if run.group == group]
+            stack = self._untrained(groups[group], asked)
+            if self._stacks(stack):
                 self._stacked.add(group)
-                yield whole
-            else:
-                yield from ((run,) for run in missing if run.group == group)
+                yield stack
+                asked = [run for run in asked if run not in stack]
+            yield from ((run,) for run in asked)
+
+    def _untrained(self, group: list[Run], asked: list[Run]) -> tuple[Run, ...]:
+        """What could be trained together: the nets asked for that have no weights.
+
+        Where no net of the group has any it is the whole group, so that a run that was lost gets its numbers back.
+        """
+        if len(group) < 2 or group[0].train.together == "never":
+            return ()
+        bare = [run for run in group if self.store.weights(run.train_key) is None]
+        return tuple(bare if len(bare) == len(group) else [run for run in bare if run in asked])
 
     def _stacks(self, group: tuple[Run, ...]) -> bool:
-        """Whether the runs of a group are trained together; what a trial found is kept with the results."""
+        """Whether these runs are trained together; what a trial found is kept with the results."""
+        if len(group) < 2:
+            return False
         way, first = group[0].train.together, group[0]
-        if way != "auto" or len(group) < 2 or not first.train.epochs:
-            return way == "always" and len(group) > 1
+        if way != "auto" or not first.train.epochs:
+            return way == "always"
         name = f"{first.group} {self.options.device} {len(group)}"
         known = self.store.note("trials").get(name)
         if known is None:
-            if all(self.store.weights(run.train_key) is not None for run in group):
-                return False
             found = self._trial(group)
             self.watcher.say(f"{first.label.rpartition(', seed')[0] or first.label}: {found}")
             known = {"together": found.together, "alone_s": found.alone_s, "stacked_s": found.stacked_s}
@@ -216,7 +231,7 @@ class Sweep:
         if isinstance(message, Step):
             self.watcher.step(message)
         elif isinstance(message, Trained):
-            self.store.write_weights(message.run.train_key, message.weights)
+            self._keep(message.run.train_key, message.weights)
         elif isinstance(message, Done):
             self.store.write_done(message.run.config(), message.scalars, message.arrays, message.about)
             self.outcome.done += 1
@@ -225,6 +240,12 @@ class Sweep:
             self.store.write_failed(message.run.config(), message.error, message.about)
             self.outcome.failed += 1
             self._end(message.run, "failed", message.error.strip().splitlines()[-1], message.about)
+
+    def _keep(self, train_key: str, weights: dict[str, Any]) -> None:
+        """Store trained weights unless there are such: results may have been measured at those."""
+        held = self.store.weights(train_key)
+        if held is None or {n: a.shape for n, a in held.items()} != {n: a.shape for n, a in weights.items()}:
+            self.store.write_weights(train_key, weights)
 
     def _end(self, run: Run, status: str, note: str, about: dict[str, Any]) -> None:
         claim = self._claims.pop(run.key, None)

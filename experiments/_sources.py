@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from dagh.errors import FileFormatError, ShapeError
+from dagh.errors import DaghError, FileFormatError, ShapeError
 
 from ._cifar import is_cifar10, load_cifar10
 from ._config import DataConfig
@@ -22,6 +23,8 @@ DATA_ROOT = "DAGH_DATA"
 """Environment variable with the folder of the data sets."""
 
 _TEST_SHARE = 0.2
+_FEWEST = 3
+"""Training samples: a curve over k has two points then, and a slope."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,17 @@ class Source:
         """Of one input."""
         return tuple(self.split.train_x.shape[1:])
 
+    @property
+    def note(self) -> str | None:
+        """What is odd about the samples, and yet can be trained on."""
+        least = int(self.split.train_y.min())
+        if not least:
+            return None
+        return (
+            f"{self.name}: the smallest class of the training samples is {least}, not 0; "
+            f"the nets tell {self.classes} classes apart, some of which have no samples"
+        )
+
 
 def load(config: DataConfig, root: Path | None = None) -> Source:
     """The data set that ``config`` names.
@@ -60,9 +74,35 @@ def load(config: DataConfig, root: Path | None = None) -> Source:
     ]
     digests = [digest(p) for p in parts]
     (x, y), (x_test, y_test) = parts
+    if len(x) < _FEWEST or not len(x_test):
+        raise ShapeError(
+            f"{config.name}: {len(x)} training and {len(x_test)} test samples; at least {_FEWEST} and 1 are needed"
+        )
     if x.shape[1:] != x_test.shape[1:]:
         raise ShapeError(f"{config.name}: training inputs {list(x.shape[1:])}, test inputs {list(x_test.shape[1:])}")
     return Source(config.name, Split(x, y, x_test, y_test), _classes(config.name, train, test), *digests)
+
+
+def digests_now(config: DataConfig) -> tuple[str, str] | None:
+    """Digests of the training and test samples that an ``.npz`` file has now; None where that cannot be told.
+
+    Data sets with a name have published contents, and are not read for this.
+    """
+    if not config.name.endswith(".npz"):
+        return None
+    try:
+        state = Path(config.name).stat()
+        return _digests(config, state.st_size, state.st_mtime_ns)
+    except (OSError, FileFormatError):
+        return None
+    except DaghError:  # it is there, and no run can have come from it
+        return "", ""
+
+
+@functools.lru_cache(maxsize=64)
+def _digests(config: DataConfig, size: int, changed: int) -> tuple[str, str]:
+    found = load(config)
+    return found.train_digest, found.test_digest
 
 
 def _load(name: str, root: Path | None) -> tuple[Dataset, Dataset]:

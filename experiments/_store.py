@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from dagh.errors import DaghError, FileFormatError
 
 from ._config import StudyConfig, read, to_toml
-from ._records import UNREADABLE, Array, Arrays, RunRecord, Status, read_json
+from ._records import UNREADABLE, Array, Arrays, RunRecord, Status, read_entry, read_json
 from ._wanted import Wanted
 
 __all__ = ["RunRecord", "Store", "StoreError"]
@@ -107,7 +107,7 @@ class Store:
     # -- reading -----------------------------------------------------------------------------------
 
     def manifest(self) -> list[dict[str, Any]]:
-        """The lines of the manifest, the last one of every run; a line torn by a crash is passed over."""
+        """The lines of the manifest, the last one of every run; one that is torn or no such line is passed over."""
         path = self.path / "manifest.jsonl"
         try:
             state = path.stat()
@@ -117,13 +117,10 @@ class Store:
         if stamp != self._stamp:
             found: dict[str, dict[str, Any]] = {}
             for line in path.read_bytes().splitlines():
-                try:
-                    entry = json.loads(line)
-                    key, _ = entry["key"], entry["status"]
-                except (ValueError, KeyError, TypeError):
-                    continue
-                found.pop(key, None)
-                found[key] = entry
+                entry = read_entry(line)
+                if entry is not None:
+                    found.pop(entry["key"], None)
+                    found[entry["key"]] = entry
             self._lines, self._stamp = list(found.values()), stamp
         return self._lines
 
@@ -168,7 +165,8 @@ class Store:
 
     def runs(self, superseded: bool = False, without: Collection[str] = ()) -> list[RunRecord]:
         """The finished and failed runs that the study asks for, the last one of every point and seed; one that stands
-        for several points appears once for each.
+        for several points appears once for each. Runs of samples that an ``.npz`` file of the study no longer holds
+        are not among them (see :meth:`outdated`).
 
         Args:
             superseded: every run instead, also those of points or settings that the study no longer has.
@@ -187,6 +185,11 @@ class Store:
                 found[name] = replace(r, axis=axis, value=value)
         return list(found.values())
 
+    def outdated(self, without: Collection[str] = ()) -> list[RunRecord]:
+        """Runs that the study would ask for if the files of its data had not changed since."""
+        wanted, found = Wanted(self.study()), self.stored(without)
+        return [replace(r, axis=a, value=v) for r in found for a, v in wanted.outdated_points(r.config)]
+
     def stored(self, without: Collection[str] = ()) -> list[RunRecord]:
         """Every finished or failed run once, as the first of its points."""
         return [self._record(line) for line in self.manifest() if line["key"] not in without]
@@ -195,6 +198,9 @@ class Store:
         folder = self.path / "runs" / line["key"]
         done = line["status"] == "done"
         config = read_json(folder / "config.json")
+        result = read_json(folder / "result.json") if done else {"scalars": {}}
+        if not {"seed", "data"} <= config.keys() or "scalars" not in result:
+            raise FileFormatError(f"{folder} lacks what a run has")
         axis, value = (config.get("points") or [[None, None]])[0]
         return RunRecord(
             key=line["key"],
@@ -204,7 +210,7 @@ class Store:
             seed=config["seed"],
             dataset=config["data"]["name"],
             status=line["status"],
-            scalars=read_json(folder / "result.json")["scalars"] if done else {},
+            scalars=result["scalars"],
             arrays=Arrays(folder / "arrays.npz"),
             error=line.get("error"),
         )

@@ -34,8 +34,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 class Work:
     """Runs that differ in the seed alone.
 
-    ``runs`` are trained (all of them where ``together``, so that the numbers do not depend on what is missing);
-    ``wanted`` are the keys to measure and report. ``weights`` holds trained weights by seed where there are some.
+    ``wanted`` are the keys to measure and report. ``weights`` holds trained weights by seed where there are some; these
+    nets are not trained again. Where there are none and the runs are trained ``together``, all of them are, so that
+    the numbers do not depend on what is missing.
     """
 
     runs: tuple[Run, ...]
@@ -136,9 +137,7 @@ def execute(work: Work, send: Callable[[Message], None]) -> None:
         begun = time.perf_counter()
         first = work.runs[0]
         split = split_for(found, first.train.loss, first.train.dtype, work.device)
-        for run, model in _trained(work, found, split, send):
-            if run not in open_runs:
-                continue
+        for run, model, stacked in _trained(work, found, split, send):
             trained = time.perf_counter()
             try:
                 check_finite(model)
@@ -146,10 +145,11 @@ def execute(work: Work, send: Callable[[Message], None]) -> None:
                 result = measure(model, run.train.loss, split, run.measure, run.seed)
                 done = time.perf_counter()
                 wall = {"train_s": trained - begun, "measure_s": done - trained}
-                about = _about(work, started, done - begun, wall)
+                about = _about(work, started, done - begun, wall, stacked)
                 send(Done(run, result.scalars, dict(result.arrays), about))
             except Exception:
-                send(Failed(run, traceback.format_exc(), _about(work, started, time.perf_counter() - begun, {})))
+                about = _about(work, started, time.perf_counter() - begun, {}, stacked)
+                send(Failed(run, traceback.format_exc(), about))
             open_runs.remove(run)
             begun, started = time.perf_counter(), datetime.now(UTC)
     except Exception:
@@ -159,23 +159,28 @@ def execute(work: Work, send: Callable[[Message], None]) -> None:
 
 
 def _trained(work: Work, found: Source, split: Split, send: Callable[[Message], None]) -> Any:
-    """Pairs of a run and its trained model."""
+    """Every run, its trained model, and how many were trained as one with it."""
     models = {}
     for run in work.runs:
         dtype = getattr(torch, run.train.dtype)
         models[run] = initialized(run.net, found.shape, found.classes, run.seed, dtype).to(work.device)
     todo = [run for run in work.runs if not _restore(models[run], work.weights.get(run.seed))]
-    if work.together and todo:
+    if len(todo) < len(work.runs):  # the numbers of a whole group are out of reach: what is not asked for can stay away
+        todo = [run for run in todo if run.key in work.wanted]
+    together = todo if work.together and len(todo) > 1 else []
+    if together:
         tick = _throttled(work.label, send)
-        train_together([models[r] for r in work.runs], work.runs[0].train, split, [r.seed for r in work.runs], tick)
-        for run in work.runs:
+        train_together([models[r] for r in together], together[0].train, split, [r.seed for r in together], tick)
+        for run in together:
             send(Trained(run, _weights(models[run])))
     for run in work.runs:
-        if not work.together and run in todo:
+        if run.key not in work.wanted:
+            continue
+        if run in todo and run not in together:
             train(models[run], run.train, split, run.seed, _throttled(run.label, send))
             send(Trained(run, _weights(models[run])))
         models[run].eval()
-        yield run, models[run]
+        yield run, models[run], len(together) if run in together else 1
 
 
 def _restore(model: nn.Module, weights: Mapping[str, Array] | None) -> bool:
@@ -206,7 +211,7 @@ def _throttled(label: str, send: Callable[[Message], None]) -> Callable[[int, in
     return tick
 
 
-def _about(work: Work, started: datetime, wall_s: float, parts: dict[str, float]) -> dict[str, Any]:
+def _about(work: Work, started: datetime, wall_s: float, parts: dict[str, float], stacked: int = 1) -> dict[str, Any]:
     """What is not a result: when, where, how long, with what."""
     about: dict[str, Any] = {
         "started": started.isoformat(timespec="seconds"),
@@ -215,7 +220,7 @@ def _about(work: Work, started: datetime, wall_s: float, parts: dict[str, float]
         "host": socket.gethostname(),
         "device": torch.cuda.get_device_name() if work.device.startswith("cuda") else "cpu",
         "threads": torch.get_num_threads(),
-        "together": len(work.runs) if work.together else 1,
+        "together": stacked,
         "peak_rss_MiB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "versions": {"dagh": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }

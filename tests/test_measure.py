@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -17,15 +18,16 @@ from torch import Tensor, nn
 import dagh
 import dagh.bounds
 from dagh.architectures import ConvNet2d
+from dagh.bounds._logs import spectral
 from dagh.errors import DaghError, LossError, NonFiniteError, ReductionError, ShapeError
-from dagh.experiments import _forward
+from dagh.experiments import _forward, _measure_hessian
 from dagh.experiments._convergence import quantiles_over
 from dagh.experiments._forward import arranged
 from dagh.experiments._measure import measure
 from dagh.experiments._measure_config import MeasureConfig, Split
 from dagh.experiments._measure_corollaries import corollaries
 from dagh.experiments._measure_curve import curve, smoothed, thin
-from dagh.experiments._measure_hessian import hessian_scalars, kink_scalars
+from dagh.experiments._measure_hessian import LADDER, bound_logs, bound_scalars, hessian_scalars, kink_scalars
 from dagh.experiments._measure_line import lines_along, unit_directions
 from dagh.experiments._measure_losses import gradient_norm, per_sample, sample_loss
 from dagh.experiments._measure_patterns import patterns
@@ -402,6 +404,66 @@ def test_a_linear_model_has_no_functional_part() -> None:
     )
     assert found["functional_norm"] == 0
     assert found["max"] == pytest.approx(found["outer_max"])
+
+
+@pytest.mark.parametrize("classes", [3, 4])
+def test_a_hessian_whose_null_space_has_the_ones_is_no_zero(classes: int) -> None:
+    """Nothing but the last bias of a dead net bends, and cross-entropy does not change with a constant in it."""
+    model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, classes))
+    with torch.no_grad():
+        model[0].bias.fill_(-100.0)
+    x, y = torch.randn(8, 5), torch.arange(8) % classes
+    found = hessian_scalars(dagh.trace(model, x), "cross_entropy", x, y, seed=0)
+    assert found["outer_max"] > 0.1
+    assert found["max"] == pytest.approx(found["outer_max"]) and found["norm"] == found["max"]
+    assert found["functional_norm"] == 0
+
+
+def failing_in(dtype: torch.dtype) -> Callable[..., Tensor]:
+    """``eigvalsh`` that does not converge in this type, as LAPACK's sometimes does not."""
+    solve = torch.linalg.eigvalsh
+
+    def eigvalsh(matrices: Tensor, *rest: Any) -> Tensor:
+        if matrices.dtype == dtype:
+            raise torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge")  # type: ignore[attr-defined]
+        return solve(matrices, *rest)
+
+    return eigvalsh
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_eigenvalues_that_do_not_converge_are_found_in_double(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrices = torch.randn(3, 5, 7, dtype=dtype)
+    expected = torch.linalg.matrix_norm(matrices, 2)
+    monkeypatch.setattr(torch.linalg, "eigvalsh", failing_in(dtype))
+    found = spectral(matrices)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
+    monkeypatch.setattr(torch.linalg, "eigvalsh", failing_in(torch.float64))
+    with pytest.raises(RuntimeError, match="failed to converge"):
+        spectral(torch.randn(3, 3))
+
+
+def test_a_bound_that_fails_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, y = case("relu")
+    graph = dagh.trace(model, x)
+    expected = bound_logs(graph, "cross_entropy", x, y, ("a3", "b2", "P0"))
+    report = _measure_hessian.bound_report
+
+    def failing(*inputs: Any, rows: tuple[str, ...]) -> Any:
+        if "b2" in rows:
+            raise RuntimeError("no convergence\nand more")
+        return report(*inputs, rows=rows)
+
+    monkeypatch.setattr(_measure_hessian, "bound_report", failing)
+    found = bound_logs(graph, "cross_entropy", x, y, ("a3", "b2", "P0"))
+    assert found == {**expected, "b2": "it could not be computed: no convergence"}
+    scalars = bound_scalars(graph, "cross_entropy", x, y)
+    assert scalars["b2"] == {"reason": "it could not be computed: no convergence"}
+    assert scalars["a3"] == {"log": expected["a3"]} and "bias" in scalars["P0"]["reason"]
+    assert list(scalars) == list(LADDER)
 
 
 def test_kinks_are_counted() -> None:

@@ -19,7 +19,7 @@ import pytest
 import torch
 from sweep_helpers import sweep, write_data
 
-from dagh.errors import DaghError, FileFormatError, ReductionError
+from dagh.errors import DaghError, FileFormatError, ReductionError, ShapeError
 from dagh.experiments import _download, load_cifar10
 from dagh.experiments._config import DataConfig
 from dagh.experiments._download import DownloadError, Place, Remote, download
@@ -181,6 +181,12 @@ def test_npz_sources(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        (
+            {"x_test": np.zeros((0, 1, 6, 6), "f4"), "y_test": np.zeros(0, "i8")},
+            "a.npz: 4 training and 0 test samples; at least 3 and 1 are needed",
+        ),
+        ({"x": np.zeros((2, 1, 6, 6), "f4"), "y": [0, 1]}, "2 training and 1 test samples"),
+        ({"x": np.zeros((0, 1, 6, 6), "f4"), "y": np.zeros(0, "i8")}, "0 training and 1 test samples"),
         ({"y": [-1, 0, 1, 2]}, "numbered from 0, found -1"),
         ({"y": [0.0, 1, 2, 3]}, "y holds numbers of floating-point type of shape"),
         ({"y": np.eye(4, dtype="i8")}, r"y holds integers of shape \[4, 4\]; expected one integer class per sample"),
@@ -202,6 +208,14 @@ def test_arrays_that_cannot_be_trained_on(tmp_path: Path, wrong: dict[str, Any],
     with pytest.raises(DaghError, match=message) as caught:
         load(DataConfig(str(path)))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("count", "train"), [(0, 0), (1, 0), (3, 2)])
+def test_too_few_samples_to_divide(tmp_path: Path, count: int, train: int) -> None:
+    path = tmp_path / "a.npz"
+    np.savez(path, x=np.zeros((count, 1, 6, 6), "f4"), y=np.arange(count))
+    with pytest.raises(ShapeError, match=f"a.npz: {train} training and {min(count, 1)} test samples; at least 3 and 1"):
+        load(DataConfig(str(path)))
 
 
 def test_a_text_is_no_npz(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from dagh.experiments._datasets import MissingPackageError
 from dagh.experiments._report import report
 from dagh.experiments._report_claims import Claim, claims
 from dagh.experiments._report_corollaries import corollary_table, predicted_table
-from dagh.experiments._report_data import label_of, load, merged, number, plain
+from dagh.experiments._report_data import label_of, load, merged, nets_in, number, plain
 from dagh.experiments._report_figures import band_of, spaced
 from dagh.experiments._report_pages import html, markdown
 from dagh.experiments._report_stats import (
@@ -230,6 +230,27 @@ def test_contradictory_settings_are_refused_and_the_same_run_counts_once(tmp_pat
     assert "\n" not in str(caught.value)
 
 
+def test_a_net_is_what_its_key_is_made_of(tmp_path: Path) -> None:
+    """Its training settings, but not how its seeds were put together; the same for the first line and the claims."""
+    store = write_results(tmp_path / "a")
+
+    def train(config: dict[str, Any]) -> None:
+        config["train"] = {"together": "always" if config["seed"] else "never"}
+
+    rewrite(store, train)
+    results = load([tmp_path / "a"])
+    assert len(set(nets_in(results.runs))) == 4
+    assert "12 finished runs (4 nets, 3 seeds)" in markdown(results, [], {})
+    notes = {c.note for c in claims(results) if "orders the nets" in c.statement}
+    assert notes == {"4 nets: at least 5 are needed"}
+
+    store = write_results(tmp_path / "b", "train.lr", (0.1, 0.2, 0.3, 0.4))
+    rewrite(store, lambda config: config.update(net={}, train={"lr": config["points"][0][1]}))
+    results = load([tmp_path / "b"])
+    assert "12 finished runs (4 nets, 3 seeds)" in markdown(results, [], {})
+    assert {c.note for c in claims(results) if "orders the nets" in c.statement} == notes
+
+
 def test_values_keep_the_order_of_the_study(tmp_path: Path) -> None:
     write_results(tmp_path / "a", "pool_at", ((), (1,), (1, 2)), bare=True)
     write_results(tmp_path / "b", "pool_at", ((), (2,), (1, 2)), seeds=(5,), bare=True)
@@ -412,6 +433,14 @@ def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pyte
     write_results(tmp_path / "a", values=(2,), seeds=(0,), bare=True)
     with pytest.raises(MissingPackageError, match=r"dagh\[plot\]"):
         list(_report_figures.draw(load([tmp_path / "a"]).panels[0]))
+
+
+def test_a_gradient_has_no_spectral_norm(tmp_path: Path) -> None:
+    write_results(tmp_path / "a")
+    figures = {name: figure for name, _, figure in _report_figures.draw(load([tmp_path / "a"]).panels[0])}
+    left = figures["hessian-C-mnist"].axes[0]
+    assert any("nabla" in text.get_text() for text in left.get_legend().get_texts())
+    assert left.get_ylabel() == "norm"
 
 
 # -- pieces ----------------------------------------------------------------------------------------

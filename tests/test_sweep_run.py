@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sweep_helpers import METHOD, Started, count_work, sweep, write_study
+from sweep_helpers import METHOD, Started, count_work, sweep, write_data, write_study
 
 from dagh.experiments import _engines, _work
 from dagh.experiments._engines import Processes
@@ -169,6 +169,120 @@ def test_seeds_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     done = sweep("resume", together)
     assert "1 runs done, 3 were done before" in done.output
     assert {r.key: r.scalars["train"] for r in Store(together).runs()} == before
+
+
+def test_what_is_trained_is_never_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A seed added to a stack, then weights lost: the other nets and their numbers stay as they are."""
+    study, out = write_study(tmp_path, a='"never"->"always"'), tmp_path / "out"
+    stacks: list[int] = []
+    train_together = _work.train_together
+
+    def counted(models: list[object], *rest: object) -> None:
+        stacks.append(len(models))
+        train_together(models, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(_work, "train_together", counted)
+    counts = count_work(monkeypatch)
+    assert sweep("run", study, "--out", out).exit_code == 0
+    assert (stacks, counts["train"]) == ([2, 2], 0)
+    before = {path.name: path.read_bytes() for path in (out / "weights").iterdir()}
+    losses = {r.config["train_key"]: r.scalars["train"] for r in Store(out).runs()}
+    assert sweep("resume", out, "--set", "seeds=[0, 1, 2]").exit_code == 0
+    assert (stacks, counts["train"]) == ([2, 2], 2)  # alone, as there is nothing to stack
+    assert {name: (out / "weights" / name).read_bytes() for name in before} == before
+    assert sweep("resume", out, "--set", "measure.shuffles=6").exit_code == 0
+    assert (stacks, counts["train"]) == ([2, 2], 2)
+    now = {r.config["train_key"]: r.scalars["train"] for r in Store(out).runs()}
+    assert len(now) == 6 and {key: now[key] for key in losses} == losses
+    lost = sorted({r.config["train_key"] for r in Store(out).runs() if r.value == 1})[:2]
+    for train_key in lost:
+        (out / "weights" / f"{train_key}.npz").unlink()
+    assert sweep("resume", out, "--set", "measure.shuffles=7").exit_code == 0
+    assert (stacks, counts["train"]) == ([2, 2, 2], 2)  # the two that were lost
+    again = {r.config["train_key"]: r.scalars["train"] for r in Store(out).runs()}
+    for train_key, found in now.items():
+        assert again[train_key]["loss"] == pytest.approx(found["loss"], rel=1e-5)
+        assert train_key in lost or again[train_key] == found
+    abouts = [json.loads((out / "runs" / r.key / "result.json").read_text())["about"] for r in Store(out).runs()]
+    assert sorted(about["together"] for about in abouts) == [1, 1, 1, 1, 2, 2]
+
+
+def test_stored_weights_are_not_overwritten(tmp_path: Path) -> None:
+    """Two sweeps of one folder may train the same net; results were measured at the weights that came first."""
+    study = load_study(str(write_study(tmp_path)))
+    store = Store.create(tmp_path / "out", study)
+    going = Sweep(study, store, Options(), Nobody())
+    run = runs_of(study, Options())[0]
+    for value in (1.0, 2.0):
+        going._handle(Trained(run, {"w": np.full(3, value)}))
+    held = store.weights(run.train_key)
+    assert held is not None and held["w"].tolist() == [1, 1, 1]
+    going._handle(Trained(run, {"w": np.full(4, 3.0)}))  # what was there did not fit the net
+    held = store.weights(run.train_key)
+    assert held is not None and held["w"].tolist() == [3, 3, 3, 3]
+
+
+def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    """Where their data are there, and where they are not."""
+    study = write_study(tmp_path)
+    files = []
+    for name, samples in (("a", 30), ("b", 31)):
+        (tmp_path / name).mkdir()
+        files.append(write_data(tmp_path / name / "set.npz", samples))
+    axes = f"axes={{'data.name' = ['{files[0]}', '{files[1]}']}}"
+    limits = ("--set", "data.train=20", "--set", "data.test=5")
+    assert sweep("run", study, "--set", axes, *limits, "--set", "seeds=[0]", "--out", tmp_path / "out").exit_code == 0
+    store = Store(tmp_path / "out")
+    for _ in range(2):
+        first, second = store.runs()
+        assert [r.value for r in (first, second)] == [str(f) for f in files]
+        assert first.key != second.key and first.scalars["train"]["loss"] != second.scalars["train"]["loss"]
+        for r in (first, second):
+            assert r.config["points"] == [["data.name", r.value]]
+        for file in files:
+            file.unlink(missing_ok=True)
+
+
+def test_other_data_in_the_same_file(tmp_path: Path) -> None:
+    """A report says what ``status`` says: old runs are named and left out, and theirs are missing."""
+    pytest.importorskip("matplotlib")
+    study, out, text = write_study(tmp_path), tmp_path / "out", tmp_path / "out/report/report.md"
+    assert sweep("run", study, "--out", out).exit_code == 0
+    old = {r.key for r in Store(out).runs()}
+    file = tmp_path / "data.npz"
+    with np.load(file) as held:
+        np.savez(file, x=held["x"][::-1], y=held["y"][::-1])
+    _work._sources.clear()  # of this process, which a command has of its own
+    assert "0 of 4 runs done" in sweep("status", out).output
+    refused = sweep("report", out)
+    assert refused.exit_code == 2 and len(refused.output.splitlines()) == 1
+    assert f"no finished run to report on; 4 of other data (C=1, seed 0 (tiny): {file} has other samples now)" in (
+        refused.output
+    )
+    assert sweep("resume", out, "--shard", "1/2").exit_code == 0
+    assert sweep("report", out).exit_code == 0
+    told = text.read_text()
+    assert "2 finished runs" in told and "**2 runs of other data:**" in told and "**2 runs missing:**" in told
+    assert f"- C=2, seed 1 (tiny): {file} has other samples now" in told
+    assert told.count("## Channels") == 1  # one panel
+    assert not old & {r.key for r in Store(out).runs()}
+    damaged = Store(out).path / "runs" / sorted(old)[0] / "result.json"
+    damaged.write_text("{}")  # of no interest any more
+    assert sweep("resume", out).exit_code == 0
+    assert sweep("report", out).exit_code == 0
+    assert "of other data" not in text.read_text() and "missing" not in text.read_text()
+    file.unlink()  # nobody can tell any more
+    bad = Store(out).damaged()
+    assert len(Store(out).runs(without=bad)) == 4 and Store(out).outdated(without=bad) == []
+
+
+def test_classes_that_do_not_begin_at_0_are_pointed_out(tmp_path: Path) -> None:
+    study = write_study(tmp_path)
+    with np.load(tmp_path / "data.npz") as held:
+        np.savez(tmp_path / "data.npz", x=held["x"], y=held["y"] + 1)
+    lines = sweep("run", study, "--out", tmp_path / "out").output.splitlines()
+    found = [line for line in lines if "the smallest class of the training samples is 1, not 0" in line]
+    assert len(found) == 1 and found[0].endswith("the nets tell 4 classes apart, some of which have no samples")
 
 
 def test_the_trial_is_remembered(tmp_path: Path) -> None:

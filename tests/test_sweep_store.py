@@ -98,6 +98,19 @@ def test_a_torn_last_line_is_passed_over_and_closed(tmp_path: Path) -> None:
     assert Store(tmp_path).finished() == {"a", "c"}
 
 
+def test_lines_that_no_sweep_wrote_are_passed_over(tmp_path: Path) -> None:
+    store = Store.create(tmp_path, STUDY)
+    put(store, "a")
+    strange = [
+        {"key": 3, "status": "done"}, {"key": [1], "status": "done"}, {"key": "b", "status": 1}, {"key": "b"}, [1], "x",
+        {"key": "b", "status": "done", "points": 3}, {"key": "b", "status": "done", "points": [[1]]},
+    ]  # fmt: skip
+    with open(tmp_path / "manifest.jsonl", "a") as stream:
+        stream.writelines(json.dumps(line) + "\n" for line in strange)
+    again = Store(tmp_path)
+    assert again.finished() == {"a"} and not again.damaged() and [r.key for r in again.runs()] == ["a"]
+
+
 def write_forever(folder: Path, name: str, ready: Any) -> None:
     store = Store(folder)
     for i in range(10**6):
@@ -207,6 +220,9 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         store.runs()
     (tmp_path / "runs/a/result.json").write_text(json.dumps([1]))
     with pytest.raises(FileFormatError, match="is not a table"):
+        store.runs()
+    (tmp_path / "runs/a/result.json").write_text("{}")
+    with pytest.raises(FileFormatError, match="runs/a lacks what a run has"):
         store.runs()
 
 
