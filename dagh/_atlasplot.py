@@ -55,6 +55,8 @@ def draw(atlas: Atlas, path: Path, kind: str) -> None:
     if shown.is_estimate:
         extra.append(f"estimated from {atlas.info.get('probes')} random directions per parameter")
     figure.suptitle(f"{title[0].upper()}{title[1:]}" + "".join(f"; {line}" for line in extra), fontsize=10)
+    if not path.parent.is_dir():
+        raise FileFormatError(f"cannot write {path}: there is no folder {path.parent}")
     figure.savefig(path, dpi=200, bbox_inches="tight")
 
 

@@ -19,6 +19,9 @@ from dagh.errors import CaptureError, LossError, first_line, user_level
 
 Pick = Callable[[Any], Tensor]
 
+#: A loss's gradient below this is compared with what is usual for the loss before it is trusted.
+_SMALL = 1e-2
+
 
 def check_gradient(
     model: nn.Module,
@@ -126,10 +129,11 @@ def check_loss(
     """Refuse losses whose backward pass is not the derivative of what they compute; see :func:`check_gradient`.
 
     ``scale``: what the traced function of one sample is multiplied by in a callable's own value. Looked at a little
-    away from the output, where it has no kinks and does not vanish; at the output itself where it is not defined there.
+    away from the output, where it has no kinks; at the output itself where it is not defined there; and at random
+    numbers where both gradients are rounding alone, as those of samples that are fitted perfectly.
     """
-    elsewhere = _elsewhere.moved(output)
-    for at in (elsewhere, output):
+    elsewhere, random = _elsewhere.moved(output), _elsewhere.random_like(output.shape, output)
+    for at in (elsewhere, output, random):
         point = at.detach().clone()
         theirs = _loss_gradient(objective, point, targets)
         if theirs is None:
@@ -146,12 +150,17 @@ def check_loss(
             continue
         delta = state.adjoints.get(program.output)
         ours = torch.zeros_like(point) if delta is None else delta.reshape(point.shape)
-        if _worst({"output": ours}, {"output": gradient}) is not None:
+        noise = 0.0
+        if float(gradient.norm()) < _SMALL:
+            usual = _loss_gradient(objective, random, targets)
+            noise = 0.0 if usual is None else 1e3 * torch.finfo(random.dtype).eps * float(usual[1].norm())
+        if _worst({"output": ours}, {"output": gradient}, noise=noise) is not None:
             raise LossError(
                 f"the gradient of loss {objective.name!r} by autograd is not the derivative of what it computes: look "
                 "for a hand-written backward; .detach(), .data and torch.no_grad are understood"
             )
-        return
+        if float(gradient.norm()) > noise:
+            return
 
 
 def _loss_gradient(objective: Objective, output: Tensor, targets: Any) -> tuple[float, Tensor] | None:

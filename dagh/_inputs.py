@@ -23,7 +23,10 @@ def normalize_inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (), {k: inputs[k] for k in sorted(inputs)}
     if isinstance(inputs, (tuple, list)):
         return tuple(inputs), {}
-    raise ShapeError(f"inputs must be a tensor, a tuple or a dict of tensors, not {type(inputs).__name__}")
+    advice = ""
+    if isinstance(inputs, torch.utils.data.DataLoader):
+        advice = "; dagh.operator takes a loader, and matrices of single batches can be added: (H1 + H2) * 0.5"
+    raise ShapeError(f"inputs must be a tensor, a tuple or a dict of tensors, not {type(inputs).__name__}{advice}")
 
 
 def check_tensors(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -210,10 +210,14 @@ class Builder:
         """The error for an operation that draws random numbers."""
         where = f" in {self.module!r}" if self.module else ""
         line = f" ({self.source})" if self.source else ""
-        more = ", or fix the dropout masks: dagh.trace(model, inputs, mode='train', dropout_seed=0)"
-        if self.dropout_seed is not None:
-            more = "; a seed fixes the masks of nn.Dropout alone"
-        return RandomnessError(f"the model draws random numbers: {what}{where}{line}; trace it in eval mode{more}")
+        advice = (
+            "trace it in eval mode, or fix the dropout masks: dagh.trace(model, inputs, mode='train', dropout_seed=0)"
+        )
+        if "dropout" not in what and "rrelu" not in what:
+            advice = "make them an input of the model (eval mode and seeds change nothing here)"
+        elif self.dropout_seed is not None:
+            advice = "trace it in eval mode; a seed fixes the masks of nn.Dropout alone"
+        return RandomnessError(f"the model draws random numbers: {what}{where}{line}; {advice}")
 
 
 def fixed_dropout(input: Tensor, mask: Tensor) -> Tensor:

@@ -114,13 +114,17 @@ def resolve(loss: Any) -> Objective:
     """
     if isinstance(loss, str):
         if loss not in _NAMED:
-            close = get_close_matches(loss, _NAMED, n=2)
+            close = get_close_matches(loss.lower().removesuffix("_loss"), _NAMED, n=2)
             hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(loss_names())}"
             raise LossError(f"unknown loss {loss!r}; {hint}")
         summed, weigh = _NAMED[loss]
         return Objective(loss, loss, _checked(loss, summed), weigh)
     if isinstance(loss, nn.modules.loss._Loss) and hasattr(loss, "reduction"):
         return _from_module(loss)
+    if isinstance(loss, Tensor):
+        raise LossError(
+            "loss is a tensor; the order of arguments is model, loss, inputs, targets"
+        )
     if not callable(loss):
         raise LossError(f"loss must be a name, a torch.nn loss module or a callable, not {type(loss).__name__}")
     name = getattr(loss, "__name__", type(loss).__name__)

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from torch import nn
 
-from dagh import _memory
+from dagh import _memory, _objectives
 from dagh._graph import Graph, trace
 from dagh._linearize import Part
 from dagh._objectives import Reduction
@@ -60,6 +60,7 @@ def prepare(
             raise ReductionError(f"part={part!r}: expected 'full', 'outer' or 'functional'")
     if isinstance(memory_budget, str):
         memory_budget = _memory.parse_size(memory_budget)
+    _objectives.resolve(loss)  # before inputs in its place are tried
     graph = model if isinstance(model, Graph) else trace(model, inputs, mode=mode, output=output)
     names, _ = choose_names(graph.program, graph.trainable, params, wrt)
     choose_pairs(names, blocks)

@@ -87,9 +87,19 @@ def choose_names(
     return tuple(chosen.values()), tuple(chosen)
 
 
+def _within(node: Node, module: str) -> bool:
+    return bool(module) and f"{node.module}.".startswith(f"{module}.")
+
+
 def _match(pattern: str, names: dict[str, Node], chosen: dict[Node, str], kind: str, known: dict[str, Node]) -> None:
     hits = [pattern] if pattern in names else [n for n in names if fnmatchcase(n, pattern)]
     if not hits:
+        inside = [n for n, node in names.items() if n.startswith(pattern + ".") or _within(node, pattern)]
+        if inside:
+            raise UnknownNameError(
+                f"{pattern!r} is a module, not a {kind}; in it: {', '.join(map(repr, inside[:8]))}"
+                + (", …" if len(inside) > 8 else "")
+            )
         raise UnknownNameError.of(kind, pattern, known)
     for name in hits:
         chosen.setdefault(names[name], name if names[name].kind != "parameter" else names[name].names[0])

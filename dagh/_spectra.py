@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dagh._lanczos import Recurrence, lanczos
 from dagh.errors import ConvergenceError, ReductionError
 
 #: Restarts of ARPACK, and iterations of LOBPCG, unless told otherwise.
@@ -68,6 +69,9 @@ class Eigenpairs:
 class SpectralDensity:
     """Stochastic Lanczos quadrature: ``density`` and its standard ``error`` on ``grid``; it integrates to one.
 
+    The error is that over probes; steps limit the resolution: eigenvalues that are closer than Lanczos tells them apart
+    share nodes.
+
     ``nodes`` and ``weights`` (``[probes, steps]``) are the quadrature of each probe before smoothing with a Gaussian of
     width ``sigma``; where a probe's Krylov space was exhausted, the weights left over are zero. Functions of H follow
     from them: see :meth:`trace_of`.
@@ -80,6 +84,7 @@ class SpectralDensity:
     weights: Tensor
     sigma: float
     size: int
+    recurrence: Recurrence
 
     def __repr__(self) -> str:
         low, high = float(self.nodes.min()), float(self.nodes.max())
@@ -96,9 +101,15 @@ class SpectralDensity:
         return _mean(each, "stochastic Lanczos quadrature", self.nodes.numel())
 
     def fraction_below(self, threshold: float = 0.0) -> Estimate:
-        """Estimate of the share of eigenvalues below ``threshold``."""
-        each = (self.weights * (self.nodes < threshold)).sum(1)
-        return _mean(each, "stochastic Lanczos quadrature", self.nodes.numel())
+        """Estimate of the share of eigenvalues below ``threshold``.
+
+        For each probe the quadrature confines its share to an interval (Chebyshev, Markov and Stieltjes; Golub and
+        Meurant, Matrices, Moments and Quadrature, chapter 6), wide where many eigenvalues lie near the threshold. The
+        error is half of its width, beside the standard error over probes. More ``steps`` narrow it.
+        """
+        low, high = self.recurrence.share_below(threshold, self.nodes, self.weights)
+        found = _mean((low + high) / 2, "stochastic Lanczos quadrature", self.nodes.numel())
+        return replace(found, error=found.error + float((high - low).mean()) / 2)
 
 
 def eigsh(
@@ -152,7 +163,7 @@ def _norm(op: Symmetric, seed: int) -> float:
     start = torch.randn(
         op.shape[0], 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu"
     )
-    nodes, _ = _lanczos(op, (start / start.norm()).to(op.device), min(12, op.shape[0]))
+    nodes, _, _ = lanczos(op, (start / start.norm()).to(op.device), min(12, op.shape[0]))
     return max(float(nodes.abs().max()), torch.finfo(op.dtype).tiny)
 
 
@@ -321,7 +332,7 @@ def spectral_density(
         raise ReductionError("give at least 2 probes (for the error), 1 step and 2 points")
     p = op.shape[0]
     start = _signs(op, probes, torch.Generator().manual_seed(seed)).double() / math.sqrt(p)
-    nodes, weights = _lanczos(op, start, min(steps, p))
+    nodes, weights, recurrence = lanczos(op, start, min(steps, p))
     real = nodes[weights > 0]
     low, high = float(real.min()), float(real.max())
     width = max(high - low, 1e-12 * max(abs(low), abs(high)), torch.finfo(torch.float64).tiny)
@@ -330,36 +341,7 @@ def spectral_density(
     bumps = torch.exp(-0.5 * ((grid[:, None, None] - nodes) / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
     each = (bumps * weights).sum(2)  # [points, probes]
     error = each.std(1) / math.sqrt(probes)
-    return SpectralDensity(grid, each.mean(1), error, nodes, weights, sigma, p)
-
-
-def _lanczos(op: Symmetric, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Gauss quadratures of every column of ``start`` (unit vectors ``[P, b]``): nodes and weights ``[b, steps]``."""
-    p, b = start.shape
-    basis = torch.zeros(b, steps, p, dtype=torch.float64, device=start.device)
-    alpha, beta = (
-        torch.zeros(b, steps, dtype=torch.float64, device="cpu"),
-        torch.zeros(b, steps, dtype=torch.float64, device="cpu"),
-    )
-    v, alive = start.T.clone(), torch.ones(b, dtype=torch.bool, device="cpu")
-    size = torch.zeros(b, dtype=torch.float64, device="cpu")
-    for j in range(steps):
-        basis[:, j] = v
-        w = (op @ v.T.to(op.dtype)).double().T
-        alpha[:, j] = (w * v).sum(1).cpu()
-        for _ in range(2):  # twice is enough (Parlett)
-            known = basis[:, : j + 1]
-            w = w - (known.mT @ (known @ w.unsqueeze(2))).squeeze(2)
-        norm = w.norm(dim=1).cpu()
-        size = torch.maximum(size, alpha[:, j].abs() + norm)
-        alive &= norm > 1e-10 * size if op.dtype == torch.float64 else norm > 1e-5 * size
-        if j + 1 == steps or not bool(alive.any()):
-            break
-        beta[:, j] = torch.where(alive, norm, 0.0)
-        v = torch.where(alive.to(w.device)[:, None], w / norm.clamp(min=1e-300).to(w.device)[:, None], 0.0)
-    matrix = torch.diag_embed(alpha) + torch.diag_embed(beta[:, :-1], 1) + torch.diag_embed(beta[:, :-1], -1)
-    nodes, vectors = torch.linalg.eigh(matrix)
-    return nodes, vectors[:, 0].square()
+    return SpectralDensity(grid, each.mean(1), error, nodes, weights, sigma, p, recurrence)
 
 
 def _signs(op: Symmetric, columns: int, generator: torch.Generator) -> Tensor:

@@ -146,3 +146,27 @@ def test_tensors_made_in_inference_mode() -> None:
     wanted = dagh.hessian(Net(detached), "cross_entropy", *data()).dense()
     torch.testing.assert_close(dagh.hessian(net, "cross_entropy", *data()).dense(), wanted)
     torch.testing.assert_close(dagh.hessian(Net(detached), "cross_entropy", *batch).dense(), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="sum"), F.cross_entropy])
+def test_samples_that_are_fitted_perfectly(loss: Any, dtype: torch.dtype) -> None:
+    """Gradients are then rounding alone, and nobody's mistake; a backward pass that is wrong is still found."""
+    model = nn.Linear(1, 2, bias=False).to(dtype)
+    x, y = torch.ones(1, 1, dtype=dtype), torch.tensor([1])
+    for weights in ([174.1609, 209.5420], [0.0, 36.0], [-17.0, 20.0], [0.0, 200.0]):
+        with torch.no_grad():
+            model.weight.copy_(torch.tensor(weights)[:, None])
+        assert float(dagh.hessian(model, loss, x, y).dense().norm()) < 1e-6
+
+        class Doubled(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, o: Tensor) -> Tensor:
+                return o.clone()
+
+            @staticmethod
+            def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+                return 2 * g
+
+        with pytest.raises(dagh.errors.LossError, match="by autograd is not the derivative"):
+            dagh.hessian(model, lambda o, t: loss(Doubled.apply(o), t), x, y)

@@ -479,6 +479,15 @@ def test_interrupt_while_torch_is_imported(tmp_path: Path) -> None:
     assert (code, err.strip()) == (130, "interrupted")
 
 
+@pytest.mark.parametrize("command", ["trace", "spectrum"])
+def test_an_interrupt_that_an_import_would_turn_into_something_else(command: str, tmp_path: Path) -> None:
+    """As NumPy's does, half of whose modules stay behind."""
+    instead = "import time\nopen('started', 'w').close()\ntry:\n    time.sleep(60)\nexcept BaseException:\n    1 / 0\n"
+    env = without_torch(tmp_path, instead)
+    code, err = interrupted([command, "model.py"], tmp_path, env)
+    assert (code, err.strip()) == (130, "interrupted")
+
+
 def test_what_does_not_need_torch(tmp_path: Path) -> None:
     env = without_torch(tmp_path, "raise AssertionError('imported')\n")
     code = "import dagh; assert 'trace' in dir(dagh); print(dagh.__version__)"
@@ -488,6 +497,27 @@ def test_what_does_not_need_torch(tmp_path: Path) -> None:
 
 
 # -- files --------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "begins"),
+    [
+        (["--out", "a.json"], "{"),
+        (["--out", "a.html"], "<!doctype html>"),
+        (["--out", "a.gv"], "digraph"),
+        (["--out", "a.txt"], "╭─ Net"),
+        (["--format", "json", "--out", "a.html"], "{"),
+    ],
+)
+def test_the_ending_of_a_file_names_its_format(options: list[str], begins: str, tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(MLP)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        done = CliRunner().invoke(cli, ["trace", "model.py", *options], standalone_mode=False)
+        assert done.exception is None and not done.output.strip()
+        assert Path(options[-1]).read_text().lstrip().lower().startswith(begins.lower())
+        refused = CliRunner().invoke(cli, ["kinks", "model.py", "--out", "a.html"])
+    assert refused.exit_code == 2 and "this command has no format 'html'" in refused.output
 
 
 def test_files_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -573,3 +573,30 @@ def test_arguments_of_a_matrix_of_the_wrong_type(tmp_path: Path) -> None:
         matrix @ np.array(["a"] * 9)
     with pytest.raises(dagh.errors.ShapeError):
         matrix @ np.zeros(4)
+
+
+class Noisy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn_like(x)
+
+
+def test_advice_that_helps() -> None:
+    """What users guess first, and what they are told."""
+    (x, y), model = data(), net()
+    with refused(errors.LossError, "loss is a tensor; the order of arguments is model, loss, inputs, targets"):
+        dagh.hessian(model, x, y, "cross_entropy")  # type: ignore[arg-type]
+    for name in ("MSE", "mse_loss"):
+        with refused(errors.LossError, "did you mean 'mse'?"):
+            dagh.hessian(model, name, x, y)
+    with refused(errors.ShapeError, "dagh.operator takes a loader", "(H1 + H2) * 0.5"):
+        dagh.hessian(model, "cross_entropy", torch.utils.data.DataLoader([(x, y)]))
+    with refused(errors.RandomnessError, "make them an input of the model"):
+        dagh.hessian(net(nn.Linear(3, 2), Noisy()), "cross_entropy", x, y)
+    blocks = dagh.hessian(model, "cross_entropy", x, y, blocks="diagonal")
+    with refused(errors.BlockNotComputedError, "H.dense(allow_missing=True)"):
+        blocks.dense()
+    assert blocks.dense(allow_missing=True).shape == (26, 26)
+    with refused(errors.UnknownNameError, "'0' is a module, not a parameter or node; in it: 'linear', '0.weight', '0.bias'"):
+        dagh.hessian(model, "cross_entropy", x, y, wrt="0")
+    with refused(errors.FileFormatError, "there is no folder nowhere"):
+        dagh.atlas(model, "cross_entropy", x, y).plot("nowhere/a.png")

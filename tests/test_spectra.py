@@ -13,7 +13,7 @@ from small_net import build
 from torch import Tensor, nn
 
 import dagh
-from dagh import _spectra
+from dagh import _lanczos, _spectra
 from dagh._cli import cli
 
 
@@ -193,17 +193,42 @@ def test_density_of_a_known_spectrum() -> None:
         found = density.trace_of(f)
         assert abs(found.value - float(exact)) <= 4 * found.error
     below = density.fraction_below(-2.0)
-    assert abs(below.value - 0.01) <= 4 * below.error
+    assert abs(below.value - 0.01) <= 4 * below.error and below.error < 0.01
     bump = torch.exp(-0.5 * ((density.grid[:, None] - SPECTRUM.double()) / density.sigma) ** 2).mean(1)
     bump = bump / (density.sigma * (2 * torch.pi) ** 0.5)
     assert float((density.density - bump).abs().max()) <= 5 * float(density.error.max())
+
+
+@pytest.mark.parametrize("threshold", [-1e-6, -1e-2, 0.3])
+@pytest.mark.parametrize("steps", [1, 5, 20, 40])
+def test_a_share_beside_a_kernel_is_not_claimed_to_be_known(threshold: float, steps: int) -> None:
+    """Lanczos puts the weight of a fifth of zeros on a node beside the threshold: the interval must hold the truth."""
+    spectrum = torch.cat([torch.zeros(60), torch.linspace(-0.02, -1e-4, 90), torch.linspace(0, 0.5, 150)])
+    density = _spectra.spectral_density(rotated(spectrum), probes=6, steps=steps)
+    found, exact = density.fraction_below(threshold), float((spectrum < threshold).double().mean())
+    assert abs(found.value - exact) <= found.error + 0.02
+
+
+def test_the_share_of_one_probe_lies_in_its_interval() -> None:
+    spectrum = torch.cat([torch.zeros(60), torch.linspace(-0.02, -1e-4, 90), torch.linspace(0, 0.5, 150)])
+    matrix = rotated(spectrum)
+    values, vectors = torch.linalg.eigh(matrix.matrix)
+    start = torch.nn.functional.normalize(torch.randn(300, 8).double(), dim=0)
+    weights = (vectors.T @ start).square()
+    for steps in (3, 10, 30, 300):
+        nodes, shares, recurrence = _lanczos.lanczos(matrix, start, steps)
+        for threshold in (-0.01, -1e-5, 1e-5, 0.2, 2.0):
+            low, high = recurrence.share_below(threshold, nodes, shares)
+            exact = weights[values < threshold].sum(0)
+            assert bool((low <= exact + 1e-9).all()) and bool((exact <= high + 1e-9).all())
+            assert steps < 300 or torch.allclose(low, high)
 
 
 def test_moments_of_one_probe_are_exact() -> None:
     """m steps integrate polynomials up to degree 2m - 1 exactly: ``zᵀ f(H) z`` to rounding."""
     matrix = rotated(SPECTRUM)
     start = torch.ones(200, 1).double() / 200**0.5
-    nodes, weights = _spectra._lanczos(matrix, start, 6)
+    nodes, weights, _ = _lanczos.lanczos(matrix, start, 6)
     z, power = start[:, 0], start[:, 0]
     for degree in range(12):
         assert float((weights * nodes**degree).sum()) == pytest.approx(float(z @ power), rel=1e-10)

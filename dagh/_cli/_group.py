@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -126,7 +131,47 @@ class DaghGroup(click.Group):
 
         if not standalone_mode:
             return run()
-        sys.exit(_guarded(run))
+        with _loading():
+            sys.exit(_guarded(run))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            found = super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            close = get_close_matches(args[0], self.list_commands(ctx), n=2)
+            error.message += f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+            raise
+        _loaded()
+        return found
+
+
+@contextlib.contextmanager
+def _loading() -> Iterator[None]:
+    """While modules are imported, Ctrl-C ends the process at once: raised there, it leaves half-made modules behind."""
+    ours = _main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, _leave)
+    try:
+        yield
+    finally:
+        _loaded()
+
+
+def _loaded() -> None:
+    """From now on Ctrl-C is an exception again."""
+    if _main_thread() and signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _leave(*_: object) -> None:
+    os.write(2, b"interrupted\n")
+    os._exit(INTERRUPTED)
+
+
+def _main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def _guarded(run: Any) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 import torch
+from click.core import ParameterSource
 from torch import nn
 
 from dagh import _capture, _objectives
@@ -58,7 +59,28 @@ MODE = click.option("--mode", type=click.Choice(["eval", "train"]), default="eva
 DROPOUT_SEED = click.option("--dropout-seed", type=int, help="Fix the dropout masks of train mode.")
 OUTPUT = click.option("--output", metavar="NAME", help="Which output to use, of a model that returns several.")
 DTYPE = click.option("--dtype", type=click.Choice(["float32", "float64"]), help="Default: the model's own.")
-OUT = click.option("--out", type=click.Path(path_type=Path), help="Write to this file instead of the standard output.")
+OUT = click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    is_eager=True,  # before --format, which goes by it
+    help="Write to this file instead of the standard output, in the format of its ending unless --format is given.",
+)
+_ENDINGS = {".json": "json", ".html": "html", ".htm": "html", ".dot": "dot", ".gv": "dot", ".tex": "latex"}
+
+
+def by_ending(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """The format that the ending of ``--out`` names, where ``--format`` is not given."""
+    out: Path | None = ctx.params.get("out")
+    given = ctx.get_parameter_source(param.name or "") is not ParameterSource.DEFAULT
+    if out is None or given or not isinstance(param.type, click.Choice):
+        return value
+    named = _ENDINGS.get(out.suffix.lower(), value)
+    if named not in param.type.choices:
+        known = ", ".join(f"--format {choice}" for choice in param.type.choices)
+        raise click.UsageError(f"{out.name}: this command has no format {named!r}; name one: {known}", ctx)
+    return named
+
+
 TRACEBACK = click.option("--traceback", "show_traceback", is_flag=True, help="Show where an error comes from.")
 
 
@@ -92,7 +114,14 @@ MANNER = stacked(MODE, DROPOUT_SEED, OUTPUT, DTYPE)
 #: Where the result goes.
 RESULT = stacked(OUT, TRACEBACK)
 #: A table for people or JSON for programs.
-FORM = click.option("--format", "form", type=click.Choice(["table", "json"]), default="table", show_default=True)
+FORM = click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "json"]),
+    default="table",
+    show_default=True,
+    callback=by_ending,
+)
 
 
 @contextlib.contextmanager
