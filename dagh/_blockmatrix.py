@@ -289,6 +289,13 @@ class BlockMatrix:
             values[pair] = norm.item() if self.samples is None else norm.cpu().numpy()
         return NormTable(kind, self.names, values, self.samples)
 
+    def frobenius_norm(self) -> Tensor:
+        """Frobenius norm of the whole matrix, [] or [N], from the blocks as they are held."""
+        self.require_complete()
+        memo: dict[int, Tensor] = {}
+        squares = [(1 if i == j else 2) * b.norm("fro", memo).square() for (i, j), b in self.blocks.items()]
+        return torch.stack(squares).sum(0).sqrt()
+
     def eigvalsh(self, k: int | None = None) -> Tensor:
         """Eigenvalues in ascending order: all of them [(N,) P], or the ``k`` of largest magnitude.
 

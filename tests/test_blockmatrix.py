@@ -319,6 +319,7 @@ def test_norms(kind: str, samples: int | None) -> None:
             np.testing.assert_allclose(array[..., i, j], expected, rtol=1e-11, atol=1e-14)
     assert isinstance(table["scale", "scale"], float if samples is None else np.ndarray)
     assert len(table) == len(list(table)) == len(dict(table.items())) == 10
+    close(matrix.frobenius_norm(), dense.flatten(-2).norm(dim=-1))
 
 
 def test_norms_of_a_partial_matrix() -> None:

@@ -81,7 +81,7 @@ class BoxRow:
     form: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class KinkReport:
     """What meets at a point, and how near everything else is to a kink; printed in full by ``rich.print`` or ``str``.
 
@@ -121,6 +121,12 @@ class KinkReport:
     histogram: tuple[int, ...]
     edges: tuple[float, ...]
     notes: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return (
+            f"KinkReport({self.ties} ties, {self.live_ties} matter, {len(self.patterns)} patterns, {self.certainty}; "
+            "print it for the whole)"
+        )
 
     @property
     def realizable(self) -> int:
