@@ -457,6 +457,11 @@ def interrupted(args: list[str], folder: Path, env: dict[str, str]) -> tuple[int
     return child.returncode, err
 
 
+def test_a_misspelled_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "dagh", "trce"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Did you mean 'trace'?" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_interrupt(tmp_path: Path) -> None:
     (tmp_path / "model.py").write_text("import time\nopen('started', 'w').close()\ntime.sleep(60)\n")
     env = {**os.environ, "PYTHONPATH": str(ROOT)}

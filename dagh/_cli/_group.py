@@ -141,8 +141,9 @@ class DaghGroup(click.Group):
             found = super().resolve_command(ctx, args)
         except click.UsageError as error:
             close = get_close_matches(args[0], self.list_commands(ctx), n=2)
-            error.message += f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-            raise
+            if not close:
+                raise
+            raise click.UsageError(f"{error.message} Did you mean {' or '.join(map(repr, close))}?", ctx) from None
         _loaded()
         return found
 
