@@ -457,6 +457,13 @@ def interrupted(args: list[str], folder: Path, env: dict[str, str]) -> tuple[int
     return child.returncode, err
 
 
+def test_data_that_the_model_does_not_take(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text("from torch import nn\nmodel = nn.Linear(4, 2)\n")
+    np.savez(tmp_path / "xy.npz", x=np.zeros((6, 3), "f4"), y=np.zeros(6, int))
+    done = CliRunner().invoke(cli, ["trace", str(tmp_path / "model.py"), "--data", str(tmp_path / "xy.npz")])
+    assert done.exit_code == 2 and "does not accept samples of shape 3: RuntimeError: mat1 and mat2" in done.output
+
+
 def test_a_misspelled_command() -> None:
     done = subprocess.run([sys.executable, "-m", "dagh", "trce"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "Did you mean 'trace'?" in done.stderr and "Traceback" not in done.stderr

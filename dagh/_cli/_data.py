@@ -178,9 +178,11 @@ def _fit(loaded: Loaded, declared: Sequence[InputSpec], x: Tensor, origin: str, 
         x = x.to(dtype)
     flat = (prod(own),)
     for shape in dict.fromkeys([own, flat]):
-        if _accepts(loaded.model, x[:2].reshape(-1, *shape)):
+        if _refusal(loaded.model, x[:2].reshape(-1, *shape)) is None:
             return x.reshape(-1, *shape)
-    raise Failure(f"--data {origin}: the model accepts samples neither of shape {_text(own)} nor {_text(flat)}")
+    shapes = _text(own) if own == flat else f"{_text(own)} (or {_text(flat)})"
+    why = _refusal(loaded.model, x[:2])
+    raise Failure(f"--data {origin}: the model does not accept samples of shape {shapes}: {why}")
 
 
 def _same_order(own: Sequence[int], shape: Sequence[int]) -> bool:
@@ -193,12 +195,13 @@ def _text(shape: Sequence[int]) -> str:
     return ",".join(map(str, shape)) or "()"
 
 
-def _accepts(model: nn.Module, x: Tensor) -> bool:
+def _refusal(model: nn.Module, x: Tensor) -> str | None:
+    """Why the model does not take ``x``; ``None`` where it does."""
     try:
         _capture.run_model(model, (x,), {}, "eval")
-    except Exception:  # whatever the user's forward raises on a shape that it does not know
-        return False
-    return True
+    except Exception as error:  # whatever the user's forward raises on a shape that it does not know
+        return describe(error)
+    return None
 
 
 # -- targets --------------------------------------------------------------------------------------
