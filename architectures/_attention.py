@@ -147,7 +147,7 @@ def _is_rearranged(walk: Walk, node: str) -> bool:
     operation = walk.operation(node).partition("[")[0]
     rotating = {"select", "slice", "split", "unsafe_split", "chunk", "unbind", "repeat", "cat", "stack", "neg", "add"}
     return walk.kind(node) == "operation" and (
-        walk.is_move(node) or walk.is_normalization(node) or operation in rotating
+        walk.is_move(node) or walk.is_normalization(node) or walk.is_affine(node) or operation in rotating
     )
 
 

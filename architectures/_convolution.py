@@ -55,7 +55,8 @@ class ConvolutionLayer:
 class ConvolutionChain:
     """Recognizes maximal chains of ``dims``-dimensional convolutions without branches.
 
-    Between two convolutions may stand elementwise activations, normalizations, poolings and paddings. A node
+    Between two convolutions may stand elementwise activations, normalizations, scalings and shifts, poolings and
+    paddings. A node
     that several operations use, or an operation on two tensors that both depend on the input, ends a chain.
     Dimensions: ``L`` (one less than the convolutions), ``C``, ``k``, ``d`` or ``m`` and ``n`` (sizes after the first
     one), and ``l``, ``k_pool`` where there is pooling.
@@ -101,6 +102,8 @@ class ConvolutionChain:
                 layers[-1] = dataclasses.replace(last, activation=walk.operation(following))
             elif walk.is_normalization(following):
                 layers[-1] = dataclasses.replace(last, normalized=True)
+            elif walk.is_affine(following):
+                pass
             else:
                 break
             path += [*pending, following]

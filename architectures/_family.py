@@ -23,7 +23,7 @@ class Family:
     poolings and changes of shape. ``plain``: moreover without bias, normalization, padding by copies, overlapping
     windows of pooling and weights used twice; with ReLU as the only nonlinearity besides max-pooling, and none
     after the last layer.
-    ``valid``: no convolution is padded, strided or dilated.
+    ``valid``: no convolution is padded, strided, dilated or split into groups.
     """
 
     nodes: frozenset[str]
@@ -57,7 +57,7 @@ class Family:
             and len(dims) <= 1
             and {"normalization", "padding"}.isdisjoint(kinds)
             and all(walk.operation(n) == "relu" for n in activations)
-            and all(p.disjoint for p in poolings)  # else the norm of the pooling exceeds 1
+            and all(p.disjoint and p.pool != "sum" for p in poolings)  # else the norm of the pooling exceeds 1
             and all(len(walk.parameters(n)) == 1 == len(walk.leaves(n)) for n in layers)
             and all(len(walk.users(w)) == 1 for n in layers for w in walk.parameters(n))
         )
@@ -132,11 +132,11 @@ def _kind(walk: Walk, node: str) -> str:
         return "pooling"
     if walk.is_padding(node):
         return "padding"
-    if walk.is_normalization(node):
+    if walk.is_normalization(node) or walk.is_affine(node):
         return "normalization"
     if walk.is_activation(node):
         return "activation"
-    return "shape" if walk.is_move(node) else _OTHER
+    return "shape" if walk.is_move(node) and not walk.repeats(node) else _OTHER
 
 
 def _is_valid(walk: Walk, node: str) -> bool:
@@ -144,4 +144,5 @@ def _is_valid(walk: Walk, node: str) -> bool:
         not any(walk.option(node, "padding"))
         and all(s == 1 for s in walk.option(node, "stride"))
         and all(d == 1 for d in walk.option(node, "dilation"))
+        and int(walk.option(node, "groups")) == 1
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,11 +13,12 @@ from ._plugins import Match
 from ._walk import Walk
 
 Sizes = tuple[int, ...]
+Kind = Literal["max", "avg", "sum"]
 
 
 @dataclass(frozen=True)
 class PoolingLayer:
-    """One pooling step.
+    """One pooling step; ``pool`` is ``"sum"`` where sums of windows are divided by a number that is not their size.
 
     ``kernel``, ``stride`` and ``padding`` are ``None`` where windows have several sizes (adaptive pooling that does
     not divide its input). ``position`` counts the convolutions before it on its chain, ``None`` where none is (after
@@ -25,7 +27,7 @@ class PoolingLayer:
 
     node: str
     module: str
-    pool: Literal["max", "avg"]
+    pool: Kind
     kernel: Sizes | None
     stride: Sizes | None
     padding: Sizes | None
@@ -72,7 +74,7 @@ def pooling_layer(walk: Walk, node: str) -> PoolingLayer | None:
     return None
 
 
-def _layer(walk: Walk, node: str, source: str, pool: Literal["max", "avg"]) -> PoolingLayer:
+def _layer(walk: Walk, node: str, source: str, pool: Kind) -> PoolingLayer:
     kernel = walk.option(node, "kernel") or walk.option(node, "kernel_size")
     padding = walk.option(node, "padding")
     dilation = walk.option(node, "dilation")
@@ -83,6 +85,8 @@ def _layer(walk: Walk, node: str, source: str, pool: Literal["max", "avg"]) -> P
             kernel = [n // m for n, m in zip(before, after, strict=True)]
         padding = [0] * len(before)
     stride = walk.option(node, "stride") or kernel
+    if walk.option(node, "divisor_override") not in (None, math.prod(kernel or ())):
+        pool = "sum"
     disjoint = (
         kernel is not None
         and regular
@@ -104,7 +108,7 @@ def _layer(walk: Walk, node: str, source: str, pool: Literal["max", "avg"]) -> P
     )
 
 
-def _global(walk: Walk, node: str, source: str, pool: Literal["max", "avg"]) -> PoolingLayer:
+def _global(walk: Walk, node: str, source: str, pool: Kind) -> PoolingLayer:
     before = walk.shape(source)[1:]
     return PoolingLayer(
         node=node,

@@ -153,8 +153,12 @@ class Walk:
         return self.operation(node) in _PRODUCTS and len(self.sources(node)) == 2
 
     def is_move(self, node: str) -> bool:
-        """Elements rearranged: reshaped, transposed."""
+        """Elements rearranged: reshaped, transposed; or repeated."""
         return self.operation(node) in _MOVES or self._is_full_slice(node)
+
+    def repeats(self, node: str) -> bool:
+        """Whether a move copies elements, and so is longer than what it moves."""
+        return self.numel(node) > self.numel(self.sources(node)[0])
 
     def _is_full_slice(self, node: str) -> bool:
         return self.operation(node) == "slice" and self.sizes(node) == self.sizes(self.sources(node)[0])
@@ -176,10 +180,11 @@ class Walk:
         return "pool" in self.operation(node)
 
     def is_normalization(self, node: str) -> bool:
-        """A normalization, or the scale and shift by parameters that follow one."""
-        return self.operation(node) in _NORMALISATIONS or self.is_affine(node)
+        """A normalization by means and variances, without the scale and shift that follow it."""
+        return self.operation(node) in _NORMALISATIONS
 
     def is_affine(self, node: str) -> bool:
+        """A scale or shift by numbers, constants or parameters."""
         return self.operation(node) in {"mul", "add", "sub", "div"} and len(self.sources(node)) == 1
 
     def is_padding(self, node: str) -> bool:

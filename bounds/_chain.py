@@ -22,7 +22,10 @@ _PADS = {"constant": "zeros", "circular": "circular", "reflect": "reflect", "rep
 
 @dataclass(frozen=True)
 class Pool:
-    """A pooling step: kernel and stride per axis, and the sizes around it."""
+    """A pooling step: kernel and stride per axis, and the sizes around it.
+
+    ``kind`` is ``"max"``, ``"avg"``, or ``"sum"`` where ``divisor_override`` is not the size of the window.
+    """
 
     kind: str
     kernel: tuple[int, ...]
@@ -32,12 +35,14 @@ class Pool:
     ceil_mode: bool
     before: tuple[int, ...]
     after: tuple[int, ...]
+    node: Any = None
 
     @property
     def plain(self) -> bool:
-        """Non-overlapping windows within the image: the case of Lemmas 3 and 4."""
+        """Largest elements or means of non-overlapping windows within the image: the case of Lemmas 3 and 4."""
         return (
-            all(s >= k for s, k in zip(self.stride, self.kernel, strict=True))
+            self.kind in ("max", "avg")
+            and all(s >= k for s, k in zip(self.stride, self.kernel, strict=True))
             and not any(self.padding)
             and all(d == 1 for d in self.dilation)
             and not self.ceil_mode
@@ -46,7 +51,7 @@ class Pool:
 
 @dataclass
 class ChainLayer:
-    """One layer T_p and what follows it up to the next one."""
+    """One layer T_p and what follows it up to the next one; ``copies``: the mode of a padding that copies elements."""
 
     node: Any
     facts: LayerFacts
@@ -63,6 +68,7 @@ class ChainLayer:
     size_out: tuple[int, ...] = ()
     bias: bool = False
     padded: bool = False
+    copies: str = ""
     pools: list[Pool] = field(default_factory=list)
     activations: list[Any] = field(default_factory=list)
 
@@ -127,7 +133,9 @@ def chain_of(structure: Structure) -> Chain:
             pending = []
         elif name in MOVES:
             continue
-        elif name == "pad" or name in ("constant_pad_nd",):
+        elif name in ("pad", "constant_pad_nd"):
+            if step.arg("value"):
+                raise Absent(f"{step.name!r} pads with {float(step.arg('value')):g}, and is not linear")
             pending.append(step)
         elif not layers:
             raise Absent(f"{step.name!r} ({name}) comes before the first layer")
@@ -158,13 +166,23 @@ def _check_parameters(structure: Structure, layers: Sequence[ChainLayer]) -> Non
 
 def _layer(structure: Structure, node: Any, pads: list[Any]) -> ChainLayer:
     facts = layer_facts(structure, node)
+    modes = [str(p.arg("mode") or "constant") for p in pads]
+    copies = next((mode for mode in modes if mode != "constant"), "")
     bias = len(node.inputs) > 2
     if node.operation == "linear":
         if node.shape[:-1].numel() != 1:
             raise Absent(f"the linear layer {node.name!r} acts at {node.shape[:-1].numel()} positions")
         out, inside = facts.weight.shape
         return ChainLayer(
-            node, facts, "linear", facts.weight, channels_in=inside, channels_out=out, bias=bias, padded=bool(pads)
+            node,
+            facts,
+            "linear",
+            facts.weight,
+            channels_in=inside,
+            channels_out=out,
+            bias=bias,
+            padded=bool(pads),
+            copies=copies,
         )
     if node.arg("transposed"):
         raise Absent(f"{node.name!r} is a transposed convolution")
@@ -175,7 +193,7 @@ def _layer(structure: Structure, node: Any, pads: list[Any]) -> ChainLayer:
     return ChainLayer(
         node, facts, "convolution", facts.weight, tuple(facts.weight.shape[2:]), stride, padding, dilation,
         int(node.arg("groups")), node.inputs[0].shape[1], node.shape[1], size, tuple(node.shape[2:]), bias,
-        any(padding) or bool(pads),
+        any(padding) or bool(pads), copies,
     )  # fmt: skip
 
 
@@ -190,9 +208,13 @@ def _pool(node: Any) -> Pool:
         values = [int(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
         return tuple(values * dims if len(values) == 1 else values)
 
+    kind = "max" if node.operation == "max_pool" else "avg"
+    if node.arg("divisor_override") not in (None, prod(per_axis(name))):
+        kind = "sum"
     return Pool(
-        "max" if node.operation == "max_pool" else "avg", per_axis(name), per_axis("stride"), per_axis("padding", 0),
+        kind, per_axis(name), per_axis("stride"), per_axis("padding", 0),
         per_axis("dilation", 1), bool(node.arg("ceil_mode")), tuple(node.inputs[0].shape[2:]), tuple(node.shape[2:]),
+        node,
     )  # fmt: skip
 
 

@@ -10,8 +10,8 @@ import torch
 
 import dagh
 from dagh._cli import _output
-from dagh._cli._opened import MANNER, RESULT, SUBJECT, WEIGHTS, explained, opened
-from dagh.errors import DaghError
+from dagh._cli._opened import MANNER, RESULT, SUBJECT, WEIGHTS, by_ending, explained, opened
+from dagh.errors import DaghError, ReductionError
 
 from ._logs import text
 from ._render import check_picture, plain
@@ -40,7 +40,12 @@ _FEW = 1_000_000
 @MANNER
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the weights, inputs and targets.")
 @click.option(
-    "--format", "form", type=click.Choice(["table", "json", "latex", "html"]), default="table", show_default=True
+    "--format",
+    "form",
+    type=click.Choice(["table", "json", "latex", "html"]),
+    default="table",
+    show_default=True,
+    callback=by_ending,
 )
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the ladder to this file (needs matplotlib).")
 @RESULT
@@ -78,6 +83,8 @@ def _run(
     **model: Any,
 ) -> BoundReport:  # fmt: skip
     wanted = None if rows is None else [row.strip() for row in rows.split(",") if row.strip()]
+    if wanted == []:
+        raise ReductionError(f"--rows {rows!r}: expected ids of bounds, as a3,b2")
     options: dict[str, Any] = {"rows": wanted, "radius": radius, "input_norm": input_norm}
     with opened(target, loss=loss, data=None if data == "random" else data, **model) as at:
         at.steps.start("bounds")

@@ -6,9 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from dagh.errors import LossError, ReductionError
 
@@ -98,10 +101,8 @@ class Curvature:
 _SLOPES = {"cross_entropy": math.sqrt(2), "bce_with_logits": 1.0, "huber": 1.0, "smooth_l1": 1.0, "l1": 1.0}
 
 
-def curvature_of(
-    loss: Any, output: Sequence[int], weight: float | None = None, given: float | None = None
-) -> Curvature:
-    """Constants of a loss by name or ``torch.nn`` module; ``given`` overrides the supremum of the curvature.
+def curvature_of(loss: Any, output: Sequence[int], weight: float | None = None) -> Curvature:
+    """Constants of a loss by name or ``torch.nn`` module.
 
     Args:
         loss: as in :func:`dagh.hessian`.
@@ -109,10 +110,7 @@ def curvature_of(
         weight: what the sum over the elements (positions) of one sample is multiplied by, times the number of samples;
             default: one over their number, as in a mean, or 1 for modules that sum
             (one sample: give the number of samples for more).
-        given: ``sup ‖∂²ℓ/∂z²‖``, for losses that are not known by name.
     """
-    if given is not None:
-        return Curvature(float(given))
     name = loss if isinstance(loss, str) else _module_name(loss)
     if name is None:
         what = getattr(loss, "__name__", type(loss).__name__)
@@ -150,15 +148,69 @@ def for_targets(known: Curvature, loss: Any, targets: Any) -> Curvature:
 
 
 def _module_name(loss: Any) -> str | None:
-    """The name of a ``torch.nn`` loss without options that change its curvature."""
-    if isinstance(loss, nn.CrossEntropyLoss):
+    """The name of a ``torch.nn`` loss without options, or a forward of its own, that change its curvature."""
+    if _is(loss, nn.CrossEntropyLoss):
         return "cross_entropy" if loss.weight is None else None
-    if isinstance(loss, nn.BCEWithLogitsLoss):
+    if _is(loss, nn.BCEWithLogitsLoss):
         return "bce_with_logits" if loss.weight is None and loss.pos_weight is None else None
-    if isinstance(loss, nn.MSELoss):
+    if _is(loss, nn.MSELoss):
         return "mse"
-    if isinstance(loss, nn.L1Loss):
+    if _is(loss, nn.L1Loss):
         return "l1"
-    if isinstance(loss, nn.NLLLoss):
+    if _is(loss, nn.NLLLoss):
         return "nll" if loss.weight is None else None
     return None
+
+
+def _is(loss: Any, kind: type[nn.Module]) -> bool:
+    """Whether a call of ``loss`` is that of ``kind``: a subclass may compute something else, and so may hooks."""
+    return (
+        isinstance(loss, kind)
+        and type(loss).forward is kind.forward
+        and type(loss).__call__ is kind.__call__
+        and not {"forward", "__call__"} & set(vars(loss))
+        and not loss._forward_hooks
+        and not loss._forward_pre_hooks
+    )
+
+
+def largest_share(loss: Any, output: Tensor, targets: Any) -> float | None:
+    """The largest s_n of a loss of a batch that is ``Σ_n s_n ℓ(z_n)``, ℓ the loss of a batch of one; else ``None``.
+
+    Found from gradients in the output, at the output itself and next to it (a fitted sample has no gradient); a sample
+    without any is taken to weigh 1 at least, as in a sum.
+    """
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(output.shape, generator=generator, dtype=torch.float64, device="cpu").to(output)
+    count = len(output)
+    found: dict[int, float] = {}
+    try:
+        for z in (output, output + 0.1 * (output.abs().mean() + 1) * noise):
+            whole = _gradient(loss, z, targets)
+            if not bool(whole.isfinite().all()):
+                continue  # next to the output the loss may not be defined
+            for n in range(count):
+                inside = whole[n : n + 1]
+                alone = _gradient(loss, z[n : n + 1], pytree.tree_map(partial(_only, n), targets))
+                if not bool(inside.any()) and not bool(alone.isfinite().all()):
+                    found.setdefault(n, 0.0)  # a mean over no targets
+                elif float(inside.norm()) > 1e-12 * float(whole.norm()):
+                    share = float((alone * inside).sum() / alone.square().sum())
+                    if not float((inside - share * alone).norm()) <= 1e-4 * float(inside.norm()):
+                        return None
+                    found[n] = max(abs(share), found.get(n, 0.0))
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        return None  # it does not take a single sample
+    largest = max([*found.values(), 0.0 if len(found) == count else 1.0])
+    return next((exact for exact in (1.0, 1 / count) if math.isclose(largest, exact, rel_tol=1e-4)), largest)
+
+
+def _only(n: int, targets: Tensor) -> Tensor:
+    return targets[n : n + 1]
+
+
+def _gradient(loss: Any, z: Tensor, targets: Any) -> Tensor:
+    point = z.detach().clone().requires_grad_()
+    value = loss(point) if targets is None else loss(point, targets)
+    (found,) = torch.autograd.grad(value, point)
+    return found

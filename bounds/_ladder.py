@@ -81,7 +81,7 @@ def a1(problem: Problem, radius: float = 0.0) -> Value:
 
 
 def a2(problem: Problem, radius: float = 0.0) -> Value:
-    """As :func:`a1` with min(r, κ) for r and ``min(r, κ) ‖W_mat‖²`` for ``‖T‖_F²``."""
+    """As :func:`a1` with min(r, κ) for r, and ``κ ‖W_mat‖²`` where it is below ``‖T‖_F²``."""
     return _weights_only(problem, "matrix", radius)
 
 

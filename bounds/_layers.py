@@ -30,10 +30,15 @@ class LayerFacts:
     """What is known of one linear layer z = T x before any data are seen.
 
     ``reuse`` is r, the largest number of output positions that use one weight (``‖∂T/∂W‖²`` where every entry of T
-    is 0 or one weight); ``overlap`` is κ, the largest number of patches that one input element falls in; then
-    ``‖z‖² ≤ min(r, κ)‖W‖²‖x‖²``, whatever the weight. ``positions`` is the number of output positions, each of which
-    uses the bias once. ``frobenius`` is ``‖T‖_F``, ``matrix`` the spectral norm of W as a matrix
-    ``C_out × C_in·k`` (the largest over groups).
+    is 0 or one weight); ``overlap`` is κ, the largest number of patches that one input element falls in, each use
+    counted. ``positions`` is the number of output positions, each of which uses the bias once. ``frobenius`` is
+    ``‖T‖_F``, ``matrix`` the spectral norm ``‖W‖₂`` of W as a matrix ``C_out × C_in·k`` (the largest over groups).
+
+    With patches u_i, ``‖Tx‖² = Σ_i ‖W u_i‖² ≤ ‖W‖₂² Σ_i ‖u_i‖² ≤ κ ‖W‖₂² ‖x‖²``. On the other hand
+    ``‖Tx‖² ≤ ‖T‖_F² ‖x‖² ≤ r ‖W‖_F² ‖x‖²``, which needs the Frobenius norm: with r < κ a patch of the image's edge
+    may leave most of W unused, and ``√r ‖W‖₂`` can be below ``‖T‖`` (W = I of size 3 as three taps on one pixel
+    padded by two: 1 < √3). Together
+    ``‖Tx‖² ≤ min(r, κ) ‖W‖_F² ‖x‖²``: :attr:`kt` bounds the derivative in W.
     """
 
     weight: Tensor
@@ -54,7 +59,7 @@ class LayerFacts:
     @cached_property
     def bounds(self) -> dict[str, float]:
         """Every rigorous upper bound on ``‖T‖`` at hand, by method."""
-        found = {"frobenius": self.frobenius, "patches": math.sqrt(self.kt) * self.matrix}
+        found = {"frobenius": self.frobenius, "patches": math.sqrt(self.overlap) * self.matrix}
         if self.affordable:
             found["dense"] = float(spectral(self.matrix_of_layer))
         elif self.candidates is not None:

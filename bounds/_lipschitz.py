@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ._activations import activation
 from ._logs import Log, add, log, log_tensor, times
 from ._structure import MOVES, Absent
@@ -25,7 +27,7 @@ constant_pad_nd avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_av
 _adaptive_avg_pool2d _adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d upsample_nearest3d
 upsample_linear1d upsample_bilinear2d upsample_trilinear3d mean sum cumsum select slice narrow index
 index_select gather expand expand_as broadcast_to repeat repeat_interleave cat stack unfold unfold_copy im2col
-col2im tril triu diagonal diag_embed trace take_along_dim _to_copy to fixed_dropout
+col2im tril triu diagonal diag_embed trace take_along_dim fixed_dropout
 """
 _NONNEGATIVE = frozenset(_NONNEGATIVE_NAMES.split())
 
@@ -69,7 +71,7 @@ Length = Callable[[Site], Log]
 @dataclass(frozen=True)
 class Lipschitz:
     """``stretch(site, arg)``: log of a bound on ``‖∂f/∂arg‖``; ``length(site)``: log of a bound on ``‖f‖``, by default
-    the sum over the arguments of stretch times length (operations that map 0 to 0).
+    ``‖f(0, …, 0)‖`` and the sum over the arguments of stretch times length.
     """
 
     stretch: Stretch
@@ -118,6 +120,11 @@ def _activated(site: Site) -> Log:
     return add(log(known.slope) + site.length(0), log(known.offset) + 0.5 * log(site.node.numel))
 
 
+def _broadcast(site: Site, arg: int) -> Log:
+    """Every element of the result moves with one element of the argument, at most as far."""
+    return 0.5 * site.repeats(arg)
+
+
 def _add_stretch(site: Site, arg: int) -> Log:
     scale = 1.0 if arg == 0 else abs(float(site.arg("alpha") if site.arg("alpha") is not None else 1))
     return log(scale) + 0.5 * site.repeats(arg)
@@ -143,6 +150,8 @@ def _mul_length(site: Site) -> Log:
 
 
 def _div_stretch(site: Site, arg: int) -> Log:
+    if site.arg("rounding_mode") is not None:
+        raise Absent(f"a division that rounds (node {site.node.name!r}) has no Lipschitz constant")
     if len(site.node.inputs) == 1:
         return -log(abs(float(site.arg("other"))))
     if arg == 0 and not site.is_data(1):
@@ -150,6 +159,38 @@ def _div_stretch(site: Site, arg: int) -> Log:
         if site.context.structure.fixed(site.node.inputs[1]) and float(values.min()) > 0:
             return -log(float(values.min())) + 0.5 * site.repeats(0)
     raise Absent(f"division by data (node {site.node.name!r}) has no Lipschitz constant")
+
+
+def _cast_length(site: Site) -> Log:
+    """A cast to fewer digits rounds every element, by a unit in the last place at most."""
+    return site.length(0) + math.log1p(torch.finfo(site.node.dtype).eps)
+
+
+def _div_length(site: Site) -> Log:
+    return _div_stretch(site, 0) + site.length(0)
+
+
+def _filled_length(site: Site) -> Log:
+    """Where the mask depends on the data, the value may fill every element."""
+    if not site.is_data(1):
+        return _default_length(site)
+    rest = _broadcast(site, 0) + site.length(0)
+    if len(site.node.inputs) > 2:
+        return add(rest, site.length(2) + _broadcast(site, 2))
+    return add(rest, log(abs(float(site.arg("value")))) + 0.5 * log(site.node.numel))
+
+
+def _copied(site: Site, arg: int) -> Log:
+    """The larger of two tensors, or a selection of one, element by element."""
+    return _broadcast(site, arg) if len(site.node.inputs) > 1 else 0.0
+
+
+def _nonnegative(site: Site, arg: int) -> Log:
+    structure, node = site.context.structure, site.node
+    moving = [i for i, p in enumerate(node.inputs) if i != arg and not structure.floating(p) and site.is_data(i)]
+    if moving and not site.context.local:
+        raise Absent(f"which elements {node.name!r} takes depends on the data")
+    return structure.nonnegative_norm(node, arg)
 
 
 def min_of(first: Log, second: Log) -> Log:
@@ -181,10 +222,7 @@ def _product_stretch(site: Site, arg: int) -> Log:
     if site.node.inputs[0] is site.node.inputs[1]:
         return site.length(arg)
     other = 1 - arg
-    repeats = 0.0
-    if len(site.node.inputs[arg].shape) < len(site.node.shape):
-        repeats = 0.5 * log(site.node.shape[:-2].numel())
-    return site.context.matrix_norm(site.node.inputs[other], site.node) + repeats
+    return site.context.matrix_norm(site.node.inputs[other], site.node) + _leading(site.node, arg)
 
 
 def _product_length(site: Site) -> Log:
@@ -196,10 +234,19 @@ def _product_length(site: Site) -> Log:
 
 
 def _leading(node: Any, arg: int) -> float:
-    return 0.5 * log(node.shape[:-2].numel() / max(node.inputs[arg].shape[:-2].numel(), 1))
+    """Logarithm of ``√`` of how often a matrix of argument ``arg`` is multiplied, by broadcasting."""
+    leading = [p.shape[:-2] for p in node.inputs[:2]]  # of vectors too: they have none
+    together = torch.broadcast_shapes(*leading)  # type: ignore[no-untyped-call]
+    return 0.5 * log(together.numel() / max(leading[arg].numel(), 1))
+
+
+def _table_stretch(site: Site, arg: int) -> Log:
+    return 0.5 * log(site.node.shape[:-1].numel())  # every position may look up the same row
 
 
 def _embedding(site: Site) -> Log:
+    if site.is_data(0):
+        raise Absent(f"a table that depends on the data (node {site.node.name!r})")
     table = site.context.structure.value(site.node.inputs[0])[0]
     rows = log(float(table.norm(dim=-1).max()))
     reach = site.context.reach(site.node.inputs[0])
@@ -251,15 +298,17 @@ def _windows(site: Site, arg: int) -> Log:
 
 def _register() -> None:
     zero: Stretch = lambda site, arg: 0.0  # noqa: E731
-    register_lipschitz(*MOVES, "masked_fill", stretch=zero)
-    register_lipschitz(*_COPIES, "maximum", "minimum", "fmax", "fmin", stretch=zero)
-    register_lipschitz(*_NONNEGATIVE, stretch=lambda site, arg: site.context.structure.nonnegative_norm(site.node, arg))
+    register_lipschitz(*MOVES, stretch=zero)
+    register_lipschitz("masked_fill", stretch=_broadcast, length=_filled_length)
+    register_lipschitz(*_COPIES, "maximum", "minimum", "fmax", "fmin", stretch=_copied)
+    register_lipschitz(*_NONNEGATIVE, stretch=_nonnegative)
+    register_lipschitz("_to_copy", "to", stretch=_nonnegative, length=_cast_length)
     register_lipschitz("add", "sub", stretch=_add_stretch)
     register_lipschitz("mul", stretch=_mul_stretch, length=_mul_length)
-    register_lipschitz("div", stretch=_div_stretch)
+    register_lipschitz("div", stretch=_div_stretch, length=_div_length)
     register_lipschitz("linear", "convolution", stretch=_layer_stretch, length=_layer_length)
     register_lipschitz("matmul", "mm", "bmm", stretch=_product_stretch, length=_product_length)
-    register_lipschitz("embedding", stretch=zero, length=_embedding)
+    register_lipschitz("embedding", stretch=_table_stretch, length=_embedding)
     register_lipschitz("standardize_fixed", stretch=_fixed_stretch, length=_fixed_length)
     register_lipschitz("standardize", stretch=_standardize_stretch, length=lambda site: 0.5 * log(site.node.numel))
     # ‖diag p − ppᵀ‖ ≤ 1/2 (Popoviciu), and ‖p‖ ≤ 1 for every distribution.
@@ -268,7 +317,7 @@ def _register() -> None:
         length=lambda site: 0.5 * log(site.node.numel / max(site.node.shape[int(site.arg("dim"))], 1)),
     )  # fmt: skip
     register_lipschitz("max_pool", stretch=_windows)
-    register_lipschitz("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", stretch=_adaptive)
+    register_lipschitz("adaptive_max_pool", stretch=_adaptive)
 
 
 def _adaptive(site: Site, arg: int) -> Log:
@@ -287,14 +336,24 @@ def stretch(site: Site, arg: int) -> Log:
 def length(site: Site) -> Log:
     """Logarithm of a bound on the Euclidean norm of the node's value."""
     rule = rule_of(site.node)
-    if rule.length is not None:
-        return rule.length(site)
-    parts = [
-        times(rule.stretch(site, i), site.length(i))
-        for i, p in enumerate(site.node.inputs)
-        if p.dtype.is_floating_point
-    ]
-    return add(*parts)
+    return _default_length(site) if rule.length is None else rule.length(site)
+
+
+def _default_length(site: Site) -> Log:
+    """``‖f(x)‖ ≤ ‖f(0)‖ + Σ_i stretch_i ‖x_i‖``, along the segments that lead from 0 to x one argument at a time."""
+    rule, node = rule_of(site.node), site.node
+    floating = [i for i, p in enumerate(node.inputs) if p.dtype.is_floating_point]
+    if any(site.is_data(i) and not p.dtype.is_floating_point for i, p in enumerate(node.inputs)):
+        raise Absent(f"what {node.name!r} does depends on the data")
+    values = [site.context.structure.value(p)[0] if not site.is_data(i) else None for i, p in enumerate(node.inputs)]
+    at_zero = node.call(
+        [
+            torch.zeros(p.shape, dtype=p.dtype, device=site.context.device) if i in floating or v is None else v
+            for i, (p, v) in enumerate(zip(node.inputs, values, strict=True))
+        ]
+    )
+    constant = log(float(at_zero.detach().double().norm()))
+    return add(constant, *(times(rule.stretch(site, i), site.length(i)) for i in floating))
 
 
 _register()

@@ -245,15 +245,9 @@ def _step(chain: Chain, node: Any) -> Step | None:
     if max(node.numel, source.numel) ** 3 > _WORK:
         raise Absent(f"{node.name!r} is a matrix of {node.numel:,} × {source.numel:,}, too large for multipliers")
     if node.operation == "max_pool":
-        pool = next(
-            p for p in _pools(chain) if p.after == tuple(node.shape[2:]) and p.before == tuple(source.shape[2:])
-        )
+        pool = next(p for layer in chain.layers for p in layer.pools if p.node is node)
         return Step(source.numel, windows=_windows(pool, source, node).to(device))
     return Step(source.numel, jacobian_of_step(chain.structure, node).double())
-
-
-def _pools(chain: Chain) -> list[Pool]:
-    return [pool for layer in chain.layers for pool in layer.pools if pool.kind == "max"]
 
 
 def _windows(pool: Pool, source: Any, node: Any) -> Tensor:

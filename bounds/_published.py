@@ -160,6 +160,13 @@ def check_bias(chain: Chain) -> None:
             raise Absent(f"the layer {layer.node.name!r} has a bias; the statement has none")
 
 
+def check_copies(chain: Chain) -> None:
+    """Every entry of T is 0 or one weight: not so where a padding copies elements, and so adds weights up."""
+    for layer in chain.layers:
+        if layer.copies:
+            raise Absent(f"{layer.node.name!r} is padded by copies ({layer.copies}), which add weights up")
+
+
 def check_plain(chain: Chain) -> None:
     """What all printed statements assume: no bias, ReLU, stride 1, no padding, dilation or groups."""
     check_bias(chain)
@@ -171,11 +178,16 @@ def check_plain(chain: Chain) -> None:
             raise Absent(f"{layer.node.name!r} is padded; the statement is for convolutions without padding")
         if any(s != 1 for s in layer.stride):
             raise Absent(f"{layer.node.name!r} has stride {max(layer.stride)}; the statement is for stride 1")
+        if any(d != 1 for d in layer.dilation):
+            raise Absent(f"{layer.node.name!r} has dilation {max(layer.dilation)}; the statement is for dilation 1")
+        if layer.groups != 1:
+            raise Absent(f"{layer.node.name!r} has {layer.groups} groups; the statement is for one")
 
 
 def check_slopes(chain: Chain) -> None:
-    """What the corrected statements assume of activations, and no bias."""
+    """What the corrected statements assume of activations and padding, and no bias."""
     check_bias(chain)
+    check_copies(chain)
     if not chain.slopes():
         raise Absent("an activation has sup |σ'| > 1 or σ(0) ≠ 0")
 

@@ -10,12 +10,12 @@ where a parameter is shared. On a chain this is ``a X² Σ_p r_p Π_{i≠p} ‖T
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from . import _lipschitz
@@ -68,16 +68,33 @@ class Recursion:
             return add(log(float(size)), self.reach(node))
         if self.local:
             return log_tensor(flat(structure.value(node).double()).norm(dim=1))
+        if not structure.floating(node):
+            return self._integers(node)
         if node.kind == "input":
             return self.log_input
         return _lipschitz.length(Site(self, node))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights and data are."""
+        return self.structure.state.weights.device
+
+    def _integers(self, node: Any) -> Log:
+        """The same of integers or truth values."""
+        if node.dtype == torch.bool:
+            return 0.5 * log(node.numel)
+        if node.dtype == torch.uint8:
+            return log(255) + 0.5 * log(node.numel)
+        if node.operation in MOVES | {"to", "_to_copy"}:  # a cast to integers makes no number larger
+            return self.length(node.inputs[0])
+        raise Absent(f"nothing bounds the integers {node.name!r}")
 
     def peak(self, node: Any) -> Log:
         """Logarithm of a bound on the largest entry."""
         structure = self.structure
         if node in structure.data and not self.local:
             return self.length(node)
-        top = log_tensor(flat(structure.value(node).abs()).amax(1))
+        top = log_tensor(flat(structure.value(node).double().abs()).amax(1))
         if node in structure.data:
             return top
         return add(float(top.max()), self.reach(node))
@@ -120,7 +137,7 @@ class Recursion:
         if self.flavor == "frobenius":
             norm, spread = facts.frobenius, facts.reuse
         elif self.flavor == "matrix":
-            norm, spread = math.sqrt(facts.kt) * facts.matrix, facts.kt
+            norm, spread = min(facts.bounds["patches"], facts.frobenius), facts.kt
         else:
             norm, spread = facts.tau, facts.kt
             if not plain and self.categorical and node is self.last and facts.spread is not None:
@@ -139,6 +156,8 @@ class Recursion:
 
     def stretch(self, node: Any, arg: int) -> Log:
         """Logarithm of a bound on ``‖∂ node / ∂ argument‖``."""
+        if not (self.structure.floating(node) and self.structure.floating(node.inputs[arg])):
+            return ZERO  # integers and truth values do not change where there are derivatives
         if (node, arg) not in self._stretches:
             self._stretches[node, arg] = _lipschitz.stretch(Site(self, node), arg)
         return self._stretches[node, arg]
@@ -182,7 +201,10 @@ class Recursion:
         if diagonal.shape[0] * min(facts.sides) ** 2 * max(facts.sides) > _MASKED_WORK:
             return None
         matrix = facts.matrix_of_layer
-        norms = [float(spectral(_live(matrix, d.reshape(-1)))) for d in diagonal]
+        # Coupled samples are several images, each behind the same matrix.
+        norms = [
+            max(float(spectral(_live(matrix, slopes))) for slopes in d.reshape(-1, facts.sides[0])) for d in diagonal
+        ]
         return after, np.array([log(n) for n in norms])
 
     # -- parameters --------------------------------------------------------------------------------

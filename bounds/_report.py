@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 import dagh
 from dagh.errors import DaghError, ReductionError, ShapeError, UnknownNameError
 
-from ._curvature import Curvature, curvature_of, for_targets
+from ._curvature import Curvature, curvature_of, for_targets, largest_share
 from ._foreign import foreign_statements, foreign_value
 from ._ladder import Problem
 from ._logs import flat, text
@@ -178,7 +178,9 @@ def report(
         radius: R of the ball of parameters, for the rows ``….ball``.
         input_norm: X with ‖x‖ ≤ X for the rows that need weights only. Default: the largest norm in the batch or the
             example; √(number of entries) for a shape, that is entries within [−1, 1].
-        curvature: ``sup ‖∂²ℓ/∂z²‖`` of a loss that is not known by name.
+        curvature: ``sup ‖∂²ℓ/∂z²‖`` of a loss that is not known by name, ℓ the loss of a batch of one. What a sample
+            weighs in a larger batch is found from the loss's gradients; without inputs the loss is taken to be a mean,
+            unless it is a module that sums. Where a loss does not split into samples, that of the whole batch.
         memory_budget: of the Gram matrices.
         exact_parameters: up to this many parameters ‖H‖ and ‖H_F‖ are found from eigenvalues.
         match: ask the installed architecture plug-ins what they recognize (``report.matches``), and give the bounds
@@ -229,10 +231,13 @@ def _prepare(
     state = graph.evaluate(loss, used, targets) if has_data else graph.evaluate(_total, used)
     structure = Structure(state, tuple(graph.trainable))
     weight = float(state.weights.max()) * state.samples if has_data else None
-    summed = not has_data and curvature is None and getattr(loss, "reduction", None) == "sum"
+    summed = not has_data and getattr(loss, "reduction", None) == "sum"
     if summed:
         weight = float(state.samples)
-    constants = curvature_of(loss, tuple(structure.program.output.shape), weight, curvature)
+    if curvature is None:
+        constants = curvature_of(loss, tuple(structure.program.output.shape), weight)
+    else:
+        constants = _given(loss, structure, targets if has_data else _NONE, weight, curvature)
     if summed and assumed is not None:
         constants = Curvature(
             None, reason="the loss sums over samples, and a shape does not tell how many; pass a batch as example="
@@ -261,6 +266,25 @@ def _prepare(
         "coupled": state.coupled,
     }
     return work, info
+
+
+#: There are no targets, because there are no data.
+_NONE = object()
+
+
+def _given(loss: Any, structure: Structure, targets: Any, weight: float | None, curvature: float) -> Curvature:
+    """The constants of a loss whose curvature on one sample the caller knows."""
+    state, output = structure.state, structure.program.output
+    if isinstance(loss, str) and weight is not None:
+        parts = math.prod(output.shape) // (output.shape[1] if loss in ("cross_entropy", "nll") else 1)
+        return Curvature(curvature * weight * parts)
+    if targets is _NONE:
+        return Curvature(curvature * (1.0 if weight is None else weight))
+    # Where the samples are coupled, the whole batch is one.
+    share = largest_share(loss, structure.value(output).flatten(0, 1), targets)
+    if share is None and not state.coupled:
+        return Curvature(None, reason="the loss of the batch is no weighted sum of losses of single samples")
+    return Curvature(curvature * (1.0 if share is None else share * state.samples))
 
 
 def _example(model: nn.Module | dagh.Graph, example: Any) -> tuple[Any, float | None]:

@@ -130,7 +130,8 @@ _ALL = (
         "a X² Σ_p r_p Π_{i≠p} ‖T_i‖_F² π_i²; sums over paths and uses where the graph branches",
     ),
     Statement(
-        "a2", "patch norms", "ours", "valid", "a X² Σ_p κ̃_p Π_{i≠p} κ̃_i ‖W_i‖² π_i², κ̃ = min(r, κ)",
+        "a2", "patch norms", "ours", "valid",
+        "a X² Σ_p κ̃_p Π_{i≠p} min(κ_i ‖W_i‖₂², ‖T_i‖_F²) π_i², κ̃ = min(r, κ)",
     ),
     Statement(
         "a3", "layer norms", "ours", "valid; the best one from weights alone where a5 is not for the network",

@@ -106,7 +106,8 @@ def leaf_values(
             leaves[node] = parameters[node.names[0]].detach().unsqueeze(0)
         elif node.dropout is not None:
             rows = n if node.batched and not coupled else 1
-            like = next(iter(parameters.values())).new_empty(()).expand(rows, *node.shape)
+            known = [*parameters.values(), *(t for t in flat if isinstance(t, Tensor))]
+            like = known[0].new_empty((), dtype=node.dtype).expand(rows, *node.shape)
             leaves[node] = dropout_mask(like, *node.dropout)
         elif node.kind == "constant":
             value = node.value if node.value is not None else buffers[node.names[0]].detach()

@@ -122,9 +122,7 @@ def resolve(loss: Any) -> Objective:
     if isinstance(loss, nn.modules.loss._Loss) and hasattr(loss, "reduction"):
         return _from_module(loss)
     if isinstance(loss, Tensor):
-        raise LossError(
-            "loss is a tensor; the order of arguments is model, loss, inputs, targets"
-        )
+        raise LossError("loss is a tensor; the order of arguments is model, loss, inputs, targets")
     if not callable(loss):
         raise LossError(f"loss must be a name, a torch.nn loss module or a callable, not {type(loss).__name__}")
     name = getattr(loss, "__name__", type(loss).__name__)

@@ -18,6 +18,8 @@ import dagh
 from dagh import DaghError
 from dagh.bounds import STATEMENTS, BoundReport, register_lipschitz, report
 
+pytestmark = pytest.mark.filterwarnings("error:bounds. row")
+
 F = nn.functional
 RIGOROUS = [s.id for s in STATEMENTS.values() if s.origin != "printed"]
 SLACK = 1e-8

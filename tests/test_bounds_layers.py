@@ -22,6 +22,8 @@ from dagh.bounds._layers import dense_convolution, patches, row_spread
 from dagh.bounds._multipliers import Step, gain, gain_of_differences
 from dagh.errors import ReductionError, ShapeError
 
+pytestmark = pytest.mark.filterwarnings("error:bounds. row")
+
 SLACK = 1 + 1e-9
 
 

@@ -31,6 +31,8 @@ from dagh.bounds import (
     theorem2,
 )
 
+pytestmark = pytest.mark.filterwarnings("error:bounds. row")
+
 F = nn.functional
 HALF, ONE, TWO = math.log(0.5), 0.0, math.log(2)
 
