@@ -56,10 +56,9 @@ class ConvolutionChain:
     """Recognizes maximal chains of ``dims``-dimensional convolutions without branches.
 
     Between two convolutions may stand elementwise activations, normalizations, scalings and shifts, poolings and
-    paddings. A node
-    that several operations use, or an operation on two tensors that both depend on the input, ends a chain.
-    Dimensions: ``L`` (one less than the convolutions), ``C``, ``k``, ``d`` or ``m`` and ``n`` (sizes after the first
-    one), and ``l``, ``k_pool`` where there is pooling.
+    paddings. A node that several operations use, or an operation on two tensors that both depend on the input, ends a
+    chain. Dimensions: ``L`` (one less than the convolutions), ``C``, ``k``, ``d`` or ``m`` and ``n`` (sizes after the
+    first one), and ``l``, ``k_pool`` where there is pooling.
     """
 
     name: str

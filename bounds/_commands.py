@@ -10,11 +10,12 @@ import torch
 
 import dagh
 from dagh._cli import _output
-from dagh._cli._opened import MANNER, RESULT, SUBJECT, WEIGHTS, by_ending, explained, opened
+from dagh._cli._opened import MANNER, RESULT, SUBJECT, WEIGHTS, explained, format_option, opened
+from dagh._pictures import check_picture
 from dagh.errors import DaghError, ReductionError
 
 from ._logs import text
-from ._render import check_picture, plain
+from ._render import plain
 from ._report import BoundReport, report
 
 #: Above this many numbers, cotangents of all layers and samples together, the line in ``dagh trace`` leaves b2 out.
@@ -39,14 +40,7 @@ _FEW = 1_000_000
 @click.option("--layers", is_flag=True, help="Show what every parameter adds (table).")
 @MANNER
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the weights, inputs and targets.")
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(["table", "json", "latex", "html"]),
-    default="table",
-    show_default=True,
-    callback=by_ending,
-)
+@format_option("json", "latex", "html")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the ladder to this file (needs matplotlib).")
 @RESULT
 def bounds(

@@ -12,6 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from dagh._pictures import check_picture
 from dagh.errors import FileFormatError, ReductionError
 
 from ._logs import text
@@ -163,19 +164,6 @@ def html(report: BoundReport) -> str:
 # -- picture ---------------------------------------------------------------------------------------
 
 _COLORS = {"printed": "#bf8700", "corrected": "#0969da", "ours": "#1a7f37"}
-
-
-_FORMATS = (".png", ".svg", ".pdf")
-
-
-def check_picture(path: Path) -> None:
-    """Raise ``FileFormatError`` where no picture can be written."""
-    if path.suffix.lower() not in _FORMATS:
-        raise FileFormatError(f"{path.name!r}: a picture is written as {', '.join(_FORMATS)}")
-    if not path.parent.is_dir():
-        raise FileFormatError(f"cannot write {path}: there is no folder {path.parent}")
-    if path.is_dir():
-        raise FileFormatError(f"cannot write {path}: it is a folder")
 
 
 def plot(report: BoundReport, path: str | Path, part: str = "H_O") -> None:

@@ -10,24 +10,24 @@ import numpy as np
 from dagh._atlasview import compact
 from dagh._blocktables import PARTS
 from dagh._blockview import shorten
-from dagh.errors import DaghError, FileFormatError, ReductionError
+from dagh._pictures import check_picture
+from dagh.errors import DaghError, ReductionError
 
 if TYPE_CHECKING:
     from dagh._atlas import Atlas
 
 #: More parameters than this are drawn module by module.
 _MAX_ROWS = 96
-_FORMATS = (".png", ".svg", ".pdf")
 _SYMBOLS = {"outer": "H_O", "functional": "H_F", "full": "H"}
 
 
 def draw(atlas: Atlas, path: Path, kind: str) -> None:
     """Write the picture to ``path``.
 
-    Raises ``DaghError`` without matplotlib, ``FileFormatError`` for another suffix, ``ReductionError`` for a ``kind``.
+    Raises ``DaghError`` without matplotlib, ``FileFormatError`` where no picture can be written, ``ReductionError`` for
+    a ``kind``.
     """
-    if path.suffix.lower() not in _FORMATS:
-        raise FileFormatError(f"{path.name!r}: a picture is written as {', '.join(_FORMATS)}")
+    check_picture(path)
     if kind not in ("fro", "spectral"):
         raise ReductionError(f"kind of norm is 'fro' or 'spectral', not {kind!r}")
     try:
@@ -55,8 +55,6 @@ def draw(atlas: Atlas, path: Path, kind: str) -> None:
     if shown.is_estimate:
         extra.append(f"estimated from {atlas.info.get('probes')} random directions per parameter")
     figure.suptitle(f"{title[0].upper()}{title[1:]}" + "".join(f"; {line}" for line in extra), fontsize=10)
-    if not path.parent.is_dir():
-        raise FileFormatError(f"cannot write {path}: there is no folder {path.parent}")
     figure.savefig(path, dpi=200, bbox_inches="tight")
 
 

@@ -32,19 +32,24 @@ class Recurrence:
             if steps == 1:
                 low[i], high[i] = 0.0, 1.0
                 continue
-            alpha, beta = self.alpha[i].clone(), self.beta[i, :-1]
-            matrix = torch.diag(alpha) + torch.diag(beta, 1) + torch.diag(beta, -1)
-            inner = matrix[:-1, :-1] - threshold * torch.eye(steps - 1, dtype=alpha.dtype)
+            matrix, last = _jacobi(self.alpha[i], self.beta[i]), self.beta[i, -2]
+            inner = matrix[:-1, :-1] - threshold * torch.eye(steps - 1, dtype=matrix.dtype)
             # In the basis of eigenvectors, with no eigenvalue at the threshold itself.
             values, vectors = torch.linalg.eigh(inner)
             tiny = 1e-14 * float(matrix.abs().max())
             values = torch.where(values.abs() < tiny, tiny, values)
-            matrix[-1, -1] = threshold + beta[-1] ** 2 * (vectors[-1].square() / values).sum()
+            matrix[-1, -1] = threshold + last**2 * (vectors[-1].square() / values).sum()
             at, parts = torch.linalg.eigh(matrix)
             shares, here = parts[0].square(), int((at - threshold).abs().argmin())
             low[i] = shares[:here].sum()
             high[i] = low[i] + shares[here]
         return low, high
+
+
+def _jacobi(alpha: Tensor, beta: Tensor) -> Tensor:
+    """Tridiagonal matrices with ``alpha`` on the diagonal and all of ``beta`` but the last beside it."""
+    beside = beta[..., :-1]
+    return torch.diag_embed(alpha) + torch.diag_embed(beside, 1) + torch.diag_embed(beside, -1)
 
 
 def lanczos(op: Symmetric, start: Tensor, steps: int) -> tuple[Tensor, Tensor, Recurrence]:
@@ -71,6 +76,5 @@ def lanczos(op: Symmetric, start: Tensor, steps: int) -> tuple[Tensor, Tensor, R
             break
         beta[:, j] = torch.where(alive, norm, 0.0)
         v = torch.where(alive.to(w.device)[:, None], w / norm.clamp(min=1e-300).to(w.device)[:, None], 0.0)
-    matrix = torch.diag_embed(alpha) + torch.diag_embed(beta[:, :-1], 1) + torch.diag_embed(beta[:, :-1], -1)
-    nodes, vectors = torch.linalg.eigh(matrix)
+    nodes, vectors = torch.linalg.eigh(_jacobi(alpha, beta))
     return nodes, vectors[:, 0].square(), Recurrence(alpha, beta, ~alive | (steps == p))

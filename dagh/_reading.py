@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,15 +19,17 @@ _DATA: Any = Tensor.data.__get__  # type: ignore[attr-defined]
 class StandIns(torch.overrides.TorchFunctionMode):
     """Calls simpler functions in place of some that cannot be traced."""
 
+    _instead: Mapping[Any, Callable[..., Any]] = _written_out.STAND_INS
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         found = NotImplemented
         if func == _DATA:
             return args[0].detach()
-        if func in _written_out.STAND_INS:
+        if func in self._instead:
             with self:
-                found = _written_out.STAND_INS[func](*args, **(kwargs or {}))
+                found = self._instead[func](*args, **(kwargs or {}))
         return func(*args, **(kwargs or {})) if found is NotImplemented else found
 
 
@@ -37,6 +40,7 @@ class ReadValues(StandIns):
         getattr(Tensor, name) for name in ("item", "__bool__", "__int__", "__float__", "__index__", "tolist")
     )
 
+    _instead = _written_out.STAND_INS | {func: partial(made, lambda x: _integers(x)) for func, made in PACKED.items()}
     _CREATORS = frozenset((torch.zeros, torch.ones, torch.empty, torch.full, torch.randn, torch.rand))
 
     def __torch_function__(
@@ -48,11 +52,6 @@ class ReadValues(StandIns):
             args = (args[0], pytree.tree_map(_number, args[1]))
         if func in self._CREATORS:  # whose kernels read sizes
             args = pytree.tree_map(_number, args)
-        if func in PACKED:
-            with self:
-                found = PACKED[func](_integers, *args, **(kwargs or {}))
-            if found is not NotImplemented:
-                return found
         if func is torch._C._set_grad_enabled:
             from torch.fx.experimental.proxy_tensor import get_proxy_mode
 

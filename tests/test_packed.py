@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from oracles import assemble, hessian_double_backward
@@ -72,13 +74,6 @@ class Lists(nn.Module):
         return pad_packed_sequence(out, padding_value=-1.0, total_length=7)[0].transpose(0, 1)
 
 
-def test_lists_of_sequences_and_padding() -> None:
-    model, x, y = Lists(), torch.randn(3, 5, 3), torch.randn(3, 7, 4)
-    H = dagh.hessian(model, "mse", x, y).dense()
-    wanted = assemble(hessian_double_backward(model, F.mse_loss, x, y))
-    torch.testing.assert_close(H, wanted, rtol=0, atol=1e-12)
-
-
 class Rows(nn.Module):
     """Reads the packed rows themselves."""
 
@@ -91,8 +86,15 @@ class Rows(nn.Module):
         return packed.data * packed.batch_sizes[0]
 
 
-def test_the_packed_rows_are_those_of_pytorch() -> None:
-    model, x, y = Rows(), torch.randn(2, 4, 3), torch.randn(6, 2)
-    H = dagh.hessian(model, F.mse_loss, x, y).dense()
+@pytest.mark.parametrize(
+    ("make", "size", "shape", "loss"),
+    [(Lists, (3, 5, 3), (3, 7, 4), "mse"), (Rows, (2, 4, 3), (6, 2), F.mse_loss)],
+    ids=["lists and padding", "packed rows"],
+)
+def test_sequences_packed_inside(
+    make: type[nn.Module], size: tuple[int, ...], shape: tuple[int, ...], loss: Any
+) -> None:
+    model, x, y = make(), torch.randn(size), torch.randn(shape)
+    H = dagh.hessian(model, loss, x, y).dense()
     wanted = assemble(hessian_double_backward(model, F.mse_loss, x, y))
     torch.testing.assert_close(H, wanted, rtol=0, atol=1e-12)

@@ -177,12 +177,14 @@ def _fit(loaded: Loaded, declared: Sequence[InputSpec], x: Tensor, origin: str, 
     if x.dtype not in (torch.int32, torch.int64):
         x = x.to(dtype)
     flat = (prod(own),)
+    refusals = []
     for shape in dict.fromkeys([own, flat]):
-        if _refusal(loaded.model, x[:2].reshape(-1, *shape)) is None:
+        why = _refusal(loaded.model, x[:2].reshape(-1, *shape))
+        if why is None:
             return x.reshape(-1, *shape)
+        refusals.append(why)
     shapes = _text(own) if own == flat else f"{_text(own)} (or {_text(flat)})"
-    why = _refusal(loaded.model, x[:2])
-    raise Failure(f"--data {origin}: the model does not accept samples of shape {shapes}: {why}")
+    raise Failure(f"--data {origin}: the model does not accept samples of shape {shapes}: {refusals[0]}")
 
 
 def _same_order(own: Sequence[int], shape: Sequence[int]) -> bool:

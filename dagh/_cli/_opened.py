@@ -68,7 +68,7 @@ OUT = click.option(
 _ENDINGS = {".json": "json", ".html": "html", ".htm": "html", ".dot": "dot", ".gv": "dot", ".tex": "latex"}
 
 
-def by_ending(ctx: click.Context, param: click.Parameter, value: str) -> str:
+def _by_ending(ctx: click.Context, param: click.Parameter, value: str) -> str:
     """The format that the ending of ``--out`` names, where ``--format`` is not given."""
     out: Path | None = ctx.params.get("out")
     given = ctx.get_parameter_source(param.name or "") is not ParameterSource.DEFAULT
@@ -113,15 +113,22 @@ SUBJECT = stacked(TARGET, INPUT, BATCH, LOSS)
 MANNER = stacked(MODE, DROPOUT_SEED, OUTPUT, DTYPE)
 #: Where the result goes.
 RESULT = stacked(OUT, TRACEBACK)
+
+
+def format_option(*choices: str) -> Decorator:
+    """``--format``, a table by default; without it, the ending of ``--out`` decides."""
+    return click.option(
+        "--format",
+        "form",
+        type=click.Choice(["table", *choices]),
+        default="table",
+        show_default=True,
+        callback=_by_ending,
+    )
+
+
 #: A table for people or JSON for programs.
-FORM = click.option(
-    "--format",
-    "form",
-    type=click.Choice(["table", "json"]),
-    default="table",
-    show_default=True,
-    callback=by_ending,
-)
+FORM = format_option("json")
 
 
 @contextlib.contextmanager

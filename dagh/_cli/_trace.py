@@ -12,7 +12,7 @@ import click
 from dagh._cli import _output
 from dagh._cli._blocks import block_table, with_norms
 from dagh._cli._facts import plugin_facts
-from dagh._cli._opened import DATA, MANNER, MEMORY_BUDGET, RESULT, SUBJECT, WEIGHTS, by_ending, explained, opened
+from dagh._cli._opened import DATA, MANNER, MEMORY_BUDGET, RESULT, SUBJECT, WEIGHTS, explained, format_option, opened
 from dagh._cli._report import Report
 from dagh._export import node_rows
 from dagh._memory import budget_bytes
@@ -52,14 +52,7 @@ def _block_pair(text: str) -> tuple[str, str]:
 @MANNER
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the weights, inputs and targets.")
 @MEMORY_BUDGET
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(["table", "json", "dot", "html"]),
-    default="table",
-    show_default=True,
-    callback=by_ending,
-)
+@format_option("json", "dot", "html")
 @RESULT
 def trace(target: str, show_traceback: bool, form: str, out: Path | None, **options: Any) -> None:
     """Trace the model in FILE and show the structure of its Hessian.
