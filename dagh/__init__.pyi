@@ -3,6 +3,7 @@
 from . import errors
 from ._atlas import Atlas, atlas
 from ._blockmatrix import BlockMatrix
+from ._blocktables import NormTable
 from ._clarke._limiting import Limiting, LimitingSet
 from ._clarke._policy import AtKinks
 from ._clarke._report import KinkReport, kinks
@@ -14,6 +15,7 @@ from ._hessian import Decomposition, decompose, functional_hessian, gauss_newton
 from ._operator import HessianOperator, operator
 from ._plan import Plan
 from ._rules import Call, Rule, register_rule
+from ._spectra import Eigenpairs, Estimate, SpectralDensity
 from ._state import State
 from ._version import __version__
 from .errors import DaghError
@@ -25,6 +27,8 @@ __all__ = [
     "Call",
     "DaghError",
     "Decomposition",
+    "Eigenpairs",
+    "Estimate",
     "Gram",
     "Graph",
     "HessianOperator",
@@ -32,8 +36,10 @@ __all__ = [
     "KinkWarning",
     "Limiting",
     "LimitingSet",
+    "NormTable",
     "Plan",
     "Rule",
+    "SpectralDensity",
     "State",
     "__version__",
     "atlas",

@@ -300,7 +300,7 @@ def atlas_of(
     if part == "outer":
         gram = gram_of(state, names, "outer", budget, advance)
         return Atlas(names, shapes, modules, part=part, reduction=reduction, gram=gram, info=info | gram.info)
-    request = Request(tuple(names), tuple(leaves), choose_pairs(names, "all"))
+    request = Request(tuple(names), tuple(leaves), choose_pairs(names, leaves, "all"))
     found = structure(state.program, request, reach(state.program, leaves))
     known = {pair: 0.0 for pair, (outer, inner) in found.items() if not inner and (part == "functional" or not outer)}
     if part == "full":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Sequence
 from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING
 
@@ -38,8 +38,16 @@ def combine(first: BlockMatrix, second: BlockMatrix, sign: int) -> BlockMatrix:
     return first.derive(blocks, kinds=kinds, part=part, plan=None, info={})
 
 
-def converted(blocks: Mapping[Pair, Block], dtype: torch.dtype, device: torch.device) -> dict[Pair, Block]:
-    """Blocks in another dtype or on another device; low-rank blocks go on sharing their factors."""
+def converted(matrix: BlockMatrix, targets: Sequence[torch.dtype | torch.device | str]) -> BlockMatrix:
+    """The matrix in another dtype or on another device; low-rank blocks go on sharing their factors."""
+    dtype, device = matrix.dtype, matrix.device
+    for target in targets:
+        if isinstance(target, torch.dtype):
+            dtype = target
+        else:
+            device = torch.device(target)
+    if dtype not in (torch.float32, torch.float64):
+        raise DtypeError(f"{dtype} is not supported; use torch.float32 or torch.float64")
     made: dict[Hashable, Tensor] = {}
 
     def once(t: Tensor) -> Tensor:
@@ -48,10 +56,11 @@ def converted(blocks: Mapping[Pair, Block], dtype: torch.dtype, device: torch.de
             made[key] = t.to(dtype=dtype, device=device)
         return made[key]
 
-    return {
+    blocks = {
         pair: block.rebuild(*map(once, block.tensors())) if isinstance(block, LowRankBlock) else block.to(dtype, device)
-        for pair, block in blocks.items()
+        for pair, block in matrix.blocks.items()
     }
+    return matrix.derive(blocks, dtype=dtype, device=device)
 
 
 def merge_by_module(matrix: BlockMatrix, by: str, depth: int | None) -> BlockMatrix:

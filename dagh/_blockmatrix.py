@@ -18,8 +18,10 @@ from torch import Tensor
 from dagh._block_base import distinct
 from dagh._blockcombine import combine, converted, merge_by_module
 from dagh._blockio import load, save
-from dagh._blockproducts import eigenvalues, multiply, multiply_dict, scipy_operator
+from dagh._blockparts import block_diagonal
+from dagh._blockproducts import eigenvalues, multiply, scipy_operator
 from dagh._blocks import Block, DenseBlock, ZeroBlock
+from dagh._blocksolve import logdet, solve
 from dagh._blocktables import KINDS, PARTS, NormTable, Pair, check_budget, find_name, no_such_block
 from dagh._blockview import BlockMap
 from dagh._blockwrite import write_out
@@ -253,14 +255,20 @@ class BlockMatrix:
         may lead with N, and the result leads with N. Raises ``ShapeError``, ``DtypeError``,
         ``UnknownNameError`` or ``BlockNotComputedError``.
         """
-        if isinstance(v, Mapping):
-            return multiply_dict(self, v)
-        if isinstance(v, np.ndarray):
-            if v.dtype.kind not in "fiub":
-                raise DtypeError(f"the array is {v.dtype}; expected {str(self.dtype)[6:]}")
-            rows = torch.from_numpy(np.ascontiguousarray(v)).to(device=self.device, dtype=self.dtype)
-            return multiply(self, rows).cpu().numpy()
-        return multiply(self, v) if isinstance(v, Tensor) else NotImplemented
+        return multiply(self, v) if isinstance(v, (Tensor, Mapping, np.ndarray)) else NotImplemented
+
+    def solve(self, v: Vector, *, damping: float = 0.0) -> Any:
+        """``(H + damping·I)⁻¹ v`` for a vector, matrix or dict as in ``H @ v``; the result is of the same kind.
+
+        By Cholesky's factors, or LU where the matrix is indefinite (a Newton step is then no descent direction).
+        Groups of parameters with zeros between them (:meth:`block_diagonal`) are solved one by one. Raises
+        ``SingularError``, and ``MemoryBudgetError`` before allocating.
+        """
+        return solve(self, v, damping)
+
+    def logdet(self, *, damping: float = 0.0) -> Tensor:
+        """``log det(H + damping·I)``, [] or [N], group by group; ``SingularError`` if not positive definite."""
+        return logdet(self, damping)
 
     @overload
     def diagonal(self, *, as_dict: Literal[False] = False) -> Tensor: ...
@@ -324,17 +332,17 @@ class BlockMatrix:
         """
         return merge_by_module(self, by, depth)
 
+    def block_diagonal(self, by: str = "parameter") -> BlockMatrix:
+        """A complete matrix that keeps the blocks of each parameter, or ``"module"``, and is zero elsewhere.
+
+        H itself is not: this is what block-diagonal methods put in its place. Only the blocks kept are needed, as
+        ``blocks="diagonal"`` or ``blocks="module"`` of :func:`hessian` form them.
+        """
+        return block_diagonal(self, by)
+
     def to(self, *targets: torch.dtype | torch.device | str) -> BlockMatrix:
         """The matrix in another dtype (float32 or float64) and on another device."""
-        dtype, device = self.dtype, self.device
-        for target in targets:
-            if isinstance(target, torch.dtype):
-                dtype = target
-            else:
-                device = torch.device(target)
-        if dtype not in (torch.float32, torch.float64):
-            raise DtypeError(f"{dtype} is not supported; use torch.float32 or torch.float64")
-        return self.derive(converted(self.blocks, dtype, device), dtype=dtype, device=device)
+        return converted(self, targets)
 
     def __add__(self, other: object) -> BlockMatrix:
         return combine(self, other, 1) if isinstance(other, BlockMatrix) else NotImplemented
@@ -373,8 +381,9 @@ class BlockMatrix:
     def __repr__(self) -> str:
         per_sample = "" if self.samples is None else f", N={self.samples}"
         device = "" if self.device.type == "cpu" else f", {self.device}"
+        apart = ", block-diagonal" if "block_diagonal" in self.info else ""
         return (
-            f"BlockMatrix({PARTS[self.part]}, {len(self.names)} parameters, P={self.size}, "
+            f"BlockMatrix({PARTS[self.part]}{apart}, {len(self.names)} parameters, P={self.size}, "
             f"{len(self.blocks)} blocks, reduction={self.reduction}{per_sample}, "
             f"{str(self.dtype).removeprefix('torch.')}{device})"
         )

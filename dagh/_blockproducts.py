@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -13,18 +14,38 @@ from torch import Tensor
 
 from dagh._block_factored import LowRankBlock
 from dagh._block_simple import ZeroBlock
-from dagh._blocktables import Pair, check_budget, find_name
+from dagh._blockparts import pieces
+from dagh._blocktables import Pair, find_name
 from dagh.errors import DtypeError, ReductionError, ShapeError
 
 if TYPE_CHECKING:
     from dagh._blockmatrix import BlockMatrix
 
+#: From the rows of every parameter to those of the result.
+Action = Callable[[list[Tensor]], list[Tensor]]
+
 DENSE_EIGEN_SIZE = 512  # up to this P, eigenvalues come from the dense matrix
 
 
-def multiply(matrix: BlockMatrix, v: Tensor) -> Tensor:
-    """``H @ v`` for a tensor; shapes as in ``BlockMatrix.__matmul__``."""
+def multiply(matrix: BlockMatrix, v: Any) -> Any:
+    """``H @ v``; what ``v`` may be stands in ``BlockMatrix.__matmul__``."""
     matrix.require_complete()
+    return on_vectors(matrix, v, partial(_product, matrix))
+
+
+def on_vectors(matrix: BlockMatrix, v: Any, act: Action) -> Any:
+    """``act`` on the rows of every parameter, ``[(N,) p, k]`` each, of a vector in any form; an answer in that form."""
+    if isinstance(v, Mapping):
+        return _on_dict(matrix, v, act)
+    if isinstance(v, np.ndarray):
+        if v.dtype.kind not in "fiub":
+            raise DtypeError(f"the array is {v.dtype}; expected {str(matrix.dtype)[6:]}")
+        rows = torch.from_numpy(np.ascontiguousarray(v)).to(device=matrix.device, dtype=matrix.dtype)
+        return _on_tensor(matrix, rows, act).cpu().numpy()
+    return _on_tensor(matrix, v, act)
+
+
+def _on_tensor(matrix: BlockMatrix, v: Tensor, act: Action) -> Tensor:
     _check_tensor(matrix, "v", v)
     size, lead = matrix.size, matrix.lead
     as_matrix = v.ndim == len(lead) + 2
@@ -33,13 +54,11 @@ def multiply(matrix: BlockMatrix, v: Tensor) -> Tensor:
         shown = f"[P], [N, P] or [N, P, k] with N={matrix.samples}, P" if lead else "[P] or [P, k] with P"
         raise ShapeError(f"v has shape {tuple(v.shape)}; expected {shown}={size}")
     columns = v if as_matrix else v[..., None]
-    product = torch.cat(_product(matrix, list(torch.split(columns, matrix.numels, -2))), -2)
+    product = torch.cat(act(list(torch.split(columns, matrix.numels, -2))), -2)
     return product if as_matrix else product[..., 0]
 
 
-def multiply_dict(matrix: BlockMatrix, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``H @ v`` for a dict of tensors shaped like the parameters."""
-    matrix.require_complete()
+def _on_dict(matrix: BlockMatrix, v: Mapping[str, Tensor], act: Action) -> dict[str, Tensor]:
     for name in v:
         find_name(matrix.index, name, "parameter")
     pieces = []
@@ -52,8 +71,7 @@ def multiply_dict(matrix: BlockMatrix, v: Mapping[str, Tensor]) -> dict[str, Ten
             raise ShapeError(f"v[{name!r}] has shape {tuple(tensor.shape)}, the parameter {tuple(shape)}")
         lead = tensor.shape[: tensor.ndim - len(shape)]
         pieces.append(tensor.reshape((*lead, prod(shape), 1)))
-    out = _product(matrix, pieces)
-    named = zip(matrix.names, out, matrix.shapes, strict=True)
+    named = zip(matrix.names, act(pieces), matrix.shapes, strict=True)
     return {name: o.reshape((*matrix.lead, *shape)) for name, o, shape in named}
 
 
@@ -139,9 +157,6 @@ def eigenvalues(matrix: BlockMatrix, k: int | None) -> Tensor:
 
 
 def _dense_eigenvalues(matrix: BlockMatrix) -> Tensor:
-    needed = 2 * prod(matrix.shape) * matrix.dtype.itemsize  # the matrix, and the copy that is reduced
-    what = f"all eigenvalues at P={matrix.size}"
-    cheaper = "the k largest, H.eigvalsh(k), or those of named diagonal blocks"
-    check_budget(what, needed, matrix.memory_budget, matrix.device, cheaper)
-    values: Tensor = torch.linalg.eigvalsh(matrix.dense())
-    return values
+    cheaper = "the k largest, H.eigvalsh(k), those of named diagonal blocks, or of H.block_diagonal()"
+    found = [torch.linalg.eigvalsh(dense) for _, dense in pieces(matrix, "all eigenvalues", cheaper)]
+    return found[0] if len(found) == 1 else torch.cat(found, -1).sort(-1).values

@@ -89,7 +89,7 @@ def find_name(index: dict[str, int], name: object, kind: str) -> int:
 def no_such_block(names: Sequence[str], pairs: Sequence[Pair], a: int, b: int) -> BlockNotComputedError:
     """The error for a block outside the request, saying which blocks there are."""
     if set(pairs) == {(i, i) for i in range(len(names))}:
-        held = "only the diagonal blocks were: take H.block(a, a), or H.dense(allow_missing=True), zero elsewhere"
+        held = "only the diagonal blocks were: take H.block_diagonal(), zero elsewhere, or single blocks"
     else:
         shown = ", ".join(f"({names[i]!r}, {names[j]!r})" for i, j in pairs[:6])
         more = f", … ({len(pairs)} in all)" if len(pairs) > 6 else ""

@@ -26,7 +26,7 @@ from dagh._objectives import Reduction
 from dagh._plan import Plan
 from dagh._prepare import Blocks, Names, Prepared, prepare
 from dagh._programs import Mode
-from dagh._request import Pair, Request
+from dagh._request import Pair, Request, module_of
 from dagh._state import State, non_finite
 
 
@@ -67,7 +67,8 @@ def hessian(
         params: names or globs of parameters; default: all that require a gradient.
         wrt: as ``params``, and also names of nodes: an additive probe on that activation (one probe for all samples,
             as a bias would be; one per sample with ``reduction="none"``).
-        blocks: ``"all"``, ``"diagonal"``, or pairs of names (globs allowed). Nothing else is formed.
+        blocks: ``"all"``, ``"diagonal"``, ``"module"`` (the parameters of each module against each other), or pairs of
+            names (globs allowed). Nothing else is formed.
         reduction: ``"mean"``: the loss as PyTorch would average it (a module's own ``reduction``, a callable's own
             value); ``"sum"`` over samples; ``"none"``: one Hessian per sample, blocks ``[N, p_a, p_b]``.
         kinks: what to take where the Hessian does not exist: ``"torch"``, ``"left"``, ``"right"``, a slope, a dict or
@@ -335,9 +336,7 @@ def _matrix(
     memory_budget: int | None,
     info: dict[str, Any],
 ) -> BlockMatrix:
-    modules = [
-        _module_of(name, leaf.kind, leaf.module) for name, leaf in zip(request.names, request.leaves, strict=True)
-    ]
+    modules = [module_of(name, leaf) for name, leaf in zip(request.names, request.leaves, strict=True)]
     return BlockMatrix(
         request.names,
         [leaf.shape for leaf in request.leaves],
@@ -353,7 +352,3 @@ def _matrix(
         plan=plan,
         info=info,
     )
-
-
-def _module_of(name: str, kind: str, module: str) -> str:
-    return name.rpartition(".")[0] if kind == "parameter" else module

@@ -21,7 +21,7 @@ from dagh._state import State
 from dagh.errors import ReductionError
 
 Names: TypeAlias = str | Iterable[str] | None
-Blocks: TypeAlias = Literal["all", "diagonal"] | Sequence[tuple[str, str]]
+Blocks: TypeAlias = Literal["all", "diagonal", "module"] | Sequence[tuple[str, str]]
 
 
 @dataclass
@@ -62,11 +62,11 @@ def prepare(
         memory_budget = _memory.parse_size(memory_budget)
     _objectives.resolve(loss)  # before inputs in its place are tried
     graph = model if isinstance(model, Graph) else trace(model, inputs, mode=mode, output=output)
-    names, _ = choose_names(graph.program, graph.trainable, params, wrt)
-    choose_pairs(names, blocks)
+    names, leaves = choose_names(graph.program, graph.trainable, params, wrt)
+    choose_pairs(names, leaves, blocks)
     state = graph._evaluate(loss, inputs, targets, reduction=reduction, kinks=kinks, wrt=names)
     names, leaves = choose_names(state.program, graph.trainable, params, wrt)
-    request = Request(names, leaves, choose_pairs(names, blocks), entries)
+    request = Request(names, leaves, choose_pairs(names, leaves, blocks), entries)
     parts = tuple(p for p in ("outer", "functional") if wanted != ("outer",) or p == "outer")
     parts = parts if wanted != ("functional",) else ("functional",)
     budget = _memory.budget_bytes(memory_budget, state.weights.device)

@@ -105,19 +105,27 @@ def _match(pattern: str, names: dict[str, Node], chosen: dict[Node, str], kind: 
         chosen.setdefault(names[name], name if names[name].kind != "parameter" else names[name].names[0])
 
 
-def choose_pairs(names: Sequence[str], blocks: Any) -> tuple[Pair, ...]:
-    """``"all"``, ``"diagonal"`` or a list of name pairs (globs allowed) as index pairs ``i <= j``."""
+def module_of(name: str, leaf: Node) -> str:
+    """The path of the module that a parameter belongs to, by its first name, or that a node was computed in."""
+    return name.rpartition(".")[0] if leaf.kind == "parameter" else leaf.module
+
+
+def choose_pairs(names: Sequence[str], leaves: Sequence[Node], blocks: Any) -> tuple[Pair, ...]:
+    """``"all"``, ``"diagonal"``, ``"module"`` or a list of name pairs (globs allowed) as index pairs ``i <= j``."""
     n = len(names)
     if isinstance(blocks, str):
         if blocks == "all":
             return tuple((i, j) for i in range(n) for j in range(i, n))
         if blocks == "diagonal":
             return tuple((i, i) for i in range(n))
-        raise ReductionError(f"blocks={blocks!r}: expected 'all', 'diagonal' or a list of pairs of names")
+        if blocks == "module":
+            paths = [module_of(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
+            return tuple((i, j) for i in range(n) for j in range(i, n) if paths[i] == paths[j])
+        raise ReductionError(f"blocks={blocks!r}: expected 'all', 'diagonal', 'module' or a list of pairs of names")
     found: dict[Pair, None] = {}
     if isinstance(blocks, torch.Tensor) or not isinstance(blocks, Iterable):
         kind = type(blocks).__name__
-        raise ReductionError(f"blocks is a {kind}: expected 'all', 'diagonal' or a list of pairs of names")
+        raise ReductionError(f"blocks is a {kind}: expected 'all', 'diagonal', 'module' or a list of pairs of names")
     for pair in blocks:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(p, str) for p in pair):
             raise ReductionError(f"blocks={' '.join(repr(pair).split())}: each entry must be a pair of names")

@@ -27,6 +27,7 @@ __all__ = [
     "ReductionError",
     "RuleError",
     "ShapeError",
+    "SingularError",
     "UnknownNameError",
 ]
 
@@ -73,6 +74,10 @@ class LossError(DaghError):
 
 class ShapeError(DaghError):
     """Tensors whose shapes do not fit together."""
+
+
+class SingularError(DaghError):
+    """A linear system or a determinant of a matrix that is singular, or not positive definite, to rounding."""
 
 
 class DtypeError(DaghError):

@@ -142,9 +142,10 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-def test_operations_page_is_generated() -> None:
+@pytest.mark.parametrize("script", ["generate_operations.py", "generate_reference.py"])
+def test_pages_are_generated(script: str) -> None:
     # In a process of its own: other tests register rules.
-    command = [sys.executable, str(DOCS / "generate_operations.py"), "--check"]
+    command = [sys.executable, str(DOCS / script), "--check"]
     found = subprocess.run(command, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
 

@@ -227,7 +227,7 @@ def report(graph: Graph, state: State, chosen: Any, tol: float, max_patterns: in
         notes.append(str(error).partition(";")[0])
         found = find_patterns(state, leaves, AtKinks("enumerate", samples=_FALLBACK, seed=seed))
     nodes, counts = _nodes(state, leaves, {site.node.name: site for site in found.sites.all}, tol)
-    request = Request(names, leaves, choose_pairs(names, "all"))
+    request = Request(names, leaves, choose_pairs(names, leaves, "all"))
     matrices = _hessians(graph, state, request, found)
     if matrices is None:
         size = f"{len(found.branchings)} of {request.total:,} × {request.total:,}"

@@ -100,7 +100,7 @@ def _run(
         steps.start("evaluating")
         state = graph.evaluate(loss, chosen.inputs, targets)
         names, leaves = choose_names(state.program, graph.trainable, None, None)
-        request = Request(names, leaves, choose_pairs(names, list(blocks) or "all"))
+        request = Request(names, leaves, choose_pairs(names, leaves, list(blocks) or "all"))
         table = block_table(state, request)
         facts = plugin_facts(graph, loss, chosen.inputs, targets)
         if norms:
