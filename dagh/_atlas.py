@@ -17,6 +17,7 @@ from dagh._blocktables import PARTS, NormTable, Pair, find_name
 from dagh._gram import Gram, gram_of
 from dagh._graph import Graph, trace
 from dagh._hessian import functional_hessian, hessian
+from dagh._notebook import Shown
 from dagh._objectives import Reduction
 from dagh._probes import EstimatedNorms, Probes, probe
 from dagh._programs import Mode
@@ -32,7 +33,7 @@ _EXACT_SIZE = 2000
 _PROBES = 16
 
 
-class Atlas:
+class Atlas(Shown):
     """Norms of all pairs of blocks of H_O, H_F or H; made by :func:`dagh.atlas`.
 
     ``part="outer"``: exact, from ``gram``, one N·r × N·r matrix per parameter. Otherwise ``matrix`` holds exact blocks

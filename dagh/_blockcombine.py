@@ -12,7 +12,7 @@ from torch import Tensor
 from dagh._block_base import identity
 from dagh._blocks import Block, GridBlock, LowRankBlock
 from dagh._blocktables import Pair, join_kinds, join_parts, restrict_kind
-from dagh.errors import DtypeError, ReductionError, ShapeError
+from dagh.errors import BlockNotComputedError, DtypeError, ReductionError, ShapeError
 
 if TYPE_CHECKING:
     from dagh._blockmatrix import BlockMatrix
@@ -84,6 +84,10 @@ def merge_by_module(matrix: BlockMatrix, by: str, depth: int | None) -> BlockMat
             for j in groups[c]:
                 kind = join_kinds(kind, matrix.kinds[min(i, j), max(i, j)])
         kinds[r, c] = kind
+    if matrix.blocks and not blocks:
+        raise BlockNotComputedError(
+            "no module has all of its blocks: they come with blocks='module', or with blocks='all'"
+        )
     shapes = [(sum(matrix.numels[i] for i in group),) for group in groups]
     return matrix.derive(blocks, kinds=kinds, names=names, shapes=shapes, modules=names)
 

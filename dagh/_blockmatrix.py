@@ -16,17 +16,18 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from dagh._block_base import distinct
+from dagh._blockchecks import check_options, stored
 from dagh._blockcombine import combine, converted, merge_by_module
 from dagh._blockio import load, save
 from dagh._blockparts import block_diagonal
 from dagh._blockproducts import eigenvalues, multiply, scipy_operator
-from dagh._blocks import Block, DenseBlock, ZeroBlock
+from dagh._blocks import Block, DenseBlock
 from dagh._blocksolve import logdet, solve
-from dagh._blocktables import KINDS, PARTS, NormTable, Pair, check_budget, find_name, no_such_block
+from dagh._blocktables import PARTS, NormTable, Pair, check_budget, find_name, no_such_block, unflatten
 from dagh._blockview import BlockMap
 from dagh._blockwrite import write_out
 from dagh._memory import zeros
-from dagh.errors import DtypeError, ReductionError, ShapeError, UnknownNameError
+from dagh.errors import ReductionError, ShapeError, UnknownNameError
 
 Vector = Tensor | Mapping[str, Tensor] | np.ndarray[Any, Any]
 
@@ -68,12 +69,7 @@ class BlockMatrix:
         plan: object | None = None,
         info: Mapping[str, Any] | None = None,
     ) -> None:
-        if part not in PARTS:
-            raise ReductionError(f"part is one of {', '.join(PARTS)}, not {part!r}")
-        if reduction not in ("mean", "sum", "none"):
-            raise ReductionError(f"reduction is 'mean', 'sum' or 'none', not {reduction!r}")
-        if (reduction == "none") != (samples is not None):
-            raise ReductionError("reduction='none', and it alone, comes with a number of samples")
+        check_options(part, reduction, samples)
         self.names = tuple(names)
         self.shapes = tuple(torch.Size(shape) for shape in shapes)
         self.modules = tuple(names if modules is None else modules)
@@ -87,7 +83,9 @@ class BlockMatrix:
         self.memory_budget = memory_budget
         self.plan = plan
         self.info: dict[str, Any] = dict(info or {})
-        self.index = {name: i for i, name in enumerate(self.names)}
+        first = {name: i for i, name in enumerate(self.names)}
+        tied = self.info.get("aliases", {})  # other names of tied parameters
+        self.index = {a: first[n] for a, n in tied.items() if n in first} | first
         self.numels = [prod(shape) for shape in self.shapes]
         # Keyed by positions (i, j) with i <= j.
         self.blocks: dict[Pair, Block] = {}
@@ -97,28 +95,8 @@ class BlockMatrix:
             self._store(pair, blocks[pair], (kinds or {}).get(pair) or (kinds or {}).get(mirror))
 
     def _store(self, pair: Pair, block: Block, kind: str | None) -> None:
-        i, j = pair
-        if not 0 <= max(i, j) < len(self.names) or min(i, j) < 0:
-            raise ShapeError(f"block {pair} is outside the {len(self.names)} parameters")
-        expected = (self.numels[i], self.numels[j])
-        if block.shape != expected or block.samples != self.samples:
-            raise ShapeError(
-                f"block ({self.names[i]!r}, {self.names[j]!r}) should be {expected[0]} x {expected[1]} "
-                f"with samples={self.samples}, not {block!r}"
-            )
-        if block.dtype != self.dtype:
-            raise DtypeError(f"block ({self.names[i]!r}, {self.names[j]!r}) is {block.dtype}, not {self.dtype}")
-        if i > j:
-            (i, j), block = (j, i), block.T
-        if (i, j) in self.blocks:
-            raise ShapeError(f"block ({self.names[i]!r}, {self.names[j]!r}) was given twice")
-        if kind is None:
-            whole = {"outer": "H_O", "functional": "H_F"}.get(self.part, "H_O+H_F")
-            kind = "zero" if isinstance(block, ZeroBlock) else whole
-        if kind not in KINDS:
-            raise ReductionError(f"the class of a block is one of {', '.join(KINDS)}, not {kind!r}")
-        self.blocks[i, j] = block
-        self.kinds[i, j] = kind
+        pair, block, kind = stored(self, pair, block, kind)
+        self.blocks[pair], self.kinds[pair] = block, kind
 
     def derive(
         self, blocks: Mapping[Pair, Block], *, kinds: Mapping[Pair, str] | None = None, **changes: Any
@@ -242,6 +220,14 @@ class BlockMatrix:
         write_out(self.blocks, self.slices(), out)
         return out
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        """:meth:`dense` as an array, so that NumPy's functions take the matrix."""
+        return np.asarray(self.dense().cpu().numpy(), dtype)
+
+    def unflatten(self, v: Tensor) -> dict[str, Tensor]:
+        """A vector ``[P]``, or columns ``[P, k]``, by parameter: tensors ``[*shape]`` or ``[k, *shape]``."""
+        return unflatten(v, dict(zip(self.names, self.shapes, strict=True)))
+
     def slices(self) -> list[slice]:
         """Rows of each parameter."""
         ends = list(accumulate(self.numels))
@@ -255,7 +241,7 @@ class BlockMatrix:
         may lead with N, and the result leads with N. Raises ``ShapeError``, ``DtypeError``,
         ``UnknownNameError`` or ``BlockNotComputedError``.
         """
-        return multiply(self, v) if isinstance(v, (Tensor, Mapping, np.ndarray)) else NotImplemented
+        return multiply(self, v) if isinstance(v, Vector) else NotImplemented
 
     def solve(self, v: Vector, *, damping: float = 0.0) -> Any:
         """``(H + damping·I)⁻¹ v`` for a vector, matrix or dict as in ``H @ v``; the result is of the same kind.
@@ -346,6 +332,10 @@ class BlockMatrix:
 
     def __add__(self, other: object) -> BlockMatrix:
         return combine(self, other, 1) if isinstance(other, BlockMatrix) else NotImplemented
+
+    def __radd__(self, other: object) -> BlockMatrix:
+        """``0 + H``, with which ``sum`` begins."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def __sub__(self, other: object) -> BlockMatrix:
         return combine(self, other, -1) if isinstance(other, BlockMatrix) else NotImplemented

@@ -63,11 +63,17 @@ def restricted(matrix: BlockMatrix, positions: list[int]) -> BlockMatrix:
     )
 
 
-def pieces(matrix: BlockMatrix, what: str, cheaper: str) -> Iterator[tuple[list[int], Tensor]]:
-    """The components, written out one by one: their positions and ``[(N,) p, p]``. Checked against the budget first."""
+def pieces(
+    matrix: BlockMatrix, what: str, cheaper: str, *, factors: bool = False
+) -> Iterator[tuple[list[int], Tensor]]:
+    """The components, written out one by one: their positions and ``[(N,) p, p]``.
+
+    The budget is asked first: for the largest one and a copy, with ``factors`` two copies in float64.
+    """
     groups = components(matrix)
     largest = max((sum(matrix.numels[i] for i in group) for group in groups), default=0)
-    needed = 2 * prod(matrix.lead) * largest**2 * matrix.dtype.itemsize  # the component, and its factors
+    entry = matrix.dtype.itemsize + (16 if factors else matrix.dtype.itemsize)
+    needed = prod(matrix.lead) * largest**2 * entry
     check_budget(f"{what} at P={matrix.size}", needed, matrix.memory_budget, matrix.device, cheaper)
     for group in groups:
         whole = len(group) == len(matrix.names)

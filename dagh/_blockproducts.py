@@ -42,6 +42,8 @@ def on_vectors(matrix: BlockMatrix, v: Any, act: Action) -> Any:
             raise DtypeError(f"the array is {v.dtype}; expected {str(matrix.dtype)[6:]}")
         rows = torch.from_numpy(np.ascontiguousarray(v)).to(device=matrix.device, dtype=matrix.dtype)
         return _on_tensor(matrix, rows, act).cpu().numpy()
+    if not isinstance(v, Tensor):
+        raise ShapeError(f"v is a {type(v).__name__}; expected a tensor, an array or a dict of tensors")
     return _on_tensor(matrix, v, act)
 
 
@@ -59,8 +61,7 @@ def _on_tensor(matrix: BlockMatrix, v: Tensor, act: Action) -> Tensor:
 
 
 def _on_dict(matrix: BlockMatrix, v: Mapping[str, Tensor], act: Action) -> dict[str, Tensor]:
-    for name in v:
-        find_name(matrix.index, name, "parameter")
+    v = {matrix.names[find_name(matrix.index, name, "parameter")]: tensor for name, tensor in v.items()}
     pieces = []
     for name, shape in zip(matrix.names, matrix.shapes, strict=True):
         if name not in v:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
 import torch
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
-from dagh.errors import BlockNotComputedError, MemoryBudgetError, UnknownNameError
+from dagh._notebook import Shown
+from dagh.errors import BlockNotComputedError, MemoryBudgetError, ShapeError, UnknownNameError
 
 KINDS = ("zero", "H_O", "H_F", "H_O+H_F")
 PARTS = {
@@ -97,7 +100,17 @@ def no_such_block(names: Sequence[str], pairs: Sequence[Pair], a: int, b: int) -
     return BlockNotComputedError(f"block ({names[a]!r}, {names[b]!r}) was not computed; {held}")
 
 
-class NormTable:
+def unflatten(v: Tensor, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """A vector ``[P]``, or columns ``[P, k]``, by name: tensors ``[*shape]`` or ``[k, *shape]``."""
+    size = sum(prod(shape) for shape in shapes.values())
+    if not isinstance(v, Tensor) or v.dim() not in (1, 2) or v.shape[0] != size:
+        shown = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
+        raise ShapeError(f"v is {shown}; expected a tensor ({size},) or ({size}, k)")
+    parts = torch.split(v, [prod(shape) for shape in shapes.values()])
+    return {n: p.T.reshape(*v.shape[1:], *shape) for (n, shape), p in zip(shapes.items(), parts, strict=True)}
+
+
+class NormTable(Shown):
     """Norms of the blocks of a symmetric matrix: ``table["a", "b"]`` in either order.
 
     A value is a float, or an array [N] for per-sample blocks. Iterating gives the pairs that were computed.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
-from math import log10, sqrt
+from math import log10
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -83,13 +83,13 @@ class BlockMap:
         return rows[:MAX_ROWS]
 
     @cached_property
-    def _norms(self) -> dict[tuple[int, int], float] | None:
-        """Frobenius norm of each block (the mean over samples), None when that would take long."""
+    def _norms(self) -> dict[tuple[int, int], Tensor] | None:
+        """Frobenius norm of each block, [] or [N], None when that would take long."""
         blocks = self.matrix.blocks
         if sum(block.fro_flops() for block in blocks.values()) > CHEAP_FLOPS:
             return None
         memo: dict[int, Tensor] = {}
-        return {pair: float(block.norm("fro", memo).mean()) for pair, block in blocks.items()}
+        return {pair: block.norm("fro", memo) for pair, block in blocks.items()}
 
     @cached_property
     def cells(self) -> list[list[Cell]]:
@@ -107,7 +107,9 @@ class BlockMap:
         structures = {self.matrix.blocks[pair].structure for pair in held} - {"zero"}
         structure = structures.pop() if len(structures) == 1 else "mixed" if structures else "zero"
         norms = self._norms
-        norm = None if norms is None else sqrt(sum(norms[pair] ** 2 for pair in held))
+        norm = None
+        if norms is not None:
+            norm = float(sum((norms[pair].square() for pair in held[1:]), norms[held[0]].square()).sqrt().mean())
         return Cell(kind, len(held) < len(pairs), structure, norm)
 
     def _flat(self) -> Iterator[Cell]:
@@ -226,7 +228,8 @@ class BlockMap:
             body.append(f"<tr>{name}{cells}</tr>")
         lines = self.caption(False)
         if positive:
-            lines.append(f"color: Frobenius norm, log scale, {10**low:.2e} (light) to {10**high:.2e} (dark)")
+            mean = " (mean over samples)" if self.matrix.lead else ""
+            lines.append(f"color: Frobenius norm{mean}, log scale, {10**low:.2e} (light) to {10**high:.2e} (dark)")
         notes = "<br>".join(escape(line) for line in lines)
         return (
             '<div style="font-family:ui-monospace,monospace;font-size:12px;color:inherit;overflow-x:auto">'
@@ -243,7 +246,7 @@ class BlockMap:
             return f'<td title="{escape(tip)}not computed" style="{_PLAIN}opacity:.4">-</td>'
         tip += MEANINGS[cell.kind] + (", partly computed" if cell.partial else "")
         if cell.norm is not None:
-            tip += f", Frobenius norm {cell.norm:.9e}"
+            tip += f", Frobenius norm {cell.norm:.9e}" + (" (mean over samples)" if self.matrix.lead else "")
         if cell.structure not in ("zero", ""):
             tip += f", held as {cell.structure}"
         color: Color | None

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from dagh._export import NodeRow, shape_text
 from dagh._export_tree import Line, lines
+from dagh._fitted import FittedTable
 
 DERIVATIVE_STYLES = {
     "linear": "dim",
@@ -38,7 +39,8 @@ def node_table(
 
 def _table(shown: Sequence[Line]) -> Table:
     kinks = any(line.ties is not None for line in shown)
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    spare = ("per", "derivative", "output")
+    table = FittedTable(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, spare=spare)
     table.add_column("module · operation", overflow="fold", min_width=16)
     table.add_column("output", no_wrap=True, style="dim")
     table.add_column("params", no_wrap=True, justify="right")

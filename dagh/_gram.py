@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal, cast
@@ -15,17 +16,18 @@ from dagh import _memory
 from dagh._blocktables import find_name
 from dagh._gramsweep import gram_matrices
 from dagh._graph import Graph, trace
+from dagh._notebook import Shown
 from dagh._objectives import Reduction
 from dagh._outer import factor_loss
 from dagh._programs import Mode
 from dagh._request import choose_names
 from dagh._state import State, non_finite
-from dagh.errors import ReductionError, ShapeError
+from dagh.errors import ReductionError, ShapeError, SingularError
 
 Kind = Literal["outer", "ntk"]
 
 
-class Gram:
+class Gram(Shown):
     """``G = B Bᵀ`` of the rows ``B = Sᵀ J`` (H_O = Bᵀ diag(σ) B), in all and by parameter; made by :func:`dagh.gram`.
 
     Rows are ordered (sample, column of the loss factor). ``signs`` are the σ (``None``: all +1). Matrices are float64
@@ -119,6 +121,16 @@ class Gram:
         values, size = self.eigvalsh(name), self.size if name is None else self.sizes[name]
         largest = float(values[-1]) if len(values) else 0.0
         return largest if len(values) == size else max(largest, 0.0)
+
+    def logdet(self, damping: float, name: str | None = None) -> float:
+        """``log det(H_O + damping·I)`` of the P × P matrix, or of a diagonal block, from its non-zero eigenvalues.
+
+        Raises :class:`~dagh.errors.SingularError` where it is not positive definite.
+        """
+        values, size = self.eigvalsh(name).double(), self.size if name is None else self.sizes[name]
+        if not damping > 0 or bool((values <= -damping).any()):
+            raise SingularError(f"H_O + {damping:g}·I is not positive definite: give a larger damping")
+        return size * math.log(damping) + float(torch.log1p(values / damping).sum())
 
     def rank(self, name: str | None = None) -> int:
         """How many eigenvalues are told from zero in the model's dtype: those of :meth:`eigvalsh`.

@@ -70,7 +70,8 @@ def hessian(
         blocks: ``"all"``, ``"diagonal"``, ``"module"`` (the parameters of each module against each other), or pairs of
             names (globs allowed). Nothing else is formed.
         reduction: ``"mean"``: the loss as PyTorch would average it (a module's own ``reduction``, a callable's own
-            value); ``"sum"`` over samples; ``"none"``: one Hessian per sample, blocks ``[N, p_a, p_b]``.
+            value); ``"sum"`` over samples and elements; ``"none"``: one Hessian per sample, blocks ``[N, p_a, p_b]``,
+            of the loss of a batch with that sample alone (in a mean over one sample, its class weight cancels).
         kinks: what to take where the Hessian does not exist: ``"torch"``, ``"left"``, ``"right"``, a slope, a dict or
             function of nodes; ``"direction"``, ``"mean"``, ``"min_norm"``, ``"min_norm_block"``, ``"box"``,
             ``"raise"``, or ``"enumerate"`` (the result is then a :class:`~dagh.LimitingSet`); see
@@ -302,7 +303,9 @@ def _matrices(wanted: tuple[str, ...], state: State, ready: Prepared, reduction:
     if wanted == ("full",):
         sums["outer"] = sums["functional"]
     assemble(state, request, plan, parts=sums, budget=budget)
+    aliases = {a: name for name, leaf in zip(request.names, request.leaves, strict=True) for a in leaf.names[1:]}
     info = {"loss": state.loss, "samples": state.samples, "method": graph.method, "coupled": state.coupled}
+    info |= {"aliases": aliases} if aliases else {}
     out: dict[str, BlockMatrix] = {}
     if wanted == ("full",):
         pieces = {"full": sums["functional"].finished()}

@@ -17,15 +17,16 @@ from dagh.errors import CaptureError, DaghError, DtypeError, ShapeError, first_l
 
 def normalize_inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """``inputs`` as positional and keyword arguments (keywords sorted)."""
+    batches = isinstance(inputs, list) and len(inputs) > 1 and all(isinstance(b, tuple) and len(b) == 2 for b in inputs)
     if isinstance(inputs, Tensor):
         return (inputs,), {}
     if isinstance(inputs, Mapping):
         return (), {k: inputs[k] for k in sorted(inputs)}
-    if isinstance(inputs, (tuple, list)):
+    if isinstance(inputs, (tuple, list)) and not batches:
         return tuple(inputs), {}
     advice = ""
-    if isinstance(inputs, torch.utils.data.DataLoader):
-        advice = "; dagh.operator takes a loader, and matrices of single batches can be added: (H1 + H2) * 0.5"
+    if batches or isinstance(inputs, torch.utils.data.DataLoader):
+        advice = " of batches; dagh.operator takes those, and what is found on single batches can be added, by samples"
     raise ShapeError(f"inputs must be a tensor, a tuple or a dict of tensors, not {type(inputs).__name__}{advice}")
 
 

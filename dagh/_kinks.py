@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from dagh._ir import Node
+from dagh._notebook import Shown
 from dagh._rules import rule_for
 from dagh._rules._switches import Switch
 from dagh.errors import ReductionError, UnknownNameError
@@ -123,7 +124,7 @@ class KinkRow:
 
 
 @dataclass(frozen=True)
-class KinkTable:
+class KinkTable(Shown):
     """Result of :meth:`dagh.State.kinks`, one :class:`KinkRow` per node with kinks."""
 
     rows: tuple[KinkRow, ...]

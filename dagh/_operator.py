@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dagh import _memory, _spectra
+from dagh import _krylov, _memory, _spectra
 from dagh._batches import Batches, as_batches
+from dagh._blocktables import unflatten
 from dagh._capture import batch_size
 from dagh._graph import Graph, trace
 from dagh._inputs import normalize_inputs
@@ -271,18 +272,11 @@ class HessianOperator:
     def __matmul__(self, v: Any) -> Any:
         """``H v``. Raises :class:`~dagh.errors.ShapeError`, or :class:`~dagh.errors.NonFiniteError` for NaN in v."""
         if isinstance(v, Mapping):
-            return self._product_of_dict(v)
+            return self.unflatten(self @ self.flatten(v))
         if isinstance(v, np.ndarray):
             found = self @ torch.from_numpy(np.ascontiguousarray(v)).to(device=self.device, dtype=self.dtype)
             return found.cpu().numpy()
-        if not isinstance(v, Tensor):
-            raise ShapeError(f"a direction must be a tensor, an array or a dict of tensors, not {type(v).__name__}")
-        if v.dim() not in (1, 2) or v.shape[0] != self.shape[0]:
-            raise ShapeError(
-                f"the direction has shape {tuple(v.shape)}; expected ({self.shape[0]},) or ({self.shape[0]}, k)"
-            )
-        if v.dtype.is_complex or not v.dtype.is_floating_point:
-            raise ShapeError(f"the direction is {str(v.dtype)[6:]}; expected {str(self.dtype)[6:]}")
+        self.check_direction(v)
         rows = v.detach().to(device=self.device, dtype=self.dtype)
         product = self._product(rows.T if v.dim() == 2 else rows.unsqueeze(0))
         return product.T if v.dim() == 2 else product[0]
@@ -295,7 +289,20 @@ class HessianOperator:
         """``H v``: the same as ``op @ v``."""
         return self @ v
 
-    def _product_of_dict(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def check_direction(self, v: Any) -> None:
+        """``ShapeError`` for what is no real vector ``[P]`` or matrix ``[P, k]``."""
+        if not isinstance(v, (Tensor, np.ndarray)):
+            raise ShapeError(f"a direction must be a tensor, an array or a dict of tensors, not {type(v).__name__}")
+        if v.ndim not in (1, 2) or v.shape[0] != self.shape[0]:
+            raise ShapeError(
+                f"the direction has shape {tuple(v.shape)}; expected ({self.shape[0]},) or ({self.shape[0]}, k)"
+            )
+        real = v.dtype.is_floating_point if isinstance(v, Tensor) else v.dtype.kind in "fiub"
+        if not real:
+            raise ShapeError(f"the direction is {str(v.dtype).removeprefix('torch.')}; expected {str(self.dtype)[6:]}")
+
+    def flatten(self, v: Mapping[str, Tensor]) -> Tensor:
+        """Tensors by parameter, ``[*shape]`` or ``[k, *shape]`` each, as a vector ``[P]`` or columns ``[P, k]``."""
         if set(v) != set(self.names):
             odd = sorted(set(v) ^ set(self.names))[0]
             raise ShapeError(f"the direction must name every parameter of the operator and no other; look at {odd!r}")
@@ -306,10 +313,12 @@ class HessianOperator:
             if v[name].shape[-len(shape) or len(v[name].shape) :] != shape or v[name].dim() > len(shape) + 1:
                 raise ShapeError(f"the direction of {name!r} has shape {tuple(v[name].shape)}, not {tuple(shape)}")
         lead = () if single == {True} else next(iter(v.values())).shape[:1]
-        flat = torch.cat([v[name].reshape(*(lead or (1,)), -1) for name in self.names], 1)
-        product = (self @ flat.T).T
-        parts = torch.split(product, list(self.sizes.values()), 1)
-        return {name: t.reshape(*lead, *self.shapes[name]) for name, t in zip(self.names, parts, strict=True)}
+        flat = torch.cat([v[name].reshape(*lead, -1) for name in self.names], -1)
+        return flat.T if lead else flat
+
+    def unflatten(self, v: Tensor) -> dict[str, Tensor]:
+        """A vector ``[P]``, or columns ``[P, k]``, by parameter: tensors ``[*shape]`` or ``[k, *shape]``."""
+        return unflatten(v, self.shapes)
 
     def _product(self, rows: Tensor) -> Tensor:
         """Products ``[k, P]`` with every row."""
@@ -342,9 +351,12 @@ class HessianOperator:
         for name, before in {**self._point, **self._buffers}.items():
             if name not in now or not torch.equal(now[name].detach(), before):
                 kind = "buffer" if name in self._buffers else "parameter"
+                kept = (
+                    "are not kept (cache=False)" if self._options["cache"] is False else "do not fit the memory budget"
+                )
                 raise DataError(
-                    f"{kind} {name!r} has changed since the operator was made, and its linearizations do not fit "
-                    "memory; call op.update(), or raise memory_budget"
+                    f"{kind} {name!r} has changed since the operator was made, and its linearizations {kept}; "
+                    "call op.update()"
                 )
         for inputs, targets in self._shown("a product over"):
             yield self._linearize(self._evaluate(inputs, targets))
@@ -368,6 +380,7 @@ class HessianOperator:
             f"{self.batches} {'piece' if self.batches == 1 else 'pieces'}, {held}, {str(self.dtype)[6:]})"
         )
 
+    solve = _krylov.solve
     eigsh = _spectra.eigsh
     trace = _spectra.trace
     frobenius_norm = _spectra.frobenius_norm

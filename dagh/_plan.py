@@ -20,6 +20,7 @@ from dagh._costs import BEGINNING, PASS, SUSTAINED, WRITING, product_rate
 from dagh._footprint import APART, BASE, RESIDENT, RESIDENT_MOST, RESIDENT_ROWS, Alive
 from dagh._ir import Node, Program
 from dagh._memory import human
+from dagh._notebook import Shown
 from dagh._outer_plan import dense_rows, gathered_elements, gathered_rows, kept_rows, largest_product
 from dagh._plan_sweeps import Bridge, Column, Gate, Table
 from dagh._request import Pair, itemsize
@@ -36,7 +37,7 @@ FLOOR = 4 * 2**20
 
 
 @dataclass(repr=False)
-class Plan:
+class Plan(Shown):
     """How the requested blocks will be formed, and at what price; ``print(plan)`` explains it.
 
     Attributes:

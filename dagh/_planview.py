@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
+from dagh._fitted import FittedTable
 from dagh._memory import human
 from dagh._request import Pair, itemsize
 
@@ -22,10 +22,11 @@ _SHOWN = 30
 
 def render(plan: Plan) -> RenderableType:
     """Totals, sweeps, what fell back, blocks."""
-    sweeps = Table(
+    sweeps = FittedTable(
         title=", ".join(["Sweeps for H_F"] * bool(plan.columns) + ["Strips of H_O and H_F"] * bool(plan.strips)),
         title_justify="left",
         box=SIMPLE,
+        spare=("rows", "largest", "at once", "basis", "MFLOP"),
     )
     sweeps.add_column("columns of", no_wrap=True, overflow="ellipsis", max_width=17)
     for name, width in (("basis", 10), ("width", 5), ("at once", 7), ("rows", 4), ("MFLOP", 6), ("largest", 9)):
@@ -34,8 +35,8 @@ def render(plan: Plan) -> RenderableType:
         sweeps.add_row(*_sweep_row(plan, c))
     for s in plan.strips:
         sweeps.add_row(*_strip_row(plan, s))
-    blocks = Table(title="Blocks", title_justify="left", box=SIMPLE)
-    blocks.add_column("block", no_wrap=True, overflow="ellipsis", max_width=24)
+    blocks = FittedTable(title="Blocks", title_justify="left", box=SIMPLE, spare=("parts", "route"))
+    blocks.add_column("block", no_wrap=True, overflow="ellipsis", min_width=19, max_width=24)
     blocks.add_column("parts", no_wrap=True, min_width=7)
     blocks.add_column("route", no_wrap=True, overflow="ellipsis", max_width=19)
     blocks.add_column("held", justify="right", no_wrap=True, min_width=14)

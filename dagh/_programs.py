@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from dagh._ir import Node, Program, same_program
 from dagh._marks import Watch
 from dagh._outputs import choose_output, output_paths
 from dagh._state import as_policy, evaluate_program
-from dagh.errors import CaptureError, CoupledSamplesError, ShapeError, first_line
+from dagh.errors import CaptureError, CoupledSamplesError, ShapeError, UnknownNameError, first_line
 
 Mode = Literal["eval", "train"]
 
@@ -150,6 +151,34 @@ class Programs:
         if self.coupled:
             self.method = captured.method
         return captured
+
+    def at(self, values: Mapping[str, Tensor]) -> Self:
+        """The same graph on a copy of the model in which the parameters named have these values; nothing is traced.
+
+        The others keep theirs. Takes the place of a model in every function; the model itself is not touched, and
+        plans are shared.
+
+        Raises :class:`~dagh.errors.UnknownNameError` for a name that is no parameter, :class:`~dagh.errors.ShapeError`
+        for a tensor of another shape, :class:`~dagh.errors.CaptureError` where the model cannot be copied.
+        """
+        self._follow()
+        own = dict(self.model.named_parameters(remove_duplicate=False))
+        first = {name: names[0] for names in self.parameter_names for name in names}
+        moved = {}
+        for name, value in values.items():
+            if name not in first:
+                raise UnknownNameError.of("parameter", name, first)
+            if not isinstance(value, Tensor) or value.shape != own[name].shape:
+                shown = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ShapeError(f"the value of {name!r} is {shown}; expected a tensor {tuple(own[name].shape)}")
+            moved[first[name]] = value.detach()
+        model = _elsewhere.twin(self.model, moved)
+        if model is None:
+            raise CaptureError("the model cannot be copied (copy.deepcopy fails): load the values into the model")
+        graph = object.__new__(type(self))
+        own_state = {name: dict(getattr(self, name)) for name in ("_programs", "_captured")}
+        graph.__dict__ |= self.__dict__ | own_state | {"model": model, "_losses": {}, "_watch": Watch(model)}
+        return graph
 
     def _program(self, batch: int) -> Program:
         """The program of a batch of this size (1: one sample)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -48,6 +48,10 @@ def _listed(option: str, value: Any) -> list[str]:
     """Names and globs as a list."""
     if value is None:
         return []
+    if isinstance(value, Mapping):
+        raise ReductionError(
+            f"{option} is a dict: it takes names. For other values of parameters, give graph.at(values) as the model"
+        )
     names = [value] if isinstance(value, str) else value
     if isinstance(names, torch.Tensor) or not isinstance(names, Iterable):
         raise ReductionError(f"{option} is a {type(value).__name__}: expected a name or a list of names")

@@ -172,13 +172,24 @@ def test_a_newton_step_solves_a_quadratic() -> None:
 def test_singular_is_refused(dtype: torch.dtype, rank: int) -> None:
     a = rand(10, rank, seed=5).to(dtype)
     matrix, _ = matrix_of(a @ a.T)
-    with pytest.raises(SingularError, match="H is singular to rounding; give a damping"):
+    with pytest.raises(SingularError, match=r"H is singular to rounding in float\d\d \(.*\); give a damping"):
         matrix.solve(torch.ones(10, dtype=dtype))
     with pytest.raises(SingularError, match="H is not positive definite"):
         matrix.logdet()
     assert bool(torch.isfinite(matrix.logdet(damping=1.0)))
     x = matrix.solve(torch.ones(10, dtype=dtype), damping=1.0)
     torch.testing.assert_close(matrix @ x + x, torch.ones(10, dtype=dtype), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("damping", [1e-5, 1e-4])
+def test_float32_systems_keep_the_digits_that_the_blocks_have(damping: float) -> None:
+    a = rand(10, 4, seed=5)
+    matrix, dense = matrix_of((a @ a.T).float())
+    exact = dense.double() + damping * torch.eye(10, dtype=F64)
+    assert 1e5 < float(torch.linalg.cond(exact)) < 1e7
+    v = dense @ torch.ones(10)
+    torch.testing.assert_close(matrix.solve(v, damping=damping).double(), torch.linalg.solve(exact, v.double()))
+    torch.testing.assert_close(matrix.logdet(damping=damping), torch.logdet(exact))
 
 
 def test_an_indefinite_matrix_has_no_logdet() -> None:
@@ -221,10 +232,11 @@ def test_shapes_and_missing_blocks() -> None:
 
 
 def test_the_budget_is_that_of_the_largest_group() -> None:
-    needed = 2 * 10 * 10 * 8
+    needed = 3 * 10 * 10 * 8  # the matrix, and two of its size for the factors
     matrix, _ = matrix_of(symmetric(definite=True), memory_budget=needed - 1)
     v = torch.ones(10, dtype=F64)
-    for call in (lambda: matrix.solve(v), matrix.logdet, matrix.eigvalsh):
+    eigenvalues = matrix_of(symmetric(definite=True), memory_budget=2 * 10 * 10 * 8 - 1)[0].eigvalsh
+    for call in (lambda: matrix.solve(v), matrix.logdet, eigenvalues):
         with pytest.raises(MemoryBudgetError, match=r"H\.block_diagonal\(\)"):
             call()
     apart = matrix.block_diagonal()

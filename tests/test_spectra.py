@@ -279,7 +279,14 @@ def build():
 """
 
 
-def test_the_command(tmp_path: Path) -> None:
+def _estimated(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The parts of the report where a diagonal would be too much work."""
+    with monkeypatch.context() as patched:
+        patched.setattr("dagh._cli._spectrum._AFFORDABLE", 0)
+        return json.loads(CliRunner().invoke(cli, [*arguments, "--format", "json"]).output)["parts"]
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model.py").write_text(MODEL)
     run = CliRunner().invoke
     arguments = ["spectrum", f"{tmp_path}/model.py:build", "--k", "2", "--batch", "16", "--density"]
@@ -291,6 +298,14 @@ def test_the_command(tmp_path: Path) -> None:
     assert full["largest"][0] >= full["largest"][1] and full["smallest"][0] <= full["smallest"][1]
     assert found["parts"]["outer"]["smallest"] == []
     assert sum(full["histogram"]) == pytest.approx(1, abs=1e-6)
+    estimates = _estimated(arguments, monkeypatch)
+    for part, shown in found["parts"].items():
+        assert (shown["trace"]["method"], shown["trace"]["error"]) == ("exact", 0)
+        estimate = estimates[part]["trace"]
+        assert estimate["method"] == "xtrace" and estimate["products"] > 0
+        assert shown["trace"]["value"] == pytest.approx(estimate["value"], abs=5 * estimate["error"] + 1e-9)
+    parts = [found["parts"][part]["trace"]["value"] for part in ("full", "outer", "functional")]
+    assert parts[0] == pytest.approx(parts[1] + parts[2], abs=1e-12) and parts[1] > 0.01
     result = run(cli, arguments)
     assert result.exit_code == 0 and max(map(len, result.output.splitlines())) <= 80
     for text in ("H_F", "largest", "≥ 0", "±", "logarithmic"):

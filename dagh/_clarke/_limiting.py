@@ -23,6 +23,7 @@ from dagh._clarke._policy import AtKinks, direction_of
 from dagh._clarke._search import Search
 from dagh._clarke._sites import Sites, find_sites, forced, loss_jump
 from dagh._ir import Node
+from dagh._notebook import Shown
 from dagh._state import State
 from dagh.errors import KinkError, MemoryBudgetError
 
@@ -61,7 +62,7 @@ class Limiting:
 
 
 @dataclass(frozen=True, eq=False)
-class LimitingSet:
+class LimitingSet(Shown):
     """All limiting Hessians found at a point, one per realizable pattern; a sequence of :class:`Limiting`.
 
     ``certainty`` is ``"exact"``; ``"first_order"`` (a pattern that only occurs in a cusp may be missing);

@@ -19,6 +19,7 @@ from dagh._clarke._policy import AtKinks
 from dagh._clarke._sites import Site, loss_jump
 from dagh._graph import Graph, trace
 from dagh._hessian import _matrices
+from dagh._notebook import Shown
 from dagh._objectives import Reduction
 from dagh._planner import make_plan
 from dagh._prepare import Names, Prepared
@@ -82,7 +83,7 @@ class BoxRow:
 
 
 @dataclass(frozen=True, repr=False)
-class KinkReport:
+class KinkReport(Shown):
     """What meets at a point, and how near everything else is to a kink; printed in full by ``rich.print`` or ``str``.
 
     Attributes:

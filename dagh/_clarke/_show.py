@@ -11,6 +11,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from dagh._fitted import FittedTable
+
 if TYPE_CHECKING:
     from dagh._clarke._report import KinkReport
 
@@ -116,10 +118,12 @@ def _patterns(report: KinkReport) -> Table:
 
 
 def _nodes(report: KinkReport) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    near = f"≤ {report.tol:g}"
+    spare = ("module", near, "in x", "elements", "in θ")
+    table = FittedTable(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, spare=spare)
     table.add_column("node", overflow="ellipsis", no_wrap=True)
     table.add_column("module", overflow="ellipsis", no_wrap=True, style="dim")
-    for head in ("elements", "ties", "matter", f"≤ {report.tol:g}", "margin", "in θ", "in x"):
+    for head in ("elements", "ties", "matter", near, "margin", "in θ", "in x"):
         table.add_column(head, justify="right", no_wrap=True)
     for n in report.nodes:
         style = "bold yellow" if n.live else ""

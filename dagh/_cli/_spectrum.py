@@ -15,14 +15,19 @@ from rich.text import Text
 from dagh._cli import _output
 from dagh._cli._data import InputSpec
 from dagh._cli._opened import FORM, MANNER, MEMORY_BUDGET, RESULT, TARGET, WEIGHTS, explained, opened
+from dagh._diagonal import diagonal
+from dagh._graph import Graph
+from dagh._hessian import plan
 from dagh._operator import HessianOperator, operator
 from dagh._spectra import Estimate, SpectralDensity
-from dagh.errors import ReductionError
+from dagh.errors import KinkError, MemoryBudgetError, ReductionError
 
 _LABELS = {"full": "H", "outer": "H_O", "functional": "H_F"}
 _BARS = " ▁▂▃▄▅▆▇█"
 _BINS = 48
 _PROBES, _STEPS = 8, 60
+#: Flops of a diagonal, a few seconds of two cores.
+_AFFORDABLE = 2e11
 
 
 @click.command()
@@ -43,8 +48,8 @@ _PROBES, _STEPS = 8, 60
 def spectrum(target: str, show_traceback: bool, form: str, out: Path | None, **options: Any) -> None:
     """Largest and smallest eigenvalues of the Hessian of the model in FILE, trace, norm and density.
 
-    Nothing of the size of the matrix is formed. Traces, norms and densities are estimates from random directions,
-    printed with their standard errors.
+    Nothing of the size of the matrix is formed. Traces are exact where the diagonal takes seconds at most; they are
+    else estimates from random directions, as norms and densities are, with their standard errors.
     """
     with explained(show_traceback):
         found = _run(target, **options)
@@ -74,7 +79,23 @@ def _run(
             found |= {"P": op.shape[0], "samples": op.samples, "value": op.loss, "dtype": str(op.dtype)[6:]}
             at.steps.start(f"spectrum of {_LABELS[part]}")
             found["parts"][part] = _spectrum(op, min(k, op.shape[0]), density, seed)
+            at.steps.start(f"trace of {_LABELS[part]}")
+            trace = _trace(at.graph, loss, at.batch.inputs, targets, part, memory_budget)
+            found["parts"][part]["trace"] = _plain(op.trace(seed=seed) if trace is None else trace)
     return found
+
+
+def _trace(graph: Graph, loss: str, inputs: Any, targets: Any, part: Any, memory_budget: int | None) -> Estimate | None:
+    """The exact trace, None where the diagonal takes too much work or memory."""
+    try:
+        work = plan(graph, loss, inputs, targets, part=part, blocks="entries", memory_budget=memory_budget)
+        if work.flops > _AFFORDABLE:
+            return None
+        entries = diagonal(graph, loss, inputs, targets, part=part, memory_budget=memory_budget)
+    except (MemoryBudgetError, KinkError):
+        return None
+    total = sum(float(t.double().sum()) for t in entries.values())
+    return Estimate(total, 0.0, "exact", 0)
 
 
 def _spectrum(op: HessianOperator, k: int, density: bool, seed: int) -> dict[str, Any]:
@@ -86,7 +107,6 @@ def _spectrum(op: HessianOperator, k: int, density: bool, seed: int) -> dict[str
         "largest": ends["LA"].values.flip(0).tolist(),
         "smallest": ends["SA"].values.tolist() if "SA" in ends else [],
         "residual": max(float(e.residuals.max()) for e in ends.values()),
-        "trace": _plain(op.trace(seed=seed)),
         "frobenius": _plain(op.frobenius_norm(seed=seed)),
     }
     if density:
