@@ -241,7 +241,7 @@ class BlockMatrix:
         may lead with N, and the result leads with N. Raises ``ShapeError``, ``DtypeError``,
         ``UnknownNameError`` or ``BlockNotComputedError``.
         """
-        return multiply(self, v) if isinstance(v, Vector) else NotImplemented
+        return multiply(self, v) if isinstance(v, (Tensor, Mapping, np.ndarray)) else NotImplemented
 
     def solve(self, v: Vector, *, damping: float = 0.0) -> Any:
         """``(H + damping·I)⁻¹ v`` for a vector, matrix or dict as in ``H @ v``; the result is of the same kind.

@@ -107,7 +107,7 @@ def unflatten(v: Tensor, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tenso
         shown = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
         raise ShapeError(f"v is {shown}; expected a tensor ({size},) or ({size}, k)")
     parts = torch.split(v, [prod(shape) for shape in shapes.values()])
-    return {n: p.T.reshape(*v.shape[1:], *shape) for (n, shape), p in zip(shapes.items(), parts, strict=True)}
+    return {n: p.movedim(0, -1).reshape(*v.shape[1:], *shape) for (n, shape), p in zip(shapes.items(), parts, strict=True)}
 
 
 class NormTable(Shown):

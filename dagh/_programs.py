@@ -176,8 +176,10 @@ class Programs:
         if model is None:
             raise CaptureError("the model cannot be copied (copy.deepcopy fails): load the values into the model")
         graph = object.__new__(type(self))
-        own_state = {name: dict(getattr(self, name)) for name in ("_programs", "_captured")}
-        graph.__dict__ |= self.__dict__ | own_state | {"model": model, "_losses": {}, "_watch": Watch(model)}
+        graph.__dict__ |= self.__dict__ | {
+            "model": model,
+            "_watch": Watch(model),
+        }  # tracing again makes programs of its own
         return graph
 
     def _program(self, batch: int) -> Program:
