@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ def lower_model(
     captured: _capture.Captured,
     batch: int,
     example: tuple[tuple[Any, ...], dict[str, Any]],
+    rows: Collection[int],
     *,
     mode: str,
     dropout_seed: int | None,
@@ -32,10 +34,10 @@ def lower_model(
 ) -> tuple[Program, str]:
     """The program of a batch of this size, and the name of the output it ends in.
 
-    Tied parameters become one leaf; buffers are read from the model at every evaluation.
+    ``rows``: positions of the inputs that carry the samples along axis 0. Tied parameters become one leaf; buffers are
+    read from the model at every evaluation.
     """
     args, kwargs = example
-    n = _capture.batch_size(args, kwargs)
     tied = parameter_names(model)
     flat, _ = pytree.tree_flatten((args, kwargs))
     named = dict(model.named_parameters(remove_duplicate=False))
@@ -65,9 +67,8 @@ def lower_model(
                 if not isinstance(x, Tensor):
                     supplied.append(x)
                     continue
-                per_batch = x.dim() > 0 and x.shape[0] == n
-                sample = resize(x, batch) if per_batch else x
-                node = builder.leaf(labels[what], "input", sample, batched=per_batch and per_sample)
+                sample = resize(x, batch) if what in rows else x
+                node = builder.leaf(labels[what], "input", sample, batched=what in rows and per_sample)
                 node.names = (str(what),)
                 inputs.append(node)
                 supplied.append(node)
@@ -114,8 +115,7 @@ def leaf_values(
             leaves[node] = value.unsqueeze(0)
         elif node.kind == "input":
             x = flat[int(node.names[0])].detach()
-            shared = not (x.dim() and x.shape[0] == n)
-            leaves[node] = x.unsqueeze(0) if coupled or shared else x.unsqueeze(1)
+            leaves[node] = x.unsqueeze(1) if node.batched and not coupled else x.unsqueeze(0)
     return leaves
 
 

@@ -18,6 +18,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from dagh._decompose import decompositions, settled, write_out_in_place, write_out_no_grad
+from dagh._interrupts import interrupted
+from dagh._marks import FLAT_WEIGHTS
 from dagh._outputs import as_dicts, output_paths, spec_paths
 from dagh._reading import ReadValues, StandIns
 from dagh._rules._over_samples import usual
@@ -115,7 +117,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """
     held = [(m, n, b) for m in model.modules() for n, b in m._buffers.items() if b is not None]
     copies = {id(b): b.detach().clone() for _, _, b in held}
-    with torch.random.fork_rng(devices=_cuda_devices(model)):
+    with _own_flat_weights(model), torch.random.fork_rng(devices=_cuda_devices(model)):
         try:
             for m, n, b in held:
                 m._buffers[n] = copies[id(b)]
@@ -123,6 +125,22 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         finally:
             for m, n, b in held:
                 m._buffers[n] = b
+
+
+@contextlib.contextmanager
+def _own_flat_weights(model: nn.Module) -> Iterator[None]:
+    """Put back the lists in which recurrent layers keep their parameters a second time.
+
+    A layer renews them when it finds other tensors under its names, such as those that stand in while it is traced.
+    """
+    layers = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
+    held = [(m, n, vars(m)[n], list(vars(m)[n])) for m in layers for n in FLAT_WEIGHTS if n in vars(m)]
+    try:
+        yield
+    finally:
+        for m, n, flat, entries in held:
+            flat[:] = entries
+            vars(m)[n] = flat
 
 
 def _cuda_devices(model: nn.Module) -> list[torch.device]:
@@ -174,6 +192,8 @@ def capture(
             except DaghError:
                 raise
             except Exception as error:  # torch.export raises a zoo of types
+                if interrupted(error):
+                    raise
                 failures.append(f"{method}: {type(error).__name__}: {first_line(error)}")
                 continue
             captured.method = method
@@ -296,8 +316,6 @@ def _from_program(program: Any) -> Captured:
 
 def _make_fx(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
     """Trace the calls that the model really makes on these values (control flow as taken)."""
-    from torch.fx.experimental.proxy_tensor import make_fx
-
     params = dict(model.named_parameters(remove_duplicate=True))
     buffers = dict(model.named_buffers(remove_duplicate=True))
     flat, spec = pytree.tree_flatten((args, kwargs))
@@ -315,17 +333,9 @@ def _make_fx(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         out_spec[:] = [tree]
         return leaves
 
-    functional = torch.func.functionalize(run)
-
-    def concrete(*inputs: Any) -> Any:
-        with ReadValues():
-            return functional(*inputs)
-
     values = [*params.values(), *(b.clone() for b in buffers.values())]
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        traced = make_fx(concrete, decomposition_table=decompositions(), tracing_mode="real")(
-            values, *(flat[i] for i in positions)
-        )
+        traced = _trace_values(run, [values, *(flat[i] for i in positions)])
     leaves: list[tuple[str, Any]] = [("parameter", n) for n in params]
     leaves += [("buffer", n) for n in buffers]
     leaves += [("input", i) for i in positions]
@@ -341,10 +351,6 @@ def trace_function(function: Callable[..., Any], tensors: Sequence[Tensor]) -> f
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    def concrete(*inputs: Tensor) -> Any:
-        with ReadValues():
-            return torch.func.functionalize(function)(*inputs)
-
     table = decompositions()
     with quiet(), StandIns(), torch.enable_grad():
         try:
@@ -357,8 +363,36 @@ def trace_function(function: Callable[..., Any], tensors: Sequence[Tensor]) -> f
             raise
         except Exception:  # of any type: PyTorch's tracer
             pass
-        traced = make_fx(concrete, decomposition_table=table, tracing_mode="real")(*tensors)
+        return _trace_values(function, tensors)
+
+
+def _trace_values(function: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule:
+    """The graph of ``function`` as these values decide, without changes in place."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def trace(f: Callable[..., Any]) -> fx.GraphModule:
+        def concrete(*args: Any) -> Any:
+            with ReadValues():
+                return torch.func.functionalize(f)(*args)
+
+        traced: fx.GraphModule = make_fx(concrete, decomposition_table=decompositions(), tracing_mode="real")(*inputs)
+        return traced
+
+    traced = _without_writing_back(trace(function))
+    if any(_changes(node.target) for node in traced.graph.nodes):
+        # Composite operations are taken apart only below ``functionalize``, and some (cells) change what they made.
+        traced = _without_writing_back(trace(traced))
     return traced
+
+
+def _without_writing_back(module: fx.GraphModule) -> fx.GraphModule:
+    """A functionalized graph that leaves its arguments, such as a model's buffers, as they were."""
+    for node in list(module.graph.nodes):
+        if node.target is aten.copy_.default and node.args[0].op == "placeholder":
+            node.replace_all_uses_with(node.args[1])
+            module.graph.erase_node(node)
+    module.recompile()
+    return module
 
 
 def _changes(target: Any) -> bool:

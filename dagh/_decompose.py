@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from dagh import _written_out
 from dagh._lowering import understands
+from dagh._packed import PLAIN
 
 aten = torch.ops.aten
 
@@ -21,10 +22,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     """Recurrent layers unrolled, and kernels without a double backward written out."""
     from torch._decomp import get_decompositions
 
-    names = ["lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input"]
-    ops = [getattr(getattr(aten, n.split(".")[0]), n.split(".")[1]) for n in names]
     cells = [aten.lstm_cell.default, aten.gru_cell.default, aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default]
-    table = dict(get_decompositions(ops))
+    table: dict[Any, Callable[..., Any]] = {getattr(aten, name).input: layers for name, layers in PLAIN.items()}
     defaults = torch.export.default_decompositions()
     for cell in cells:
         if cell in defaults:

@@ -7,7 +7,7 @@ vanish: interactions between samples, or a backward pass that is not the derivat
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dagh import _capture, _inputs
+from dagh import _capture, _inputs, _layout
 from dagh._binding import leaf_values
+from dagh._interrupts import interrupted
 from dagh._ir import Node, Program
 from dagh._state import as_policy, evaluate_program
 from dagh.errors import DaghError
@@ -51,16 +52,21 @@ def twin(model: nn.Module, parameters: dict[str, Tensor]) -> nn.Module | None:
                     p.copy_(parameters[name])
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # whatever the user's modules hold
+    except Exception as error:  # whatever the user's modules hold
+        if interrupted(error):
+            raise
         return None
     return copied
 
 
-def few(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def few(args: tuple[Any, ...], kwargs: dict[str, Any], rows: Collection[int]) -> _layout.Arguments:
     """The first samples of a batch."""
-    n = _capture.batch_size(args, kwargs)
-    found: tuple[tuple[Any, ...], dict[str, Any]] = _capture.some_samples((args, kwargs), n, slice(_SAMPLES))
-    return found
+    return _layout.cut(args, kwargs, rows, slice(_SAMPLES))
+
+
+def singles(args: tuple[Any, ...], kwargs: dict[str, Any], rows: Collection[int]) -> Iterator[_layout.Arguments]:
+    """The samples of a batch one by one."""
+    return (_layout.cut(args, kwargs, rows, slice(k, k + 1)) for k in range(_capture.batch_size(args, kwargs)))
 
 
 def program_values(
@@ -70,10 +76,16 @@ def program_values(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     coupled: bool,
+    wide: bool = False,
 ) -> dict[Node, Tensor] | None:
-    """Values of the model's nodes at other parameters, with PyTorch's own choices at kinks; ``None``: not defined."""
+    """Values of the model's nodes at other parameters, with PyTorch's own choices at kinks; ``None``: not defined.
+
+    ``wide``: computed in double precision.
+    """
     leaves = leaf_values(model, program, args, kwargs, coupled)
     leaves.update({program.parameters[n]: p.unsqueeze(0) for n, p in parameters.items() if n in program.parameters})
+    if wide:
+        leaves = _doubled(leaves)
     try:
         with torch.no_grad():
             values = evaluate_program(program, leaves, as_policy("torch"), program.ancestors([program.output]))
@@ -100,33 +112,96 @@ def with_output(
         return None
 
 
-def coupled_elsewhere(
-    model: nn.Module, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], mode: str, pick: Any
-) -> bool:
-    """Whether at other parameters the model's output on a batch is not its outputs on single samples.
+def reproduced(
+    model: nn.Module,
+    program: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    mode: str,
+    pick: Any,
+    coupled: bool = False,
+) -> bool | None:
+    """Whether a program is the model at other parameters, too; ``None`` where one of the two is not defined there.
 
-    A graph that disagrees there because the model took another branch says nothing; the model itself then decides.
+    In double precision where both can be had in it: in single precision a difference may be lost among rounding.
     """
-    args, kwargs = few(args, kwargs)
-    n, parameters = _capture.batch_size(args, kwargs), moved_parameters(model)
-    values = program_values(model, program, parameters, args, kwargs, False)
+    single = any(node.dtype == torch.float32 for node in program)
+    for wide in (True, False) if single else (False,):
+        found = _reproduced(model, program, args, kwargs, mode, pick, coupled, wide)
+        if found is not None:
+            return found
+    return None
+
+
+def _reproduced(
+    model: nn.Module,
+    program: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    mode: str,
+    pick: Any,
+    coupled: bool,
+    wide: bool,
+) -> bool | None:
+    parameters, n, narrow = moved_parameters(model), _capture.batch_size(args, kwargs), _Narrow()  # type: ignore[no-untyped-call]
+    values = program_values(model, program, parameters, args, kwargs, coupled, wide)
     other = None if values is None else twin(model, parameters)
     if values is None or other is None:
+        return None
+    if wide:
+        other, (args, kwargs) = other.double(), _doubled((args, kwargs))
+    with _capture.in_mode(other, mode), torch.no_grad(), narrow:
+        try:
+            whole = _run(other, pick, args, kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # the user's code may raise anything at parameters that are not its own
+            if interrupted(error):
+                raise
+            return None
+    if not bool(torch.isfinite(whole).all()):
+        return None
+    precision = torch.float32 if narrow.seen else torch.float64
+    wanted, rows = (whole.unsqueeze(0), 1) if coupled else (whole, n)
+    return _inputs.same_output(values[program.output], wanted, rows, precision)
+
+
+def apart_elsewhere(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Collection[int], mode: str, pick: Any
+) -> bool:
+    """Whether at other parameters the model's output on a batch is not its outputs on single samples."""
+    other = twin(model, moved_parameters(model))
+    if other is None:
         return False
     with _capture.in_mode(other, mode), torch.no_grad():
         try:
             whole = _run(other, pick, args, kwargs)
-        except Exception:  # the user's code may raise anything at parameters that are not its own
-            return False
-        if not bool(torch.isfinite(whole).all()) or _inputs.same_output(
-            values[program.output], whole, n, program.precision
-        ):
+        except Exception as error:  # the user's code may raise anything at parameters that are not its own
+            if interrupted(error):
+                raise
             return False
         try:
-            each = [_run(other, pick, *one) for one in _singles(args, kwargs, n)]
-            return not _inputs.close(torch.cat(each), whole, program.precision)
-        except Exception:  # a batch of one is refused: Batch-Norm in training mode
+            each = _joined([_run(other, pick, *one) for one in singles(args, kwargs, rows)], whole)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a batch of one is refused: Batch-Norm in training mode
+            if interrupted(error):
+                raise
             return True
+    return each is None or not _inputs.close(each, whole, whole.dtype)
+
+
+def _joined(each: list[Tensor], whole: Tensor) -> Tensor | None:
+    """Outputs of single samples as the one of their batch is laid out, also where ``squeeze`` took the axis of samples;
+    ``None``: of another size.
+    """
+    together = torch.cat([out.reshape(-1) for out in each])
+    return together.reshape(whole.shape) if together.numel() == whole.numel() else None
+
+
+def _doubled(tensors: Any) -> Any:
+    wide = lambda x: x.double() if isinstance(x, Tensor) and x.dtype.is_floating_point else x  # noqa: E731
+    return pytree.tree_map(wide, tensors)
 
 
 #: Differences that rounding does not make, beside the largest output: in double precision; where single precision has
@@ -147,39 +222,40 @@ class _Narrow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
 
-def coupled_in_double(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: str, pick: Any) -> bool:
+def coupled_in_double(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Collection[int], mode: str, pick: Any
+) -> bool:
     """Whether a copy of the model in double precision computes something else on a batch than on single samples.
 
     In single precision an interaction far smaller than the output is lost among its rounding.
     """
-    args, kwargs = few(args, kwargs)
-    n, parameters = _capture.batch_size(args, kwargs), moved_parameters(model)
-    other, narrow = twin(model, parameters), _Narrow()  # type: ignore[no-untyped-call]
+    args, kwargs = _doubled(few(args, kwargs, rows))
+    other, narrow = twin(model, moved_parameters(model)), _Narrow()  # type: ignore[no-untyped-call]
     if other is None:
         return False
     other = other.double()
     try:
-        args, kwargs = pytree.tree_map(
-            lambda x: x.double() if isinstance(x, Tensor) and x.dtype.is_floating_point else x, (args, kwargs)
-        )
         with _capture.in_mode(other, mode), torch.no_grad():
             with narrow:
                 whole = _run(other, pick, args, kwargs)
             if not bool(torch.isfinite(whole).all()):
                 return False
             try:
-                each = [_run(other, pick, *one) for one in _singles(args, kwargs, n)]
+                together = _joined([_run(other, pick, *one) for one in singles(args, kwargs, rows)], whole)
             except torch.OutOfMemoryError:
                 raise
-            except Exception:  # a batch of one is refused: Batch-Norm in training mode
+            except Exception as error:  # a batch of one is refused: Batch-Norm in training mode
+                if interrupted(error):
+                    raise
                 return True
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # a type written down in the model, or what the user's code may raise elsewhere
+    except Exception as error:  # a type written down in the model, or what the user's code may raise elsewhere
+        if interrupted(error):
+            raise
         return False
     tolerance = _MIXED if narrow.seen else _EXACT
-    together = torch.cat(each) if whole.dim() else torch.stack(each)
-    if together.shape != whole.shape:
+    if together is None:
         return True
     return bool((together - whole).abs().max() > tolerance * whole.abs().max()) if whole.numel() else False
 
@@ -191,12 +267,14 @@ def _run(model: nn.Module, pick: Any, args: tuple[Any, ...], kwargs: dict[str, A
     return output
 
 
-def _singles(args: tuple[Any, ...], kwargs: dict[str, Any], n: int) -> list[Any]:
-    return [_capture.some_samples((args, kwargs), n, slice(k, k + 1)) for k in range(n)]
-
-
 def curved_together(
-    model: nn.Module, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], mode: str, pick: Any
+    model: nn.Module,
+    program: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    rows: Collection[int],
+    mode: str,
+    pick: Any,
 ) -> bool:
     """Whether a model's second derivatives on a batch are not the sum of those on single samples.
 
@@ -204,7 +282,7 @@ def curved_together(
     """
     if not any(node.key.endswith("stop_gradient") for node in program):
         return False
-    args, kwargs = few(args, kwargs)
+    args, kwargs = few(args, kwargs, rows)
     n, parameters = _capture.batch_size(args, kwargs), moved_parameters(model)
     other, narrow = twin(model, parameters), _Narrow()  # type: ignore[no-untyped-call]
     if other is None or not _capture.recordable(other):
@@ -214,8 +292,8 @@ def curved_together(
 
     def product(window: slice, cotangent: Tensor | None) -> tuple[Tensor, Tensor]:
         """Output of some samples, and the second derivative of ``⟨cotangent, output⟩`` along the directions."""
-        out = _run(other, pick, *_capture.some_samples((args, kwargs), n, window))
-        weights = random_like(out.shape, out) if cotangent is None else cotangent[window]
+        out = _run(other, pick, *_layout.cut(args, kwargs, rows, window))
+        weights = random_like(out.shape, out) if cotangent is None else cotangent[window].reshape(out.shape)
         slopes = torch.autograd.grad(out, wanted, weights, create_graph=True, allow_unused=True)
         slope = sum((s * d).sum() for s, d in zip(slopes, directions, strict=True) if s is not None)
         if not isinstance(slope, Tensor) or not slope.requires_grad:
@@ -230,7 +308,9 @@ def curved_together(
             each = torch.stack([product(slice(k, k + 1), weights)[1] for k in range(n)])
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # not twice differentiable, not defined there, or no batch of one
+    except Exception as error:  # not twice differentiable, not defined there, or no batch of one
+        if interrupted(error):
+            raise
         return False
     size = torch.stack([whole.abs().max(), each.abs().max()]).max()
     tolerance = 1e-3 if narrow.seen else 1e-8

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dagh import _capture, _elsewhere, _inputs, _sweep
+from dagh._interrupts import interrupted
 from dagh._ir import Node, Program
 from dagh._objectives import Objective
 from dagh._referee import hand_written, hooks_noted, values_side_with
@@ -72,15 +73,17 @@ def check_elsewhere(
     kwargs: dict[str, Any],
     mode: str,
     pick: Pick,
-    coupled: bool,
+    rows: Collection[int] | None,
 ) -> float:
     """:func:`check_gradient` at other parameters and for another cotangent: at the present ones a gradient may vanish.
 
-    Where the model is not defined there, or takes another branch, nothing is said. Returns the length of the gradient
-    as a multiple of the cotangent's.
+    ``rows``: positions of the inputs that carry samples; ``None`` where these are coupled. Where the model is not
+    defined there, or takes another branch, nothing is said. Returns the length of the gradient as a multiple of the
+    cotangent's.
     """
-    if not coupled:
-        args, kwargs = _elsewhere.few(args, kwargs)
+    coupled = rows is None
+    if rows is not None:
+        args, kwargs = _elsewhere.few(args, kwargs, rows)
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     parameters = _elsewhere.moved_parameters(model)
     leaves = {n: program.parameters[n] for n in parameters if n in trainable and n in program.parameters}
@@ -100,15 +103,17 @@ def check_elsewhere(
         found = _autograd(twin, [own[k] for k in leaves], args, kwargs, mode, pick, cotangent)
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # the user's code may raise anything at parameters that are not its own
+    except Exception as error:  # the user's code may raise anything at parameters that are not its own
+        if interrupted(error):
+            raise
         return 0.0
     if found is None:
         return 0.0
     output, gradients, written = found
     if not _inputs.same_output(got, output.unsqueeze(0) if coupled else output, n, program.precision):
         return 0.0
-    rows = _sweep.pull_back(state, {program.output: cotangent.unsqueeze(1)}, list(leaves.values()))
-    ours = {k: rows[v][0, 0] if v in rows else torch.zeros_like(got.new_empty(v.shape)) for k, v in leaves.items()}
+    pulled = _sweep.pull_back(state, {program.output: cotangent.unsqueeze(1)}, list(leaves.values()))
+    ours = {k: pulled[v][0, 0] if v in pulled else torch.zeros_like(got.new_empty(v.shape)) for k, v in leaves.items()}
     theirs = dict(zip(leaves, gradients, strict=True))
     wrong = _worst(ours, theirs, 0.0, program.precision, _noise(cotangent, output))
     if wrong is not None:
@@ -175,7 +180,9 @@ def _loss_gradient(objective: Objective, output: Tensor, targets: Any) -> tuple[
             gradient = torch.autograd.grad(total.sum(), point, allow_unused=True)[0] if total.requires_grad else None
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # outside its domain the user's code may raise anything
+    except Exception as error:  # outside its domain the user's code may raise anything
+        if interrupted(error):
+            raise
         return None
     return float(total.detach().sum()), torch.zeros_like(output) if gradient is None else gradient
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +25,6 @@ from dagh.errors import (
     CaptureError,
     CoupledSamplesError,
     LossError,
-    NonDeterministicError,
     ReductionError,
     ShapeError,
 )
@@ -83,12 +83,13 @@ class Graph(Programs):
         self.dropout_seed = dropout_seed
         self._output = output
         self.output_name = ""
-        args, kwargs = _inputs.normalize_inputs(example_inputs)
+        args, kwargs = _inputs.normalize_inputs(example_inputs, model)
         if _capture.batch_size(args, kwargs) == 0:
             raise ShapeError("the batch is empty: give at least one sample")
         _inputs.check_tensors(model, args, kwargs)
         _inputs.warn_about_mode(model, mode)
         _inputs.check_runs(model, args, kwargs, mode)
+        self._kept = []
         self._capture_all(args, kwargs)
         self._watch = Watch(model)
         self.seconds = time.perf_counter() - started
@@ -101,6 +102,7 @@ class Graph(Programs):
     @_capture.one_at_a_time
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._kept = []
         self._capture_all(*self._example)
         self._watch = Watch(self.model)
 
@@ -202,16 +204,41 @@ class Graph(Programs):
         """:meth:`evaluate`, with values that share memory with the model's parameters and the inputs."""
         if reduction not in ("mean", "sum", "none"):
             raise ReductionError(f"reduction={reduction!r}: expected 'mean', 'sum' or 'none'")
-        args, kwargs = _inputs.normalize_inputs(inputs)
+        args, kwargs = _inputs.normalize_inputs(inputs, self.model)
         _inputs.check_tensors(self.model, args, kwargs)
-        _inputs.check_like(self._example, (args, kwargs))
         n = _capture.batch_size(args, kwargs)
         if n == 0:
             raise ShapeError("the batch is empty: give at least one sample")
         objective = _objectives.resolve(loss)
         policy = as_policy(kinks)
         self._follow()
+        self._turn_to(args, kwargs)
         self._look_again(args, kwargs)
+        evaluated = functools.partial(self._evaluated, objective, args, kwargs, targets, reduction, policy, wrt)
+        state = evaluated()
+        refusal = self._check_gradient(state, policy, args, kwargs)
+        if refusal is not None:
+            if self.coupled or n == 1 or reduction != "mean":
+                raise refusal
+            with self._or_as_before():  # one more time, however it comes out
+                self._whole(args, kwargs, "the gradient on a batch is not the sum over single samples")
+                state = evaluated()
+                if self._check_gradient(state, policy, args, kwargs) is not None:
+                    raise refusal
+        return policy.settle(state)
+
+    def _evaluated(
+        self,
+        objective: _objectives.Objective,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        targets: Any,
+        reduction: _objectives.Reduction,
+        policy: KinkPolicy,
+        wrt: Any,
+    ) -> State:
+        """:meth:`_evaluate` with the programs at hand, or others where they do not reproduce the model."""
+        n = _capture.batch_size(args, kwargs)
         output, known = self._verify(args, kwargs, n)
         # A model that lays its samples out in other rows (logits.view(-1, V)) is one sample to its loss.
         rows = output.shape[0] if output.dim() else 1
@@ -266,31 +293,28 @@ class Graph(Programs):
         state = State(
             program, values, weights.detach(), samples, policy, frozenset(sources), coupled, reduction == "none"
         )
-        fixed_masks = self.dropout_seed is not None and self.mode == "train"
         if not isinstance(objective.key, str) and not program.loss_checked:
             check_loss(objective, program, values, output, targets, samples, scale, coupled)
             program.loss_checked = True
-        if not self._gradient_checked and policy.choices is None and not fixed_masks:
-            before = dict(self.__dict__)
-            try:
-                self._check_gradient(state, args, kwargs)
-            except CaptureError as refusal:
-                if self.coupled or n == 1 or reduction != "mean":
-                    raise
-                self._whole(args, kwargs, "the gradient on a batch is not the sum over single samples")
-                try:
-                    return self._evaluate(loss, inputs, targets, reduction=reduction, kinks=kinks, wrt=wrt)
-                except CaptureError:
-                    self.__dict__.update(before)
-                    raise refusal from None
-        return policy.settle(state)
+        return state
 
-    def _check_gradient(self, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Compare the model's gradient with autograd's, once."""
+    def _check_gradient(
+        self, state: State, policy: KinkPolicy, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> CaptureError | None:
+        """Compare the model's gradient with autograd's, once; the refusal where they differ."""
+        fixed_masks = self.dropout_seed is not None and self.mode == "train"
+        if self._gradient_checked or policy.choices is not None or fixed_masks:
+            return None
         base = self._program(_capture.batch_size(args, kwargs) if self.coupled else 1)
-        gain = check_elsewhere(self.model, base, args, kwargs, self.mode, self._pick, self.coupled)
-        check_gradient(self.model, state, args, kwargs, self.mode, self._pick, gain)
+        try:
+            gain = check_elsewhere(
+                self.model, base, args, kwargs, self.mode, self._pick, None if self.coupled else self._rows
+            )
+            check_gradient(self.model, state, args, kwargs, self.mode, self._pick, gain)
+        except CaptureError as refusal:
+            return refusal
         self._gradient_checked = True
+        return None
 
     def _valued(
         self,
@@ -328,47 +352,6 @@ class Graph(Programs):
             ):
                 return program, values
         return None
-
-    def _verify(self, args: tuple[Any, ...], kwargs: dict[str, Any], n: int) -> tuple[Tensor, dict[Node, Tensor]]:
-        """The model's own output on these inputs, after checking that the program reproduces it; and its values."""
-        if self.dropout_seed is not None and self.mode == "train":
-            program = self._program(n if self.coupled else 1)
-            leaves = self._leaf_values(program, args, kwargs, self.coupled)
-            values = evaluate_program(program, leaves, as_policy("torch"), program.ancestors([program.output]))
-            out = values[program.output]
-            return (out[0] if self.coupled else out.flatten(0, 1)), values
-        output = self._pick(_capture.run_model(self.model, args, kwargs, self.mode))
-        if self.coupled:
-            self._require_batch(args, kwargs, n)
-        for attempt in range(2):
-            program = self._program(n if self.coupled else 1)
-            leaves = self._leaf_values(program, args, kwargs, self.coupled)
-            try:
-                with torch.no_grad():
-                    values = evaluate_program(program, leaves, as_policy("torch"), program.ancestors([program.output]))
-                got = values[program.output]
-                wanted, rows = (output.unsqueeze(0), 1) if self.coupled else (output, n)
-                if _inputs.same_output(got, wanted, rows, program.precision):
-                    return output, values
-                if not bool(torch.isfinite(got).all()):
-                    check_finite(program, values)
-            except ShapeError:
-                if self.coupled:
-                    raise
-            again = self._pick(_capture.run_model(self.model, args, kwargs, self.mode))
-            if not _inputs.close(output, again, program.precision):
-                raise NonDeterministicError(
-                    "two evaluations of the model on the same inputs differ; remove or seed its randomness"
-                )
-            if attempt == 0:
-                # The model has changed, or the traced branch does not fit these inputs: then the batch as it is.
-                self._capture_all(args, kwargs)
-                if not self.coupled and not self._agrees(args, kwargs)[0]:
-                    self._whole(args, kwargs, "the model takes another branch on some of these inputs")
-        raise NonDeterministicError(
-            "the traced graph does not reproduce the model on these inputs: its control flow depends on values in a "
-            "way that tracing cannot follow, or it changes in place a tensor that another name stands for, too"
-        )
 
     def _with_loss(
         self, objective: _objectives.Objective, output: Tensor, targets: Any, batch: int, n: int, *, fresh: bool

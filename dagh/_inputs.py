@@ -4,30 +4,43 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from dagh._capture import batch_size, run_model
+from dagh._interrupts import interrupted
 from dagh.errors import CaptureError, DaghError, DtypeError, ShapeError, first_line, user_level
 
 
-def normalize_inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """``inputs`` as positional and keyword arguments (keywords sorted)."""
+def normalize_inputs(inputs: Any, model: nn.Module | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``inputs`` as positional and keyword arguments.
+
+    Keywords come in the order of the model's signature, so that the first tensor is the one that it names first.
+    """
     batches = isinstance(inputs, list) and len(inputs) > 1 and all(isinstance(b, tuple) and len(b) == 2 for b in inputs)
-    if isinstance(inputs, Tensor):
+    if isinstance(inputs, (Tensor, PackedSequence)):  # which is a tuple of what it is made of
         return (inputs,), {}
     if isinstance(inputs, Mapping):
-        return (), {k: inputs[k] for k in sorted(inputs)}
+        return (), {k: inputs[k] for k in _in_order(inputs, model)}
     if isinstance(inputs, (tuple, list)) and not batches:
         return tuple(inputs), {}
     advice = ""
     if batches or isinstance(inputs, torch.utils.data.DataLoader):
         advice = " of batches; dagh.operator takes those, and what is found on single batches can be added, by samples"
     raise ShapeError(f"inputs must be a tensor, a tuple or a dict of tensors, not {type(inputs).__name__}{advice}")
+
+
+def _in_order(names: Iterable[str], model: nn.Module | None) -> list[str]:
+    """Names of keyword arguments as a model's signature has them, and others after those; as given without a model."""
+    if model is None:
+        return list(names)
+    known = {name: k for k, name in enumerate(inspect.signature(model.forward).parameters)}
+    return sorted(names, key=lambda name: (known.get(name, len(known)), name))
 
 
 def check_tensors(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -63,6 +76,7 @@ def warn_about_mode(model: nn.Module, mode: str) -> None:
         type(m).__name__
         for m in model.modules()
         if isinstance(m, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd))
+        or (isinstance(m, nn.RNNBase) and m.dropout > 0 and m.num_layers > 1)
     }
     if kinds:
         warnings.warn(
@@ -101,26 +115,28 @@ def resize(x: Tensor, batch: int) -> Tensor:
     return x[torch.arange(batch, device=x.device) % x.shape[0]]
 
 
-def probe_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def probe_batch(
+    args: tuple[Any, ...], kwargs: dict[str, Any], rows: Collection[int]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The example with at least three different samples, to reveal interactions between them."""
     n = batch_size(args, kwargs)
     if n >= 3:
         return args, kwargs
     generator = torch.Generator().manual_seed(0)
 
-    def vary(x: Any) -> Any:
-        if not (isinstance(x, Tensor) and x.dim() and x.shape[0] == n):
-            return x
-        rows = [x, *(x[:1] for _ in range(3 - n))]
-        for k in range(1, len(rows)):
+    def vary(x: Tensor) -> Tensor:
+        parts = [x, *(x[:1] for _ in range(3 - n))]
+        for k in range(1, len(parts)):
             if x.dtype.is_floating_point:
-                noise = torch.rand(rows[k].shape, generator=generator, dtype=torch.float64, device="cpu").to(x)
-                rows[k] = rows[k] * (0.5 + noise) + 0.1 * noise
+                noise = torch.rand(parts[k].shape, generator=generator, dtype=torch.float64, device="cpu").to(x)
+                parts[k] = parts[k] * (0.5 + noise) + 0.1 * noise
             elif x.dim() > 1:
-                rows[k] = rows[k].roll(k, -1)
-        return torch.cat(rows)
+                parts[k] = parts[k].roll(k, -1)
+        return torch.cat(parts)
 
-    result: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(vary, (args, kwargs))
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    varied = [vary(x) if i in rows else x for i, x in enumerate(leaves)]
+    result: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(varied, spec)
     return result
 
 
@@ -145,24 +161,6 @@ def close(a: Tensor, b: Tensor, precision: torch.dtype = torch.float64) -> bool:
     )
 
 
-def check_like(example: tuple[Any, Any], given: tuple[Any, Any]) -> None:
-    """Refuse inputs organized or shaped differently from the traced example; only axis 0 may change."""
-    if pytree.tree_flatten(given)[1] != pytree.tree_flatten(example)[1]:
-        raise ShapeError("the inputs are organized differently from the traced example (number, names or nesting)")
-    n_old, n_new = batch_size(*example), batch_size(*given)
-    for a, b in zip(pytree.tree_leaves(example), pytree.tree_leaves(given), strict=True):
-        if not isinstance(a, Tensor):
-            continue
-        shape_a = a.shape[1:] if a.dim() and a.shape[0] == n_old else a.shape
-        shape_b = b.shape[1:] if b.dim() and b.shape[0] == n_new else b.shape
-        if shape_a != shape_b:
-            raise ShapeError(
-                f"an input has shape {tuple(b.shape)}; the traced example had {tuple(a.shape)} (only axis 0 may change)"
-            )
-        if a.dtype != b.dtype and a.dtype.is_floating_point != b.dtype.is_floating_point:
-            raise DtypeError(f"an input has dtype {b.dtype}; the traced example had {a.dtype}")
-
-
 def check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: str) -> None:
     """Run the model once, so that inputs it cannot take are the user's error and not the tracer's."""
     try:
@@ -170,6 +168,8 @@ def check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     except (DaghError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the user's code may raise anything
+        if interrupted(error):
+            raise
         shapes = ", ".join(str(tuple(t.shape)) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
         kind = ShapeError if isinstance(error, (RuntimeError, ValueError, TypeError, IndexError)) else CaptureError
         name = type(model).__name__

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dagh import _elsewhere
+from dagh._interrupts import interrupted
 from dagh._objectives import Objective, part_of, pieces
 
 #: Entries of outputs that are looked at.
@@ -41,7 +42,9 @@ def _at(objective: Objective, output: Tensor, targets: Any, n: int, scale: float
             )
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # not twice differentiable, or outside its domain: the user's code may raise anything
+    except Exception as error:  # not twice differentiable, or outside its domain: the user's code may raise anything
+        if interrupted(error):
+            raise
         return False
 
 

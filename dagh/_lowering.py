@@ -193,7 +193,7 @@ class Builder:
         if packet == "rrelu" and not bound["training"]:
             slope = (float(bound["lower"]) + float(bound["upper"])) / 2
             return self.emit(torch.ops.aten.leaky_relu.default, bound["self"], slope)
-        raise self.refused(origin.name)
+        raise self.refused(origin.name.removeprefix("native_"))
 
     def drop(self, x: Node, p: float) -> Node:
         """Dropout with the next fixed mask."""
@@ -216,7 +216,7 @@ class Builder:
         if "dropout" not in what and "rrelu" not in what:
             advice = "make them an input of the model (eval mode and seeds change nothing here)"
         elif self.dropout_seed is not None:
-            advice = "trace it in eval mode; a seed fixes the masks of nn.Dropout alone"
+            advice = "trace it in eval mode; a seed fixes the masks of nn.Dropout and of recurrent layers alone"
         return RandomnessError(f"the model draws random numbers: {what}{where}{line}; {advice}")
 
 

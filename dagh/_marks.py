@@ -33,6 +33,8 @@ _SMALL = 4096
 #: Tracings that a changing name may cost without changing the program.
 _PATIENCE = 2
 
+#: Where a recurrent layer keeps its parameters again. It renews them by itself, and names are what a graph reads.
+FLAT_WEIGHTS = ("_flat_weights", "_flat_weight_refs")
 _OWN = frozenset(vars(nn.Module())) - {"_forward_hooks", "_forward_pre_hooks"}
 
 
@@ -101,7 +103,8 @@ def _parts(value: Any, tensors: bool) -> Iterator[tuple[Any, Any]]:
         if tensors:
             yield from (*value._parameters.items(), *value._buffers.items())
         yield from value._modules.items()
-        yield from ((key, part) for key, part in vars(value).items() if key not in _OWN)
+        own = _OWN.union(FLAT_WEIGHTS) if isinstance(value, nn.RNNBase) else _OWN
+        yield from ((key, part) for key, part in vars(value).items() if key not in own)
         yield from _class_parts(type(value))
     elif isinstance(value, (dict, list, tuple, set, frozenset)) and len(value) > _LONG:
         return

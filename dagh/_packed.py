@@ -1,6 +1,6 @@
-"""Packed sequences (``nn.utils.rnn``) while a model is traced at its values: their kernels read lengths.
+"""Recurrent layers step by step, and packed sequences (``nn.utils.rnn``) while a model is traced at its values.
 
-Packing becomes a selection of rows, and the layers are taken step by step on the rows that a step has.
+Kernels of packed sequences read lengths: packing becomes a selection of rows, and the layers take those of each step.
 """
 
 from __future__ import annotations
@@ -50,23 +50,84 @@ def pad(
     return steps.transpose(0, 1) if batch_first else steps, lengths
 
 
-def _layer(name: str) -> Callable[..., Any]:
-    def run(read: Callable[[Tensor], list[int]], data: Tensor, batch_sizes: Any, *rest: Any) -> Any:
-        if not isinstance(batch_sizes, Tensor) or batch_sizes.dtype.is_floating_point:
-            return NotImplemented  # not packed: the next argument is the first state
+def _layers(name: str, *, packed: bool) -> Callable[..., Any]:
+    """PyTorch's decomposition of a recurrent operation, with the dropout between layers that it leaves out."""
+
+    def run(data: Any, *args: Any) -> Any:
         from torch._decomp import decompositions
 
-        return getattr(decompositions, name)(data, read(batch_sizes), *rest)
+        def whole(*args: Any) -> Any:
+            enabled = torch._C._get_mkldnn_enabled()
+            torch._C._set_mkldnn_enabled(False)  # its kernel has no second derivative
+            try:
+                return getattr(decompositions, name)(*args)
+            finally:
+                torch._C._set_mkldnn_enabled(enabled)
+
+        sizes, (hx, params, biased, layers, p, train, both, *order) = args[:packed], args[packed:]
+        if layers == 1 or not train or p == 0:
+            return whole(data, *args)
+        each, ends = len(params) // layers, []
+        for k in range(layers):
+            states = _of_layer(hx, k, 1 + both)
+            data, *end = whole(data, *sizes, states, params[k * each :][:each], biased, 1, 0.0, train, both, *order)
+            ends.append(end)
+            if k < layers - 1:
+                data = _dropped(data, p, second=not packed and not order[0])
+        return (data, *(torch.cat(found) for found in zip(*ends, strict=True)))
 
     return run
 
 
+def _of_layer(hx: Any, k: int, directions: int) -> Any:
+    """The first states of layer ``k``: rows of a tensor, or of each of several."""
+    if isinstance(hx, Tensor):
+        return hx.narrow(0, k * directions, directions)
+    return [_of_layer(h, k, directions) for h in hx]
+
+
+def _dropped(x: Tensor, p: float, second: bool) -> Tensor:
+    """Dropout as one operation; kernels write it out as random numbers. ``second``: samples are on axis 1."""
+    if second:  # with samples first, fixed masks are the same in a batch as sample by sample
+        return _dropped(x.transpose(0, 1), p, False).transpose(0, 1)
+    found: Tensor = torch.native_dropout(x, p, True)[0]
+    return found
+
+
+def dropout(
+    read: Callable[[Tensor], list[int]], input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Any:
+    """``F.dropout`` as one operation."""
+    if not training or not 0 < p <= 1:
+        return NotImplemented
+    found = _dropped(input, p, False)
+    return input.copy_(found) if inplace else found
+
+
+def _either(plain: Callable[..., Any], packed: Callable[..., Any]) -> Callable[..., Any]:
+    def run(read: Callable[[Tensor], list[int]], data: Tensor, sizes: Any, *rest: Any) -> Any:
+        if isinstance(sizes, Tensor) and not sizes.dtype.is_floating_point:
+            return packed(data, read(sizes), *rest)
+        return plain(data, sizes, *rest)  # not packed: ``sizes`` are the first states
+
+    return run
+
+
+#: In place of an operation (``aten``), on sequences of equal length.
+PLAIN: dict[str, Callable[..., Any]] = {
+    "lstm": _layers("lstm_impl", packed=False),
+    "gru": _layers("gru_impl", packed=False),
+    "rnn_tanh": _layers("rnn_tanh_input", packed=False),
+    "rnn_relu": _layers("rnn_relu_input", packed=False),
+}
 #: In place of a function, called with a reader of integer tensors first; ``NotImplemented`` leaves it as it is.
-PACKED: dict[Any, Callable[..., Any]] = {
+AT_VALUES: dict[Any, Callable[..., Any]] = {
     _VF._pack_padded_sequence: pack,
     _VF._pad_packed_sequence: pad,
-    _VF.lstm: _layer("lstm_data_impl"),
-    _VF.gru: _layer("gru_impl_data"),
-    _VF.rnn_tanh: _layer("rnn_tanh_data"),
-    _VF.rnn_relu: _layer("rnn_relu_data"),
+    torch.dropout: dropout,
+    torch.nn.functional.dropout: dropout,
+    _VF.lstm: _either(PLAIN["lstm"], _layers("lstm_data_impl", packed=True)),
+    _VF.gru: _either(PLAIN["gru"], _layers("gru_impl_data", packed=True)),
+    _VF.rnn_tanh: _either(PLAIN["rnn_tanh"], _layers("rnn_tanh_data", packed=True)),
+    _VF.rnn_relu: _either(PLAIN["rnn_relu"], _layers("rnn_relu_data", packed=True)),
 }

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dagh import _written_out
-from dagh._packed import PACKED
+from dagh._packed import AT_VALUES
 
 _DATA: Any = Tensor.data.__get__  # type: ignore[attr-defined]
 
@@ -40,7 +40,9 @@ class ReadValues(StandIns):
         getattr(Tensor, name) for name in ("item", "__bool__", "__int__", "__float__", "__index__", "tolist")
     )
 
-    _instead = _written_out.STAND_INS | {func: partial(made, lambda x: _integers(x)) for func, made in PACKED.items()}
+    _instead = _written_out.STAND_INS | {
+        func: partial(made, lambda x: _integers(x)) for func, made in AT_VALUES.items()
+    }
     _CREATORS = frozenset((torch.zeros, torch.ones, torch.empty, torch.full, torch.randn, torch.rand))
 
     def __torch_function__(

@@ -588,7 +588,7 @@ def test_advice_that_helps() -> None:
     for name in ("MSE", "mse_loss"):
         with refused(errors.LossError, "did you mean 'mse'?"):
             dagh.hessian(model, name, x, y)
-    with refused(errors.ShapeError, "dagh.operator takes a loader", "(H1 + H2) * 0.5"):
+    with refused(errors.ShapeError, "dagh.operator takes those", "can be added, by samples"):
         dagh.hessian(model, "cross_entropy", torch.utils.data.DataLoader([(x, y)]))
     with refused(errors.RandomnessError, "make them an input of the model"):
         dagh.hessian(net(nn.Linear(3, 2), Noisy()), "cross_entropy", x, y)

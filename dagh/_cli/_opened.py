@@ -200,7 +200,7 @@ def _dtype_of(model: nn.Module) -> torch.dtype:
 
 def _forward(loaded: Loaded, batch: Batch, mode: str) -> Any:
     """The model's own output; an error in it names the user's line."""
-    args, kwargs = normalize_inputs(batch.inputs)
+    args, kwargs = normalize_inputs(batch.inputs, loaded.model)
     shapes = ", ".join("×".join(map(str, x.shape)) for x in tensors(batch.inputs))
     with users_code(loaded.path, f"running the model on input {shapes}", UNTRACEABLE):
         return _capture.run_model(loaded.model, args, kwargs, mode)

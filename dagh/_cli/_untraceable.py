@@ -32,7 +32,7 @@ def naming_the_line(loaded: Loaded, inputs: Any, mode: str) -> Iterator[None]:
 
 def _failure(loaded: Loaded, inputs: Any, mode: str) -> str:
     """The line that raises when the model is traced once more."""
-    args, kwargs = normalize_inputs(inputs)
+    args, kwargs = normalize_inputs(inputs, loaded.model)
     try:
         with (
             contextlib.redirect_stdout(sys.stderr),
@@ -48,7 +48,7 @@ def _failure(loaded: Loaded, inputs: Any, mode: str) -> str:
 
 def _exit(loaded: Loaded, inputs: Any, mode: str) -> str:
     """The first line at which a value leaves PyTorch, as an array or a list."""
-    args, kwargs = normalize_inputs(inputs)
+    args, kwargs = normalize_inputs(inputs, loaded.model)
     watch = _Exits(loaded)
     with contextlib.suppress(Exception), contextlib.redirect_stdout(sys.stderr), watch:
         _capture.run_model(loaded.model, args, kwargs, mode)
