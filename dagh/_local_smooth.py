@@ -96,6 +96,9 @@ class CrossEntropyLocal(Local):
         axis = self.rule._axis(self.site.node)
         mass = q.sum(axis + 1, keepdim=True) * self.rule._weigh(self.call, self.adjoint, 1)
         self.p, self.mass, self.axis = bundle(p), bundle(mass * p), axis + 2
+        self.top = bundle(p.argmax(axis + 1, keepdim=True))
 
     def pull(self, row: Tensor | None, t: Moves, owned: bool = False) -> Rows:
-        return {0: (t[0] - (self.p * t[0]).sum(self.axis, keepdim=True)) * self.mass}
+        # Counted from the likeliest class: as p saturates nothing cancels.
+        moved = t[0] - torch.take_along_dim(t[0], self.top, self.axis)
+        return {0: (moved - (self.p * moved).sum(self.axis, keepdim=True)) * self.mass}

@@ -213,7 +213,7 @@ def _softplus(order: int) -> Derivative:
         linear = beta * x > threshold
         if order == 1:
             return torch.where(linear, torch.ones_like(x), s)
-        return torch.where(linear, torch.zeros_like(x), beta * _sigmoid_slope(s))
+        return torch.where(linear, torch.zeros_like(x), beta * s * torch.sigmoid(-beta * x))
 
     return derivative
 
@@ -320,7 +320,7 @@ def _register_unaries() -> None:
         "threshold": Unary(lambda c, x: (x > float(c.arg("threshold"))).to(x.dtype), points=_continuous_threshold),
         "tanh": Unary(lambda c, x: 1 - c.out**2, lambda c, x: -2 * c.out * (1 - c.out**2)),
         "sigmoid": Unary(lambda c, x: _sigmoid_slope(c.out), lambda c, x: _sigmoid_slope(c.out) * (1 - 2 * c.out)),
-        "log_sigmoid": Unary(lambda c, x: sig(-x), lambda c, x: -_sigmoid_slope(sig(x))),
+        "log_sigmoid": Unary(lambda c, x: sig(-x), lambda c, x: -sig(x) * sig(-x)),
         "gelu": Unary(_gelu_first, _gelu_second),
         "silu": Unary(_silu_first, _silu_second),
         "mish": Unary(lambda c, x: _mish(x)[0] + x * _mish(x)[1], lambda c, x: 2 * _mish(x)[1] + x * _mish(x)[2]),

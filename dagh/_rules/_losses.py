@@ -108,7 +108,10 @@ class CrossEntropy(Rule):
         p, q = self._mass(call)
         axis = self._axis(call.node)
         mass = bundle(q.sum(axis + 1, keepdim=True) * self._weigh(call, adjoint, 1))
+        # p_k Σ_j p_j (t_k - t_j), with t counted from the likeliest class: as p saturates nothing cancels.
+        top = call.once("top", lambda: p.argmax(axis + 1, keepdim=True))
         p, t = bundle(p), tangents[0]
+        t = t - torch.take_along_dim(t, bundle(top), axis + 2)
         return {0: mass * p * (t - (p * t).sum(axis + 2, keepdim=True))}
 
     def factor(self, call: Call, adjoint: Tensor) -> Tensor | None:
