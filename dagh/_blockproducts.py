@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from dagh._block_factored import LowRankBlock
 from dagh._block_simple import ZeroBlock
 from dagh._blockparts import pieces
 from dagh._blocktables import Pair, find_name
-from dagh.errors import DtypeError, ReductionError, ShapeError
+from dagh._eigenpairs import extremal, norm_of
+from dagh.errors import ConvergenceError, DtypeError, ReductionError, ShapeError
 
 if TYPE_CHECKING:
     from dagh._blockmatrix import BlockMatrix
@@ -124,6 +125,8 @@ def scipy_operator(matrix: BlockMatrix) -> LinearOperator:
     dtype = torch.empty(0, dtype=matrix.dtype, device="cpu").numpy().dtype
 
     def product(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        if x.dtype.kind not in "fiub":
+            raise DtypeError(f"the array is {x.dtype}; expected {dtype}")
         v = torch.from_numpy(np.ascontiguousarray(x, dtype))
         result: np.ndarray[Any, Any] = multiply(held, v).numpy()
         return result
@@ -136,7 +139,10 @@ def scipy_operator(matrix: BlockMatrix) -> LinearOperator:
 
 
 def eigenvalues(matrix: BlockMatrix, k: int | None) -> Tensor:
-    """All eigenvalues through the dense matrix, or the ``k`` of largest magnitude by Lanczos; ascending."""
+    """All eigenvalues through the dense matrix, or the ``k`` of largest magnitude by Lanczos; ascending.
+
+    After Lanczos the complement of what it found is searched for copies that it missed (:mod:`dagh._eigenpairs`).
+    """
     matrix.require_complete()
     if k is None:
         return _dense_eigenvalues(matrix)
@@ -145,16 +151,28 @@ def eigenvalues(matrix: BlockMatrix, k: int | None) -> Tensor:
     if k < matrix.size and matrix.size > DENSE_EIGEN_SIZE:
         if matrix.samples is not None:
             return torch.stack([eigenvalues(matrix.sample(n), k) for n in range(matrix.samples)])
-        operator = scipy_operator(matrix)
-        start = np.random.default_rng(0).standard_normal(matrix.size).astype(operator.dtype)
         try:
-            found = eigsh(operator, k=k, which="LM", v0=start, return_eigenvectors=False)
-            return torch.from_numpy(np.sort(found)).to(matrix.device, matrix.dtype)
-        except ArpackNoConvergence:
+            return _largest(matrix, int(k))
+        except ConvergenceError:
             pass  # a cluster wider than k: only the dense matrix tells its members apart
     values = _dense_eigenvalues(matrix)
     chosen = values.abs().topk(k, dim=-1).indices
     return values.gather(-1, chosen).sort(-1).values
+
+
+def _largest(matrix: BlockMatrix, k: int) -> Tensor:
+    """The ``k`` eigenvalues of largest magnitude by products alone, every copy of a multiple one."""
+    operator = scipy_operator(matrix)
+    norm = norm_of(matrix, matrix.size)
+    if norm == 0:
+        return torch.zeros(k, dtype=matrix.dtype, device=matrix.device)
+
+    def product(v: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return np.asarray(operator.matmat(v), dtype=np.float64) / norm
+
+    tol = 1e-11 if matrix.dtype == torch.float64 else 1e-5
+    values, _ = extremal(product, matrix.size, k, "LM", tol)
+    return torch.from_numpy(norm * np.sort(values)).to(matrix.device, matrix.dtype)
 
 
 def _dense_eigenvalues(matrix: BlockMatrix) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -107,7 +108,8 @@ def unflatten(v: Tensor, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tenso
         shown = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
         raise ShapeError(f"v is {shown}; expected a tensor ({size},) or ({size}, k)")
     parts = torch.split(v, [prod(shape) for shape in shapes.values()])
-    return {n: p.movedim(0, -1).reshape(*v.shape[1:], *shape) for (n, shape), p in zip(shapes.items(), parts, strict=True)}
+    named = zip(shapes.items(), parts, strict=True)
+    return {name: part.movedim(0, -1).reshape(*v.shape[1:], *shape) for (name, shape), part in named}
 
 
 class NormTable(Shown):
@@ -156,9 +158,10 @@ class NormTable(Shown):
         return f"NormTable({self.kind!r}, {len(self.names)} parameters, {len(self)} blocks)"
 
     def __rich__(self) -> Table:
-        table = Table(title=f"{self.kind} norms of the blocks")
+        what = {"fro": "Frobenius norms", "spectral": "Spectral norms"}.get(self.kind, self.kind)
+        table = Table(title=f"{what} of the blocks", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         for column in ("rows", "columns", "norm"):
-            table.add_column(column, justify="right" if column == "norm" else "left")
+            table.add_column(column, justify="right" if column == "norm" else "left", no_wrap=column == "norm")
         for (a, b), value in self.items():
             table.add_row(
                 Text(a), Text(b), f"{float(np.mean(value)):.4g}" + ("" if self.samples is None else " (mean)")

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
 #: Largest bundle formed at once, in bytes: beyond it fresh memory costs more than the arithmetic on it.
 CACHE = 8 * 2**20
+
+_WORTHWHILE = 8  # directions at once
 
 
 def ranges(count: int, step: int, start: int = 0) -> Iterator[slice]:
@@ -20,3 +24,15 @@ def fitting(most: int, working: float, held: float, largest: int, size: int) -> 
     All together stay within ``working`` bytes, and their largest bundle, of ``largest`` numbers each, in the cache.
     """
     return max(1, min(most, int(working / max(1.0, held * size)), CACHE // max(1, largest * size)))
+
+
+def directions(most: int, largest: int, device: torch.device) -> int:
+    """How many of ``most`` directions are moved at once, of which each has ``largest`` bytes at the widest node.
+
+    Beyond the caches of a processor a bundle takes several times as long as its directions one by one, and two or three
+    together take longer than that as well: single directions share convolutions that bundles do not.
+    """
+    if device.type != "cpu":
+        return most
+    fit = CACHE // max(1, largest)
+    return min(most, fit) if fit >= _WORTHWHILE else 1

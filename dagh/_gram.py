@@ -98,23 +98,37 @@ class Gram(Shown):
         """The non-zero eigenvalues of ``H_O`` (of its diagonal block of ``name``), ascending.
 
         Those of ``G`` where the loss is convex in the output; with signs, those of ``Fᵀ diag(σ) F``, symmetric as
-        well. Eigenvalues below ``N·r·eps`` of the largest (eps of the model's dtype) count as zero.
+        well. Eigenvalues below ``τ = N·r·eps·‖G‖`` (eps of the model's dtype) count as zero. Signs can cancel, to an
+        H_O far smaller than G; what is then known is ``τ √(‖G‖ / γ)``, γ the least eigenvalue of G above τ: columns
+        of F are known as well as its eigenvectors are.
         """
         if name not in self._spectra:
-            if self.side == 0:
-                values = self.matrix.new_zeros(0)
-            elif self.signs is None:
-                values = torch.linalg.eigvalsh(self.of(name))
-            else:
-                f = self.factor(name)
-                values = torch.linalg.eigvalsh(f.T @ (self.signs[:, None] * f)) if f.shape[1] else f.new_zeros(0)
             size = self.size if name is None else self.sizes[name]
-            largest = values.abs().max() if len(values) else 0.0
-            kept = values[values.abs() > self.side * torch.finfo(self.dtype).eps * largest]
+            values, known = self._spectrum(name)
+            kept = values[values.abs() > known]
             if len(kept) > size:  # a block of p rows has p eigenvalues
                 kept = kept[kept.abs().topk(size).indices].sort().values
             self._spectra[name] = kept
         return self._spectra[name]
+
+    def _spectrum(self, name: str | None) -> tuple[Tensor, float]:
+        """Eigenvalues of the dual, and to what they are known."""
+        if self.side == 0:
+            return self.matrix.new_zeros(0), 0.0
+        rounding = self.side * torch.finfo(self.dtype).eps
+        if self.signs is None:
+            values = torch.linalg.eigvalsh(self.of(name))
+            return values, rounding * float(values.abs().max())
+        values, vectors = torch.linalg.eigh(self.of(name))
+        largest = max(float(values[-1]), 0.0)
+        known = rounding * largest
+        # Directions below rounding would meet the largest ones as √(eps)‖G‖ where those cancel.
+        used = values > known
+        if not bool(used.any()):
+            return values.new_zeros(0), 0.0
+        f = vectors[:, used] * values[used].sqrt()
+        least = float(values[used][0])
+        return torch.linalg.eigvalsh(f.T @ (self.signs[:, None] * f)), known * math.sqrt(largest / least)
 
     def lambda_max(self, name: str | None = None) -> float:
         """The largest eigenvalue of ``H_O`` or of a diagonal block."""
@@ -149,7 +163,11 @@ class Gram(Shown):
         g = self.of(name)
         if self.signs is None:
             return float(g.norm())
-        return float((self.signs[:, None] * g * self.signs * g).sum().clamp(min=0).sqrt())
+        square = g.square()
+        total = self.signs @ square @ self.signs
+        if total > torch.finfo(self.dtype).eps ** 0.5 * square.sum():
+            return float(total.sqrt())
+        return float(self.eigvalsh(name).norm())  # signs that cancel leave half of the digits of the sum
 
     def __repr__(self) -> str:
         what = "neural tangent kernel" if self.kind == "ntk" else "dual of H_O"

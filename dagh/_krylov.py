@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dagh._blocktables import unflatten
+from dagh._estimates import whole
 from dagh.errors import ConvergenceError, ReductionError
 
 if TYPE_CHECKING:
@@ -44,9 +45,12 @@ def solve(
     if isinstance(damping, bool) or not isinstance(damping, Real) or not isfinite(damping):
         raise ReductionError(f"damping is a finite number, added to the diagonal, not {damping!r}")
     tol = (1e-6 if op.dtype == torch.float64 else 1e-3) if tol is None else tol
+    if max_iterations is not None:
+        max_iterations = whole(max_iterations, "max_iterations", 1)
     chosen = method or ("cg" if op.part == "outer" else "minres")
     if isinstance(v, Mapping):
-        return unflatten(solve(op, op.flatten(v), damping=damping, method=chosen, tol=tol), op.shapes)
+        found = solve(op, op.flatten(v), damping=damping, method=chosen, tol=tol, max_iterations=max_iterations)
+        return unflatten(found, op.shapes)
     op.check_direction(v)
     columns = v.detach().cpu().numpy() if isinstance(v, Tensor) else np.asarray(v)
     found = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
@@ -10,29 +10,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dagh import _krylov, _memory, _spectra
+from dagh import _krylov, _spectra
 from dagh._batches import Batches, as_batches
 from dagh._blocktables import unflatten
-from dagh._capture import batch_size
 from dagh._graph import Graph, trace
-from dagh._inputs import normalize_inputs
 from dagh._linearize import Linearization, Part
-from dagh._normalizer import Normalizer
-from dagh._objectives import Reduction
+from dagh._passes import Passes
 from dagh._programs import Mode
-from dagh._request import choose_names, itemsize
-from dagh._state import State
-from dagh.errors import CoupledSamplesError, DataError, LossError, NonFiniteError, ReductionError, ShapeError
+from dagh._request import choose_names
+from dagh.errors import NonFiniteError, ReductionError, ShapeError
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
 Cache = Literal["auto"] | bool
-
-#: Numbers held per number of a sample's values: values, adjoints, what nodes keep, results held between products.
-_HELD = 8
-#: Numbers that one more direction needs per number of a sample's values.
-_MOVING = 4
 
 
 def operator(
@@ -118,21 +109,15 @@ class HessianOperator:
         options: Mapping[str, Any],
     ) -> None:
         self.graph, self.part = graph, part
-        self._loss, self._batches, self._params, self._budget, self._options = (
-            loss,
-            batches,
-            params,
-            memory_budget,
-            options,
-        )
+        self._params, self._options = params, options
         self.names, leaves = choose_names(graph.program, graph.trainable, params, None)
         #: shapes and sizes of the parameters, by name
         self.shapes = {name: leaf.shape for name, leaf in zip(self.names, leaves, strict=True)}
         self.sizes = {name: shape.numel() for name, shape in self.shapes.items()}
         p = sum(self.sizes.values())
         self.shape = (p, p)
-        self._pieces: list[Linearization] | None = None
-        self.update()
+        self._passes = Passes(graph, loss, self.names, part, memory_budget, options)
+        self._at = self._passes.linearized(batches)
 
     def __reduce__(self) -> Any:
         raise TypeError("an operator cannot be pickled or copied: pickle its graph, and call dagh.operator on that")
@@ -140,128 +125,55 @@ class HessianOperator:
     # -- making it ---------------------------------------------------------------------------------
 
     def update(self) -> HessianOperator:
-        """Linearize again, at the present parameters of the model and on the same data, without tracing."""
-        first = next(iter(self.graph.parameters.values()), None)
-        device = torch.device("cpu") if first is None else first.device
-        self._bytes = _memory.budget_bytes(self._budget, device)
-        self._width = 1
-        self._point = {n: p.detach().clone() for n, p in self.graph.parameters.items()}
-        self._buffers = {n: b.detach().clone() for n, b in self.graph.model.named_buffers()}
-        batches = self._batches
-        batches.renew()
-        self._per_sample = _sample_bytes(self.graph, self.dtype)
-        limit = max(1, self._bytes // (2 * _HELD * self._per_sample))
-        masked = self.graph.dropout_seed is not None and self.graph.mode == "train"  # of the rows of a batch
-        batches.limit = None if self.graph.coupled or masked else limit
-        try:
-            self._linearize_all()
-        except (CoupledSamplesError, LossError):
-            if not batches.single or batches.limit is None:
-                raise
-            batches.renew()
-            batches.limit = None  # one batch that cannot be cut
-            self._linearize_all()
-        return self
+        """Linearize again, at the present parameters of the model and on the same data, without tracing.
 
-    def _linearize_all(self) -> None:
-        """One pass over the data: loss, gradient, and the linearizations where they are kept."""
-        batches = self._batches
-        self._pieces, self._factor, self.loss = None, 1.0, 0.0
-        self._gradient: Tensor | None = None
-        pieces: list[Linearization] = []
-        kept, samples, largest, count = True, 0, 0, 0
-        normalizer: Normalizer | None = None
-        for count, (inputs, targets) in enumerate(self._shown("linearizing"), 1):  # noqa: B007
-            state = self._evaluate(inputs, targets)
-            if not batches.whole:
-                normalizer = normalizer or Normalizer(self._loss)
-                if normalizer.add(state, targets, _length(inputs)):
-                    raise self._coupled("the loss couples the samples of a batch")
-            samples += _length(inputs)
-            largest = max(largest, _length(inputs))
-            needed = samples * self._per_sample * _HELD
-            kept = kept and (
-                self._options["cache"] is True or (self._options["cache"] == "auto" and needed <= self._bytes)
-            )
-            piece = self._linearize(state)
-            self._collect(piece)
-            pieces = [*pieces, piece] if kept else []
-        self.samples, self.batches = samples, count
-        if normalizer is not None and self._options["reduction"] == "mean":
-            self._factor = normalizer.factor()
-        self._pieces = pieces if kept else None
-        self._width = max(1, self._bytes // (2 * _MOVING * self._per_sample * max(1, largest)))
-        self._gradient = self._factor * self._gradient if self._gradient is not None else None
-        self.loss *= self._factor
+        Interrupted or refused, it leaves the operator as it was.
+        """
+        self._at = self._passes.linearized(self._at.batches)
+        return self
 
     def at(self, inputs: Any, targets: Any = None) -> HessianOperator:
         """The same operator on other data (a batch or a loader), at the present parameters, without tracing."""
-        batches = as_batches(inputs, targets, next(iter(self._point.values())).device)
-        return HessianOperator(self.graph, self._loss, batches, self.part, self._params, self._budget, self._options)
-
-    def _evaluate(self, inputs: Any, targets: Any) -> State:
-        lone = self._batches.whole
-        reduction: Reduction = self._options["reduction"] if lone else "sum"
-        try:
-            state = self.graph.evaluate(
-                self._loss, inputs, targets, reduction=reduction, kinks=self._options["kinks"], wrt=self.names
-            )
-        except CoupledSamplesError as error:
-            if lone:
-                raise
-            raise self._coupled(str(error)) from None
-        if state.coupled and not lone:
-            raise self._coupled(self.graph.coupling or "the loss couples the samples of a batch")
-        return state
-
-    def _coupled(self, reason: str) -> CoupledSamplesError:
-        why = reason.removeprefix("per-sample blocks do not exist: ").partition("; use reduction")[0]
-        return CoupledSamplesError(
-            f"samples of a batch interact ({why}), so that the loss of several batches is not a sum over samples; "
-            "give one batch"
-        )
-
-    def _linearize(self, state: State) -> Linearization:
-        leaves = [state.program.parameters[name] for name in self.names]
-        return Linearization(state, leaves, leaves, self.part)
-
-    def _collect(self, piece: Linearization) -> None:
-        """Add a piece's loss and gradient."""
-        state = piece.state
-        self.loss += state.loss
-        found = [state.adjoint(leaf)[0].reshape(-1) for leaf in piece.targets]
-        gradient = torch.cat(found)
-        self._gradient = gradient.clone() if self._gradient is None else self._gradient + gradient
-
-    def _shown(self, what: str) -> Iterator[Any]:
-        if not self._options["progress"]:
-            return iter(self._batches)
-        from rich.progress import track
-
-        return iter(track(self._batches, f"{what} batches", total=getattr(self, "batches", None), transient=True))
+        batches = as_batches(inputs, targets, self.device)
+        made = self._passes
+        return HessianOperator(self.graph, made.loss, batches, self.part, self._params, made.budget, self._options)
 
     # -- products ----------------------------------------------------------------------------------
 
     @property
     def dtype(self) -> torch.dtype:
         """Data type of the parameters."""
-        return next(iter(self._point.values())).dtype
+        return next(iter(self._at.point.values())).dtype
 
     @property
     def device(self) -> torch.device:
         """Device of the parameters."""
-        return next(iter(self._point.values())).device
+        return next(iter(self._at.point.values())).device
 
     @property
     def gradient(self) -> Tensor:
         """Gradient of the loss at the same point: ``[P]``."""
-        assert self._gradient is not None
-        return self._gradient
+        return self._at.gradient
+
+    @property
+    def loss(self) -> float:
+        """The loss at the same point."""
+        return self._at.loss
+
+    @property
+    def samples(self) -> int:
+        """Samples of all batches."""
+        return self._at.samples
+
+    @property
+    def batches(self) -> int:
+        """Pieces that the samples are worked through in."""
+        return self._at.count
 
     @property
     def cached(self) -> bool:
         """Whether linearizations are kept from one product to the next."""
-        return self._pieces is not None
+        return self._at.pieces is not None
 
     @overload
     def __matmul__(self, v: Tensor) -> Tensor: ...
@@ -274,8 +186,9 @@ class HessianOperator:
         if isinstance(v, Mapping):
             return self.unflatten(self @ self.flatten(v))
         if isinstance(v, np.ndarray):
-            found = self @ torch.from_numpy(np.ascontiguousarray(v)).to(device=self.device, dtype=self.dtype)
-            return found.cpu().numpy()
+            self.check_direction(v)
+            rows = torch.from_numpy(np.ascontiguousarray(v, dtype=np.float64))
+            return (self @ rows.to(device=self.device, dtype=self.dtype)).cpu().numpy()
         self.check_direction(v)
         rows = v.detach().to(device=self.device, dtype=self.dtype)
         product = self._product(rows.T if v.dim() == 2 else rows.unsqueeze(0))
@@ -326,40 +239,25 @@ class HessianOperator:
             raise NonFiniteError("the direction contains NaN or Inf")
         if rows.shape[0] == 0:
             return torch.zeros_like(rows)
-        if self._pieces is not None and len(self._pieces) == 1 and self._factor == 1.0:
-            return self._apply(self._pieces[0], rows)
+        at = self._at
+        if at.pieces is not None and len(at.pieces) == 1 and at.factor == 1.0:
+            return self._apply(at.pieces[0], rows)
         total = torch.zeros_like(rows, memory_format=torch.contiguous_format)
-        for piece in self._pieces if self._pieces is not None else self._fresh():
+        for piece in at.pieces if at.pieces is not None else self._passes.fresh(at):
             total += self._apply(piece, rows)
-        return total.mul_(self._factor)
+        return total.mul_(at.factor)
 
     def _apply(self, piece: Linearization, rows: Tensor) -> Tensor:
         """One piece's products, a bundle of directions at a time."""
         sizes = list(self.sizes.values())
         parts = []
-        for some in torch.split(rows, self._width):
+        for some in torch.split(rows, self._at.width):
             b = some.shape[0]
             split = zip(piece.sources, torch.split(some, sizes, 1), strict=True)
             found = piece.product({leaf: t.reshape(b, *leaf.shape) for leaf, t in split})
             flat = [found[n].reshape(b, -1) if n in found else rows.new_zeros(b, n.numel) for n in piece.targets]
             parts.append(torch.cat(flat, 1))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _fresh(self) -> Iterator[Linearization]:
-        """The pieces made again, one at a time. Refused where parameters, buffers or data have changed since."""
-        now = {**self.graph.parameters, **dict(self.graph.model.named_buffers())}
-        for name, before in {**self._point, **self._buffers}.items():
-            if name not in now or not torch.equal(now[name].detach(), before):
-                kind = "buffer" if name in self._buffers else "parameter"
-                kept = (
-                    "are not kept (cache=False)" if self._options["cache"] is False else "do not fit the memory budget"
-                )
-                raise DataError(
-                    f"{kind} {name!r} has changed since the operator was made, and its linearizations {kept}; "
-                    "call op.update()"
-                )
-        for inputs, targets in self._shown("a product over"):
-            yield self._linearize(self._evaluate(inputs, targets))
 
     def to_scipy(self) -> LinearOperator:
         """A ``scipy.sparse.linalg.LinearOperator`` (symmetric; matrix products in one pass)."""
@@ -368,7 +266,9 @@ class HessianOperator:
         kind = np.float64 if self.dtype == torch.float64 else np.float32
 
         def product(v: NDArray[Any]) -> NDArray[Any]:
-            return self @ np.asarray(v, dtype=kind).reshape(self.shape[0], -1)
+            v = np.asarray(v)
+            self.check_direction(v)
+            return (self @ v.reshape(self.shape[0], -1)).reshape(v.shape)
 
         return LinearOperator(self.shape, matvec=product, rmatvec=product, matmat=product, rmatmat=product, dtype=kind)
 
@@ -385,14 +285,3 @@ class HessianOperator:
     trace = _spectra.trace
     frobenius_norm = _spectra.frobenius_norm
     spectral_density = _spectra.spectral_density
-
-
-def _sample_bytes(graph: Graph, dtype: torch.dtype) -> int:
-    """Bytes of all values of one sample."""
-    numbers = sum(n.numel for n in graph.program if n.dtype.is_floating_point and (n.batched or n.op is not None))
-    samples = batch_size(*graph._example) if graph.coupled else 1
-    return max(1, numbers * itemsize(dtype) // samples)
-
-
-def _length(inputs: Any) -> int:
-    return batch_size(*normalize_inputs(inputs))

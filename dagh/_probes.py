@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import hypot, sqrt
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from dagh._blocktables import NormTable, Pair, find_name
+from dagh._chunks import directions
+from dagh._estimates import student
 from dagh._request import itemsize
 from dagh._state import State
 
@@ -31,6 +33,8 @@ class Probes:
     squares: dict[Pair, np.ndarray[Any, Any]]
     exact: frozenset[Pair]
     count: int
+    #: whether errors are widened by Student's t, so that two of them hold 95.4 % however few directions there are
+    widened: bool = False
 
     def norm(self, rows: Sequence[int], columns: Sequence[int]) -> tuple[float, float, bool]:
         """Frobenius norm of the block of these rows and columns, its standard error, and whether it is exact.
@@ -42,19 +46,39 @@ class Probes:
         ways = [self._square(rows, columns)]
         if not set(rows) & set(columns):
             ways.append(self._square(columns, rows))
-        mean = sum(m for m, _ in ways) / len(ways)
-        error = sqrt(sum(v for _, v in ways)) / len(ways)
-        norm = sqrt(max(mean, 0.0))
-        return norm, (error / (2 * norm) if norm > 0 else 0.0), pairs <= self.exact
+        mean = sum(m for m, _, _ in ways) / len(ways)
+        variances = [v for _, each, _ in ways for v in each]
+        total = sum(variances)
+        norm, exact, error = sqrt(max(mean, 0.0)), pairs <= self.exact, sqrt(total) / len(ways)
+        if not exact and self.widened:
+            # Degrees of freedom of a sum of variances (Welch and Satterthwaite).
+            freedom = (self.count - 1) * total**2 / sum(v**2 for v in variances) if total else 1.0
+            error = hypot(student(freedom) * error, sqrt(sum(u for _, _, u in ways)) / len(ways))
+        return norm, (error / (2 * norm) if norm > 0 else sqrt(error)), exact
 
-    def _square(self, rows: Sequence[int], columns: Sequence[int]) -> tuple[float, float]:
-        """Mean and its variance of the squared norm."""
-        total, variance = 0.0, 0.0
+    def _unseen(self, mean: float) -> float:
+        """The error of a mean of squares that were all the same.
+
+        ``‖H v‖²`` is a polynomial of degree two in signs: where it is not constant, at most 3/4 of all directions give
+        one value, at most 1/2 where that is zero. What has a probability below 1e-3 is not counted.
+        """
+        chance = 0.75 ** (self.count - 1) if mean > 0 else 0.5**self.count
+        if chance < 1e-3:
+            return 0.0
+        return mean * sqrt(chance) if mean > 0 else chance * max(float(s.mean()) for s in self.squares.values())
+
+    def _square(self, rows: Sequence[int], columns: Sequence[int]) -> tuple[float, list[float], float]:
+        """Mean of the squared norm, the variances of its terms, one for each column, and the variance not seen."""
+        total, variances, unseen = 0.0, [], 0.0
         for b in columns:
             samples = np.sum([self.squares[a, b] for a in rows], axis=0)
-            total += float(samples.mean())
-            variance += float(samples.var(ddof=1)) / self.count
-        return total, variance
+            mean, variance = float(samples.mean()), float(samples.var(ddof=1)) / self.count
+            total += mean
+            if variance > (1e-12 * mean) ** 2 or all((a, b) in self.exact for a in rows):
+                variances.append(variance)
+            else:
+                unseen += self._unseen(mean) ** 2
+        return total, variances, unseen
 
 
 def probe(
@@ -85,6 +109,8 @@ def probe(
     moved = sum(v.numel for v in state.program if v.op is not None and v.batched) * state.samples
     each = _BUNDLES * (moved + sum(v.numel for v in state.program.parameters.values())) * itemsize(state.weights.dtype)
     step = max(1, min(count, budget // max(1, each)))
+    widest = max((v.numel for v in state.program if v.op is not None and v.batched), default=1) * state.samples
+    step = directions(step, widest * itemsize(state.weights.dtype), state.weights.device)
     for j, name in enumerate(names):
         rows = [i for i in range(n) if (i, j) not in squares]
         if rows:
@@ -92,7 +118,7 @@ def probe(
             squares.update({(i, j): found[k].numpy() for k, i in enumerate(rows)})
         if advance is not None:
             advance(1)
-    return Probes(squares, frozenset(exact), count)
+    return Probes(squares, frozenset(exact), count, widened=True)
 
 
 def _products(
@@ -117,7 +143,10 @@ def _products(
 
 
 class EstimatedNorms(NormTable):
-    """Frobenius norms of which some are estimates; ``stderr[a, b]`` is the standard error, 0 where exact."""
+    """Frobenius norms of which some are estimates; ``stderr[a, b]`` is the standard error, 0 where exact.
+
+    With few directions it is wider than their spread (Student's t): two of them hold the norm in 95 %.
+    """
 
     def __init__(
         self, kind: str, names: Sequence[str], values: dict[Pair, Any], errors: dict[Pair, float], exact: set[Pair]

@@ -108,6 +108,26 @@ def test_the_kernel_is_the_product_of_jacobians() -> None:
     torch.testing.assert_close(gram.matrix, sum(gram.of(n) for n in gram.names))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_signs_that_cancel(dtype: torch.dtype) -> None:
+    """The same samples with either sign: H_O is zero, and no rounding of G is taken for an eigenvalue."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
+    x = torch.randn(3, 4, dtype=dtype).repeat(2, 1)
+    signs = torch.tensor([1.0, 1, 1, -1, -1, -1], dtype=dtype)[:, None].expand(6, 3)
+    gram = dagh.gram(model, lambda out, sign: (sign * out**2).mean(), x, signs)
+    assert gram.signs is not None and float(gram.matrix.norm()) > 1
+    assert gram.rank() == 0 and gram.lambda_max() == 0
+    assert gram.fro() <= 1e-12 and abs(gram.trace()) <= 1e-6
+    # Nearly: what is left is known to 1e-12 of G, not to the root of rounding.
+    signs = signs.clone()
+    signs[0] *= 1 + 1e-3
+    gram = dagh.gram(model, lambda out, sign: (sign * out**2).mean(), x, signs)
+    dense = dagh.gauss_newton(model, lambda out, sign: (sign * out**2).mean(), x, signs).dense().double()
+    expected = torch.linalg.eigvalsh(dense)
+    assert gram.lambda_max() == pytest.approx(float(expected[-1]), abs=1e-9 if dtype == torch.float64 else 1e-4)
+
+
 def test_a_concave_loss_has_its_largest_eigenvalue_at_zero() -> None:
     torch.manual_seed(0)
     model = nn.Linear(4, 2).double()

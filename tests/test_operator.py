@@ -294,7 +294,7 @@ def test_a_small_budget_cuts_batches_and_bundles() -> None:
     whole = dagh.operator(model, "cross_entropy", x, y)
     v = directions(whole.shape[0], 6)
     small = dagh.operator(whole.graph, "cross_entropy", x, y, memory_budget=40_000)
-    assert small.batches > 1 and not small.cached and small._width < 6
+    assert small.batches > 1 and not small.cached and small._at.width < 6
     assert error(small @ v, whole @ v) <= 1e-12
     from_loader = dagh.operator(
         whole.graph, "cross_entropy", [(x[:30], y[:30]), (x[30:], y[30:])], memory_budget="40kB"
@@ -359,6 +359,134 @@ def test_loaders_that_are_refused() -> None:
         op = dagh.operator(graph, "cross_entropy", loader, cache=False)
         with pytest.raises(dagh.errors.DataError, match=words):
             op @ v
+
+
+class Changing:
+    """Batches of which something changes on every pass, given as a function of inputs and targets."""
+
+    def __init__(self, x: Tensor, y: Tensor, change: Any) -> None:
+        self.x, self.y, self.change, self.passes = x, y, change, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        x, y = self.change(self.x, self.y) if self.passes else (self.x, self.y)
+        self.passes += 1
+        yield from zip(x.split(4), y.split(4), strict=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x, y: (x.flip(1), y),
+        lambda x, y: (torch.cat([x[:1].flip(1), x[1:]]), y),
+        lambda x, y: (-x, y),
+        lambda x, y: (x[:, [1, 0, 2, 3]], y),
+        lambda x, y: (x, y.roll(1)),
+        lambda x, y: (torch.cat([x[:1], x[:1], x[2:]]), y),
+        lambda x, y: (x + 1e-3, y),
+    ],
+    ids=["flipped", "one flipped", "negated", "features permuted", "targets permuted", "drawn again", "shifted"],
+)
+def test_loaders_that_change_are_refused(change: Any) -> None:
+    model, x, y = build(n=9)
+    op = dagh.operator(dagh.trace(model, x), "cross_entropy", Changing(x, y, change), cache=False)
+    with pytest.raises(dagh.errors.DataError, match="other data"):
+        op @ torch.ones(op.shape[0]).double()
+
+
+def test_the_same_samples_in_any_order_and_batches_are_taken() -> None:
+    model, x, y = build(n=9)
+    x[0, 0] = 1e6
+
+    def shuffled(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        order = torch.randperm(len(x))
+        return x[order], y[order]
+
+    op = dagh.operator(dagh.trace(model, x), "cross_entropy", Changing(x, y, shuffled), cache=False)
+    v = directions(op.shape[0])
+    assert error(op @ v, op @ v) <= 1e-12
+
+
+def test_an_iterable_that_gives_its_data_once_loses_none() -> None:
+    model, x, y = build(n=9)
+
+    class Once:
+        def __init__(self) -> None:
+            self.batches = iter([(x[:4], y[:4]), (x[4:], y[4:])])
+
+        def __iter__(self) -> Iterator[Any]:
+            return self.batches
+
+    whole = dagh.operator(model, "cross_entropy", x, y)
+    v = directions(whole.shape[0])
+    kept = dagh.operator(model, "cross_entropy", Once())
+    assert kept.samples == 9 and error(kept @ v, whole @ v) <= 1e-12
+    with pytest.raises(dagh.errors.DataError, match="none in this one"):
+        dagh.operator(model, "cross_entropy", Once(), cache=False) @ v
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError])
+def test_an_update_that_fails_changes_nothing(failure: type[BaseException]) -> None:
+    model, x, y = build(n=9)
+
+    class Failing:
+        fails = False
+
+        def __iter__(self) -> Iterator[Any]:
+            yield x[:4], y[:4]
+            if self.fails:
+                raise failure
+            yield x[4:], y[4:]
+
+    loader = Failing()
+    op = dagh.operator(model, "cross_entropy", loader)
+    v = directions(op.shape[0])
+    before, state = op @ v, (op.loss, op.samples, op.batches, op.cached, op.gradient)
+    with torch.no_grad():
+        model.scale.add_(0.1)
+    loader.fails = True
+    with pytest.raises(failure):
+        op.update()
+    assert torch.equal(op @ v, before) and (op.loss, op.samples, op.batches, op.cached) == state[:4]
+    assert torch.equal(op.gradient, state[4])
+    loader.fails = False
+    assert error(op.update() @ v, products(Problem(model, F.cross_entropy, x, y), v)[0]) <= TOLERANCE
+
+
+def test_an_update_refused_for_its_data_changes_nothing() -> None:
+    model, x, y = build(n=9)
+    op = dagh.operator(model, "cross_entropy", x, y)
+    v = directions(op.shape[0])
+    before = op @ v
+    with torch.no_grad():
+        model.scale.fill_(float("inf"))
+    with pytest.raises(dagh.errors.NonFiniteError):
+        op.update()
+    assert torch.equal(op @ v, before)
+
+
+def test_numbers_that_are_not_real_are_refused() -> None:
+    model, x, y = build(n=5)
+    op, H = dagh.operator(model, "cross_entropy", x, y), dagh.hessian(model, "cross_entropy", x, y)
+    for odd in (1j * np.ones(op.shape[0]), np.array(["a"] * op.shape[0]), np.array([object()] * op.shape[0])):
+        for product in (op, op.to_scipy(), H.to_scipy()):
+            with pytest.raises((dagh.errors.ShapeError, dagh.errors.DtypeError), match=str(odd.dtype)):
+                product @ odd
+    v = directions(op.shape[0])[:, 0]
+    for kind in (">f8", np.float32, np.longdouble):
+        assert error(torch.from_numpy(op @ v.numpy().astype(kind)), op @ v) <= 1e-6
+    assert (op.to_scipy() @ np.ones(op.shape[0], int)).shape == (op.shape[0],)
+
+
+def test_solve_keeps_its_iterations() -> None:
+    model, x, y = build(n=5)
+    op = dagh.operator(model, "cross_entropy", x, y)
+    v = directions(op.shape[0])[:, 0]
+    for direction in (v, op.unflatten(v)):
+        with pytest.raises(dagh.errors.ConvergenceError, match="after 1 iterations"):
+            op.solve(direction, damping=0.01, max_iterations=1, tol=1e-12)
+    for bad in (0, -1, 2.5):
+        with pytest.raises(dagh.errors.ReductionError, match="max_iterations"):
+            op.solve(v, damping=1.0, max_iterations=bad)
 
 
 def test_coupled_samples() -> None:

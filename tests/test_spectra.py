@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 import dagh
 from dagh import _lanczos, _spectra
-from dagh._cli import cli
+from dagh._cli import _spectrum, cli
 
 
 class Quadratic(nn.Module):
@@ -245,6 +246,49 @@ def test_exhausted_krylov_spaces(low_rank: dagh.HessianOperator) -> None:
     assert float(torch.trapezoid(flat.density, flat.grid)) == pytest.approx(1.0, abs=1e-3)
 
 
+def test_a_function_that_is_infinite_at_zero() -> None:
+    """The places that an exhausted run leaves over have no weight and no say."""
+    values = torch.cat([torch.ones(50), 2 * torch.ones(50)]).double()
+    density = _spectra.spectral_density(rotated(values))
+    found = density.trace_of(torch.log)
+    assert abs(found.value - float(values.log().sum())) <= 4 * found.error < 100
+    assert float(density.nodes.min()) > 0.9
+
+
+@pytest.mark.parametrize("part", [0.0, 3.0])
+def test_a_single_eigenvalue_is_a_spike(part: float) -> None:
+    density = _spectra.spectral_density(Matrix(part * torch.eye(60).double()))
+    assert bool(density.density.isfinite().all()) and bool(density.error.isfinite().all())
+    assert float(torch.trapezoid(density.density, density.grid)) == pytest.approx(1.0, abs=1e-5)
+    assert int((density.density > 1e-3 * density.density.max()).sum()) > 1
+    assert float(density.fraction_below(part - 0.1)) == 0.0 and float(density.fraction_below(part + 0.1)) == 1.0
+
+
+@pytest.mark.parametrize("options", [{"sigma": 1e-6}, {"points": 7}, {"sigma": 1e-300}, {"sigma": 50.0}])
+def test_densities_integrate_to_one_on_any_grid(options: dict[str, Any]) -> None:
+    density = _spectra.spectral_density(rotated(SPECTRUM), steps=20, **options)
+    assert float(torch.trapezoid(density.density, density.grid)) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("steps", [10, 40, 200])
+def test_a_kernel_at_the_threshold_may_lie_on_either_side(steps: int) -> None:
+    spectrum = torch.cat([torch.zeros(100), torch.rand(60) + 0.1, -torch.rand(40) - 0.1])
+    for seed in range(3):
+        density = _spectra.spectral_density(rotated(spectrum, seed), probes=6, steps=steps, seed=seed)
+        below = density.fraction_below()
+        low, high = below.value - below.error, below.value + below.error
+        assert low <= 0.2 and high >= 0.7 - 0.05  # the kernel is not told from either side
+        assert abs(density.fraction_below(-0.05).value - 0.2) <= density.fraction_below(-0.05).error + 0.05
+
+
+def test_infinite_thresholds() -> None:
+    density = _spectra.spectral_density(rotated(SPECTRUM), steps=20)
+    assert float(density.fraction_below(math.inf)) == pytest.approx(1.0)
+    assert float(density.fraction_below(-math.inf)) == 0.0
+    with pytest.raises(dagh.errors.ReductionError, match="nan"):
+        density.fraction_below(math.nan)
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -312,3 +356,20 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert text in result.output
     result = run(cli, ["spectrum", f"{tmp_path}/nothing.py"])
     assert result.exit_code == 2 and "nothing.py" in result.output
+
+
+def test_the_command_on_a_part_that_vanishes(tmp_path: Path) -> None:
+    """H_F of a linear model: zeros, and JSON without NaN."""
+    (tmp_path / "model.py").write_text(MODEL.replace("nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)", "nn.Linear(4, 3)"))
+    arguments = ["spectrum", f"{tmp_path}/model.py:build", "--loss", "mse", "--part", "functional", "--density"]
+    result = CliRunner().invoke(cli, [*arguments, "--batch", "8", "--format", "json"])
+    assert result.exit_code == 0, result.output
+
+    def refused(constant: str) -> None:
+        raise AssertionError(constant)
+
+    found = json.loads(result.output, parse_constant=refused)["parts"]["functional"]
+    assert set(found["largest"]) == {0.0} and sum(found["histogram"]) == pytest.approx(1)
+    assert found["negative"]["value"] == 0
+    assert CliRunner().invoke(cli, arguments).exit_code == 0
+    assert _spectrum._finite({"a": [1.0, math.nan], "b": -math.inf}) == {"a": [1.0, None], "b": None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def spectrum(target: str, show_traceback: bool, form: str, out: Path | None, **o
     """
     with explained(show_traceback):
         found = _run(target, **options)
-    text = json.dumps(found, indent=2) + "\n" if form == "json" else None
+    text = json.dumps(_finite(found), indent=2, allow_nan=False) + "\n" if form == "json" else None
     _output.deliver(out, text, lambda: _renderable(found))
 
 
@@ -126,6 +127,15 @@ def _histogram(density: SpectralDensity) -> list[float]:
     weights = torch.zeros(_BINS, dtype=torch.float64).index_add_(0, place, density.weights.flatten().double())
     shares: list[float] = (weights / density.probes).tolist()
     return shares
+
+
+def _finite(found: Any) -> Any:
+    """The same with null for what is no number: JSON has none for them."""
+    if isinstance(found, dict):
+        return {key: _finite(value) for key, value in found.items()}
+    if isinstance(found, list):
+        return [_finite(value) for value in found]
+    return None if isinstance(found, float) and not math.isfinite(found) else found
 
 
 def _plain(estimate: Estimate) -> dict[str, Any]:
