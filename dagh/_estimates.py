@@ -133,7 +133,8 @@ def _leave_one_out(r: Tensor, h: Tensor, w: Tensor, t: Tensor, quad: Tensor, p: 
 def _jackknife(r: Tensor, h: Tensor, w: Tensor, t: Tensor, quad: Tensor, p: int) -> float:
     """Standard error of XTrace from its values without each direction, all inside the range already multiplied."""
     m = r.shape[0]
-    others = torch.arange(m).repeat(m, 1)[~torch.eye(m, dtype=torch.bool)].reshape(m, m - 1)
+    apart = ~torch.eye(m, dtype=torch.bool, device="cpu")
+    others = torch.arange(m, device="cpu").repeat(m, 1)[apart].reshape(m, m - 1)
     q, r = torch.linalg.qr(r[:, others].movedim(1, 0))
     w, t = (q.mT @ a[:, others].movedim(1, 0) for a in (w, t))
     each = _leave_one_out(r, q.mT @ h @ q, w, t, quad[others], p).mean(-1)

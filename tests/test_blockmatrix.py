@@ -722,7 +722,7 @@ def io_print(renderable: object) -> str:
 
 def test_norm_table_prints() -> None:
     text = io_print(build()[0].norms())
-    assert "fro norms" in text and "fc2.weight" in text
+    assert "Frobenius norms" in text and "fc2.weight" in text
 
 
 def test_shorten() -> None:

@@ -230,7 +230,7 @@ def test_the_map_of_samples_shows_means(graph: dagh.Graph) -> None:
 
 
 @pytest.mark.parametrize("part", ["full", "outer", "functional"])
-@pytest.mark.parametrize("method", [None, "minres"])
+@pytest.mark.parametrize("method", [None, pytest.param("minres", marks=pytest.mark.slow)])
 def test_systems_by_products(graph: dagh.Graph, part: Any, method: Any) -> None:
     _, x, y = build()
     op = dagh.operator(graph, "cross_entropy", x, y, part=part)
