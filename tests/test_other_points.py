@@ -229,7 +229,7 @@ def test_the_map_of_samples_shows_means(graph: dagh.Graph) -> None:
 # -- systems by products, determinants of the dual ----------------------------------------------------
 
 
-@pytest.mark.parametrize("part", ["full", "outer", "functional"])
+@pytest.mark.parametrize("part", ["full", "outer", pytest.param("functional", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", [None, pytest.param("minres", marks=pytest.mark.slow)])
 def test_systems_by_products(graph: dagh.Graph, part: Any, method: Any) -> None:
     _, x, y = build()

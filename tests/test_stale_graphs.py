@@ -238,7 +238,7 @@ class Halting(Hidden):
         return self.o(x + self.p(h))
 
 
-@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("single", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", [Branch, Halting])
 def test_other_data_another_way(kind: Callable[[], nn.Module], single: bool) -> None:
     model, x = kind(), X.abs()
@@ -336,8 +336,8 @@ class Experts(nn.Module):
         return self.o(out)
 
 
-@pytest.mark.parametrize("hidden", [False, True])
-@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("hidden", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("assign", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_routing_that_changes(assign: bool, hidden: bool) -> None:
     model, x, y = Experts(assign, hidden), torch.randn(6, 3), torch.randint(2, (6,))
     graph = dagh.trace(model, x)
@@ -396,7 +396,7 @@ class Ringing(Branch):
         return super().forward(x)
 
 
-@pytest.mark.parametrize("kind", [TimeUpError, KeyboardInterrupt])
+@pytest.mark.parametrize("kind", [TimeUpError, pytest.param(KeyboardInterrupt, marks=pytest.mark.slow)])
 def test_interruptions(kind: type[BaseException]) -> None:
     """They come through, or one of several attempts at tracing takes them for its own; never a refusal."""
     through = 0
@@ -484,7 +484,7 @@ class Attention(nn.Module):
 MASK = torch.triu(torch.ones(3, 3), 1).bool()
 
 
-@pytest.mark.parametrize("first", [1, 2, 3, 5])
+@pytest.mark.parametrize("first", [3, 5, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_a_shared_mask_as_long_as_a_batch(first: int, tracings: list[int]) -> None:
     graph = dagh.trace(Attention(), (torch.randn(first, 3, 2), MASK))
     for n in (3, 4, 1, 2, 3):
