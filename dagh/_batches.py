@@ -54,8 +54,8 @@ class Batches:
     def __init__(self, source: Iterable[Any], device: torch.device, *, single: bool) -> None:
         self._source, self._device, self.single = source, device, single
         self.limit: int | None = None
-        #: which inputs carry samples, where that is known
-        self.graph: Graph | None = None
+        #: knows which inputs carry samples; of those given by ``renewed``
+        self._graph: Graph | None = None
         #: whether the piece last given out is the whole of the data, as it was given
         self.whole = False
         self._seen: tuple[int, Mark] | None = None
@@ -74,35 +74,32 @@ class Batches:
 
     def __iter__(self) -> Iterator[Pair]:
         """One pass. Raises :class:`~dagh.errors.DataError` where it is not the same data as the last one."""
+        assert self._graph is not None  # passes go over what ``renewed`` gave
         count, mark = 0, Mark()
         begun, self._begun = self._begun, None
         for batch in self._source if begun is None else begun:
             inputs, targets = self._pair(batch)
-            args, kwargs = normalize_inputs(inputs, None if self.graph is None else self.graph.model)
+            args, kwargs = normalize_inputs(inputs, self._graph.model)
             n = batch_size(args, kwargs)
             count += n
             mark.add((inputs, targets), n)
             step = n if self.limit is None else max(1, min(self.limit, n))
             self.whole = self.single and step >= n
             for start in range(0, max(n, 1), max(step, 1)):
+                if step >= n:
+                    yield inputs, targets
+                    continue
+                # What belongs to all samples stays whole, also where it happens to be as long.
                 window = slice(start, start + step)
-                yield (inputs, targets) if step >= n else self._cut(args, kwargs, targets, n, window)
+                some, named = cut(args, kwargs, self._graph._rows, window)
+                yield named or some, some_samples(targets, n, window)
         self._compare(count, mark)
 
-    def _cut(self, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any, n: int, window: slice) -> Pair:
-        """A range of samples; inputs that belong to all of them stay whole, also where they happen to be as long."""
-        targets = some_samples(targets, n, window)
-        if self.graph is None:
-            args, kwargs = some_samples((args, kwargs), n, window)
-        else:
-            args, kwargs = cut(args, kwargs, self.graph._rows, window)
-        return (kwargs if kwargs else args), targets
-
-    def renewed(self) -> Batches:
-        """The same source: one batch as it is now, a loader that must go on giving the same data."""
+    def renewed(self, graph: Graph) -> Batches:
+        """The same source, for a graph: one batch as it is now, a loader that must go on giving the same data."""
         made = Batches(self._source, self._device, single=self.single)
         made._begun, self._begun = self._begun, None
-        made._seen, made.graph = None if self.single else self._seen, self.graph
+        made._seen, made._graph = None if self.single else self._seen, graph
         return made
 
     def _pair(self, batch: Any) -> Pair:

@@ -125,7 +125,11 @@ def _dtype(dense: Tensor) -> str:
 
 
 def _checked(damping: Any) -> float:
-    number = damping.item() if isinstance(damping, Tensor) and damping.numel() == 1 else damping
-    if isinstance(number, bool) or not isinstance(number, Real) or not isfinite(number):
+    return finite(damping.item() if isinstance(damping, Tensor) and damping.numel() == 1 else damping)
+
+
+def finite(damping: Any) -> float:
+    """A damping as a number; ``ReductionError`` for what is none."""
+    if isinstance(damping, bool) or not isinstance(damping, Real) or not isfinite(damping):
         raise ReductionError(f"damping is a finite number, added to the diagonal, not {damping!r}")
-    return float(number)
+    return float(damping)

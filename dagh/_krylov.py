@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import isfinite
-from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -12,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dagh._blocksolve import finite
 from dagh._blocktables import unflatten
 from dagh._estimates import whole
 from dagh.errors import ConvergenceError, ReductionError
@@ -42,8 +41,7 @@ def solve(
     """
     if method not in (None, "cg", "minres"):
         raise ReductionError(f"method={method!r}: expected 'cg' or 'minres'")
-    if isinstance(damping, bool) or not isinstance(damping, Real) or not isfinite(damping):
-        raise ReductionError(f"damping is a finite number, added to the diagonal, not {damping!r}")
+    damping = finite(damping)
     tol = (1e-6 if op.dtype == torch.float64 else 1e-3) if tol is None else tol
     if max_iterations is not None:
         max_iterations = whole(max_iterations, "max_iterations", 1)
@@ -53,9 +51,7 @@ def solve(
         return unflatten(found, op.shapes)
     op.check_direction(v)
     columns = v.detach().cpu().numpy() if isinstance(v, Tensor) else np.asarray(v)
-    found = [
-        _one(op, c, float(damping), chosen, tol, max_iterations or _ITERATIONS) for c in columns.reshape(len(v), -1).T
-    ]
+    found = [_one(op, c, damping, chosen, tol, max_iterations or _ITERATIONS) for c in columns.reshape(len(v), -1).T]
     x = np.stack(found, 1).reshape(columns.shape) if found else np.zeros_like(columns)
     return torch.from_numpy(x).to(device=op.device, dtype=op.dtype) if isinstance(v, Tensor) else x
 

@@ -62,7 +62,7 @@ class Passes:
         first = next(iter(self.graph.parameters.values()), None)
         allowed = _memory.budget_bytes(self.budget, torch.device("cpu") if first is None else first.device)
         per_sample = self._sample_bytes(torch.get_default_dtype() if first is None else first.dtype)
-        batches = self._renewed(before)
+        batches = before.renewed(self.graph)
         masked = self.graph.dropout_seed is not None and self.graph.mode == "train"  # of the rows of a batch
         batches.limit = None if self.graph.coupled or masked else max(1, allowed // (2 * _HELD * per_sample))
         try:
@@ -70,14 +70,9 @@ class Passes:
         except (CoupledSamplesError, LossError):
             if not batches.single or batches.limit is None:
                 raise
-            batches = self._renewed(before)
+            batches = before.renewed(self.graph)
             batches.limit = None  # one batch that cannot be cut
             return self._run(batches, allowed, per_sample)
-
-    def _renewed(self, before: Batches) -> Batches:
-        batches = before.renewed()
-        batches.graph = self.graph
-        return batches
 
     def _run(self, batches: Batches, allowed: int, per_sample: int) -> Linearized:
         point = {n: p.detach().clone() for n, p in self.graph.parameters.items()}

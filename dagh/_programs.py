@@ -354,10 +354,8 @@ class Programs:
         if model is None:
             raise CaptureError("the model cannot be copied (copy.deepcopy fails): load the values into the model")
         graph = object.__new__(type(self))
-        graph.__dict__ |= self.__dict__ | {
-            "model": model,
-            "_watch": Watch(model),
-        }  # tracing again makes programs of its own
+        # Traced again, it gets programs of its own.
+        graph.__dict__ |= self.__dict__ | {"model": model, "_watch": Watch(model)}
         return graph
 
     def _program(self, batch: int) -> Program:
