@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dagh import _capture, _inputs, _layout
 from dagh._binding import leaf_values
-from dagh._interrupts import interrupted
+from dagh._interrupts import beyond, interrupted
 from dagh._ir import Node, Program
 from dagh._state import as_policy, evaluate_program
 from dagh.errors import DaghError
@@ -50,10 +50,8 @@ def twin(model: nn.Module, parameters: dict[str, Tensor]) -> nn.Module | None:
             for name, p in copied.named_parameters():
                 if name in parameters:
                     p.copy_(parameters[name])
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # whatever the user's modules hold
-        if interrupted(error):
+        if beyond(error):
             raise
         return None
     return copied
@@ -153,10 +151,8 @@ def _reproduced(
     with _capture.in_mode(other, mode), torch.no_grad(), narrow:
         try:
             whole = _run(other, pick, args, kwargs)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # the user's code may raise anything at parameters that are not its own
-            if interrupted(error):
+            if beyond(error):
                 raise
             return None
     if not bool(torch.isfinite(whole).all()):
@@ -182,10 +178,8 @@ def apart_elsewhere(
             return False
         try:
             each = _joined([_run(other, pick, *one) for one in singles(args, kwargs, rows)], whole)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # a batch of one is refused: Batch-Norm in training mode
-            if interrupted(error):
+            if beyond(error):
                 raise
             return True
     return each is None or not _inputs.close(each, whole, whole.dtype)
@@ -242,16 +236,12 @@ def coupled_in_double(
                 return False
             try:
                 together = _joined([_run(other, pick, *one) for one in singles(args, kwargs, rows)], whole)
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:  # a batch of one is refused: Batch-Norm in training mode
-                if interrupted(error):
+                if beyond(error):
                     raise
                 return True
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # a type written down in the model, or what the user's code may raise elsewhere
-        if interrupted(error):
+        if beyond(error):
             raise
         return False
     tolerance = _MIXED if narrow.seen else _EXACT
@@ -306,10 +296,8 @@ def curved_together(
             with narrow:
                 weights, whole = product(slice(0, n), None)
             each = torch.stack([product(slice(k, k + 1), weights)[1] for k in range(n)])
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # not twice differentiable, not defined there, or no batch of one
-        if interrupted(error):
+        if beyond(error):
             raise
         return False
     size = torch.stack([whole.abs().max(), each.abs().max()]).max()

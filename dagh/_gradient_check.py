@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dagh import _capture, _elsewhere, _inputs, _sweep
-from dagh._interrupts import interrupted
+from dagh._interrupts import beyond
 from dagh._ir import Node, Program
 from dagh._objectives import Objective
 from dagh._referee import hand_written, hooks_noted, values_side_with
@@ -101,10 +101,8 @@ def check_elsewhere(
     cotangent = _elsewhere.random_like((n, *program.output.shape), got)
     try:
         found = _autograd(twin, [own[k] for k in leaves], args, kwargs, mode, pick, cotangent)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # the user's code may raise anything at parameters that are not its own
-        if interrupted(error):
+        if beyond(error):
             raise
         return 0.0
     if found is None:
@@ -178,10 +176,8 @@ def _loss_gradient(objective: Objective, output: Tensor, targets: Any) -> tuple[
             if not bool(torch.isfinite(total).all()):
                 return None
             gradient = torch.autograd.grad(total.sum(), point, allow_unused=True)[0] if total.requires_grad else None
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # outside its domain the user's code may raise anything
-        if interrupted(error):
+        if beyond(error):
             raise
         return None
     return float(total.detach().sum()), torch.zeros_like(output) if gradient is None else gradient

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dagh import _elsewhere
-from dagh._interrupts import interrupted
+from dagh._interrupts import beyond
 from dagh._objectives import Objective, part_of, pieces
 
 #: Entries of outputs that are looked at.
@@ -40,10 +40,8 @@ def _at(objective: Objective, output: Tensor, targets: Any, n: int, scale: float
             return _slopes_differ(objective, point, targets, n, scale, slope.detach(), 10 * tolerance) or (
                 slope.requires_grad and _curves_across(slope, point, n, tolerance)
             )
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # not twice differentiable, or outside its domain: the user's code may raise anything
-        if interrupted(error):
+        if beyond(error):
             raise
         return False
 

@@ -5,6 +5,13 @@ from __future__ import annotations
 import signal
 from types import TracebackType
 
+import torch
+
+
+def beyond(error: BaseException) -> bool:
+    """Whether an error says nothing of the code that was run: memory ran out, or a signal handler raised it."""
+    return isinstance(error, torch.OutOfMemoryError) or interrupted(error)
+
 
 def interrupted(error: BaseException) -> bool:
     """Whether an error comes from a signal handler (a time limit of the user's): it says nothing of what was run."""

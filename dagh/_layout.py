@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from dagh._capture import batch_size, run_model
 from dagh._inputs import close
-from dagh._interrupts import interrupted
+from dagh._interrupts import beyond
 from dagh._marks import marks
 from dagh.errors import DtypeError, ShapeError
 
@@ -62,10 +62,8 @@ def _outputs(model: nn.Module, given: Arguments, mode: str) -> list[Any] | None:
     """What the model returns; ``None`` where it does not take these inputs."""
     try:
         return pytree.tree_leaves(run_model(model, *given, mode))
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # the user's code may raise anything on inputs that do not fit together
-        if interrupted(error):
+        if beyond(error):
             raise
         return None
 

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dagh import _capture
-from dagh._interrupts import interrupted
+from dagh._interrupts import beyond
 
 #: Functions that read tensors past the dispatcher.
 _READERS = frozenset(getattr(Tensor, name) for name in ("tolist", "numpy", "__array__"))
@@ -76,10 +76,8 @@ def followed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mo
             _Reads(digest),
         ):
             return model(*args, **kwargs), digest.hexdigest()
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # the model's own, which it raises again, or one of being followed
-        if interrupted(error):
+        if beyond(error):
             raise
         return _capture.run_model(model, args, kwargs, mode), None
 
@@ -88,10 +86,8 @@ def way(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: s
     """The mark of a model's way; ``None`` where it cannot be followed, or raises."""
     try:
         return followed(model, args, kwargs, mode)[1]
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # the user's code may raise anything on single samples, or at other parameters
-        if interrupted(error):
+        if beyond(error):
             raise
         return None
 
