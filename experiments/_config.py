@@ -12,7 +12,7 @@ from typing import Any, Literal, get_type_hints
 from ._measure_config import MeasureConfig
 from ._validate import ConfigError, convert, from_table, to_plain, unknown_key
 
-NOT_IN_KEYS = frozenset({"train.together"})
+NOT_IN_KEYS = frozenset({"train.together", "train.kernels"})
 """Settings that say how, not what: runs that differ in these alone are one run, with one key."""
 
 
@@ -47,7 +47,9 @@ class TrainConfig:
     """How the networks are trained. ``epochs`` left out means the paper's: 10, and 15 on CIFAR-10.
 
     ``together`` trains the seeds of one network as one stacked network: ``"auto"`` where a short trial finds that
-    faster. Numbers agree between the ways up to rounding, and training amplifies rounding; fix it to compare machines.
+    faster. ``kernels`` are those of convolutions of few channels on a processor: ``"compiled"`` ones, which need numba,
+    PyTorch's own (``"torch"``), or, with ``"auto"``, the former where numba is installed. Numbers agree between the
+    ways up to rounding, and training amplifies rounding; fix both to compare machines.
     """
 
     optimizer: Literal["adam", "sgd"] = "adam"
@@ -57,6 +59,7 @@ class TrainConfig:
     loss: Literal["cross_entropy", "mse"] = "cross_entropy"
     dtype: Literal["float32", "float64"] = "float32"
     together: Literal["auto", "always", "never"] = "auto"
+    kernels: Literal["auto", "compiled", "torch"] = "auto"
 
     def __post_init__(self) -> None:
         if not 0 < self.lr < float("inf") or self.batch < 1 or (self.epochs is not None and self.epochs < 0):

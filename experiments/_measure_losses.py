@@ -106,8 +106,9 @@ def gradient_norm(model: nn.Module, loss: str, x: Tensor, y: Tensor, batch: int)
     params = [p for p in model.parameters() if p.requires_grad]
     total = [torch.zeros_like(p, dtype=torch.float64) for p in params]
     with evaluating(model), torch.enable_grad():
+        forward = arranged(model, x)
         for xs, ys in _batches(x, y, batch):
-            output = arranged(model, xs)(xs)
+            output = forward(xs)
             found = torch.autograd.grad(each(output, ys).sum(), params, materialize_grads=True)
             for t, g in zip(total, found, strict=True):
                 t += g

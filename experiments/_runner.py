@@ -14,6 +14,7 @@ import torch
 
 from ._config import StudyConfig
 from ._engines import Engine
+from ._forward import arranged, compiled
 from ._nets import initialized
 from ._points import Run, expand
 from ._store import Store
@@ -114,6 +115,9 @@ class Sweep:
             note = source(config, self.options.root).note
             if note is not None:
                 self.watcher.say(note)
+        plain = self.options.device == "cpu" and not compiled()
+        if plain and any(run.net.family == "conv2d" and run.train.kernels == "auto" for run in runs):
+            self.watcher.say("numba is not installed: pip install 'dagh[fast]' trains nets of few channels faster")
         self._queue.extend(self._units([run for run in runs if run.key not in done], runs))
         try:
             while True:
@@ -158,12 +162,22 @@ class Sweep:
             return way == "always"
         name = f"{first.group} {self.options.device} {len(group)}"
         known = self.store.note("trials").get(name)
+        if known is None and self._compiled(first):
+            return False  # stacking would give the compiled kernels up
         if known is None:
             found = self._trial(group)
             self.watcher.say(f"{first.label.rpartition(', seed')[0] or first.label}: {found}")
             known = {"together": found.together, "alone_s": found.alone_s, "stacked_s": found.stacked_s}
             self.store.add_note("trials", {name: known})
         return bool(known["together"])
+
+    def _compiled(self, run: Run) -> bool:
+        """Whether compiled kernels train this network on its own."""
+        if self.options.device != "cpu" or run.train.kernels == "torch":
+            return False
+        found, dtype = source(run.source, self.options.root), getattr(torch, run.train.dtype)
+        model = initialized(run.net, found.shape, found.classes, run.seed, dtype)
+        return arranged(model, found.split.train_x[:1].to(dtype)) is not model
 
     def _trial(self, group: tuple[Run, ...]) -> Trial:
         first = group[0]

@@ -13,6 +13,7 @@ import click
 from ._config import StudyConfig
 from ._download import download
 from ._engines import Engine, Here, Processes
+from ._forward import check_kernels
 from ._progress import downloading
 from ._runner import Options, default_workers, device_of
 from ._sources import root_folder
@@ -93,6 +94,8 @@ class How:
         if self.download:
             with downloading() as progress:
                 download(study.data.name, root_folder(root), progress)
+        if self.engine != "ray":
+            check_kernels(study.train.kernels)
         device = self._device()
         return Options(root.resolve() if root else None, device, self._threads(device), self.shard)
 

@@ -12,6 +12,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from dagh.errors import DaghError
 
 from ._config import TrainConfig
+from ._forward import arranged, check_kernels
 from ._measure_config import Split
 
 Tick = Callable[[int, int], None]
@@ -47,17 +48,20 @@ def train(model: nn.Module, config: TrainConfig, data: Split, seed: int, tick: T
 
     Raises:
         TrainingError: the loss is not finite at the end of an epoch.
+        ConfigError: compiled kernels are asked for and absent.
     """
     loss_of, total, done = LOSSES[config.loss], steps(config, len(data.train_x)), 0
     optimizer = _optimizer(list(model.parameters()), config)
     generator = torch.Generator().manual_seed(seed)
     model.train()
+    check_kernels(config.kernels)
+    forward = model if config.kernels == "torch" else arranged(model, data.train_x)
     for epoch in range(config.epochs or 0):
         order = torch.randperm(len(data.train_x), generator=generator).to(data.train_x.device)
         loss = None
         for batch in torch.split(order, config.batch):
             optimizer.zero_grad(set_to_none=True)
-            loss = loss_of(model(data.train_x[batch]), data.train_y[batch])
+            loss = loss_of(forward(data.train_x[batch]), data.train_y[batch])
             torch.autograd.backward(loss)
             optimizer.step()
             done += 1

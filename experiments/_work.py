@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dagh import __version__
 
 from ._config import DataConfig
+from ._forward import compiled
 from ._measure import measure
 from ._measure_config import Split
 from ._nets import initialized
@@ -223,6 +224,7 @@ def _about(work: Work, started: datetime, wall_s: float, parts: dict[str, float]
         "together": stacked,
         "peak_rss_MiB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "versions": {"dagh": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "compiled": work.device == "cpu" and work.runs[0].train.kernels != "torch" and compiled(),
     }
     if work.device.startswith("cuda"):
         about["peak_device_MiB"] = round(torch.cuda.max_memory_allocated() / 2**20)

@@ -17,12 +17,10 @@ from torch import Tensor, nn
 
 import dagh
 import dagh.bounds
-from dagh.architectures import ConvNet2d
 from dagh.bounds._logs import spectral
 from dagh.errors import DaghError, LossError, NonFiniteError, ReductionError, ShapeError
-from dagh.experiments import _forward, _measure_hessian
+from dagh.experiments import _measure_hessian
 from dagh.experiments._convergence import quantiles_over
-from dagh.experiments._forward import arranged
 from dagh.experiments._measure import measure
 from dagh.experiments._measure_config import MeasureConfig, Split
 from dagh.experiments._measure_corollaries import corollaries
@@ -136,55 +134,6 @@ def test_losses_by_sample_average_to_the_loss_of_the_library(loss: str) -> None:
     assert (accuracy is None) == (loss != "cross_entropy")
     if accuracy is not None:
         assert accuracy == float((model(x).argmax(1) == y).double().mean())
-
-
-@pytest.mark.parametrize(
-    ("options", "folded", "layers"),
-    [
-        ({"C": 2}, True, 6),
-        ({"C": (6, 4, 3), "k": (3, 5, (3, 5)), "bias": True, "activation": "tanh"}, True, 6),
-        ({"C": 3, "k": (3, 3, 7), "pool_at": 3, "head": (5,)}, True, 6),
-        ({"L": 3, "C": 3, "head": None}, True, 7),
-        ({"C": 3, "pool_at": 1}, False, 2),
-        ({"C": 3, "k": 2}, False, 0),
-        ({"C": 3, "stride": (1, 1, 2)}, False, 4),
-        ({"C": (4, 7, 4)}, False, 2),
-        ({"C": 4, "groups": (1, 2, 1)}, False, 2),
-        ({"C": 4, "padding": 1}, False, 0),
-        ({"C": 3, "size": (18, 17)}, False, 0),
-        ({"C": (8, 9, 8), "in_channels": 2}, None, 0),
-        ({"C": 8, "pool_at": 2, "bias": True}, None, 0),
-    ],
-    ids=str,
-)
-def test_rearranged_nets_have_the_same_values_and_gradients(
-    options: dict[str, Any], folded: bool | None, layers: int
-) -> None:
-    """``folded`` is None where channels are innermost; the first ``layers`` could be folded; few are not."""
-    net = ConvNet2d(**{"L": 2, "k": 3, "size": (20, 18), "classes": 4, **options}).double()
-    x = torch.randn(3, net.channels[0], *net.size)
-    forward = arranged(net, x)
-    assert (forward is net) == (folded is False)
-    if folded is not None:
-        assert len(_forward._leading(list(net), net.size)) == layers
-    direct = torch.randn(net(x).shape)
-    torch.testing.assert_close(forward(x), net(x), rtol=1e-12, atol=1e-13)
-    found, expected = (torch.autograd.grad((f(x) * direct).sum(), list(net.parameters())) for f in (forward, net))
-    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
-
-
-def test_losses_of_few_channels_are_those_of_single_samples() -> None:
-    for C in (2, 8):
-        net = ConvNet2d(2, C, 3, size=12, classes=4).float()
-        x, y = torch.rand(300, 1, 12, 12, dtype=torch.float32), torch.randint(4, (300,))
-        losses, _ = per_sample(net, "cross_entropy", x, y, batch=1024)  # on a processor in parts
-        one = [nn.functional.cross_entropy(net(x[i : i + 1]), y[i : i + 1]) for i in range(300)]
-        torch.testing.assert_close(losses.float(), torch.stack(one).detach(), rtol=1e-5, atol=1e-7)
-
-
-def test_other_nets_are_taken_as_they_are() -> None:
-    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), nn.Linear(800, 2))
-    assert arranged(net, torch.rand(1, 1, 12, 12)) is net
 
 
 def test_a_loss_without_values_by_sample_is_named() -> None:

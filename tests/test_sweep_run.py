@@ -286,7 +286,7 @@ def test_classes_that_do_not_begin_at_0_are_pointed_out(tmp_path: Path) -> None:
 
 
 def test_the_trial_is_remembered(tmp_path: Path) -> None:
-    study = write_study(tmp_path, a='"never"->"auto"')
+    study = write_study(tmp_path, a='"never"->"auto"\nkernels = "torch"')
     out = tmp_path / "out"
     first = sweep("run", study, "--out", out)
     assert first.exit_code == 0 and first.output.count("ms a step alone") == 2
@@ -296,6 +296,14 @@ def test_the_trial_is_remembered(tmp_path: Path) -> None:
     again = sweep("resume", out)
     assert "4 runs done" in again.output and "ms a step alone" not in again.output
     assert Store(out).note("trials") == trials
+
+
+def test_compiled_kernels_need_no_trial(tmp_path: Path) -> None:
+    pytest.importorskip("numba")
+    done = sweep("run", write_study(tmp_path, a='"never"->"auto"'), "--out", tmp_path / "out")
+    assert done.exit_code == 0 and "ms a step alone" not in done.output
+    abouts = [json.loads(path.read_text())["about"] for path in (tmp_path / "out" / "runs").glob("*/result.json")]
+    assert [(about["together"], about["compiled"]) for about in abouts] == [(1, True)] * 4
 
 
 def test_a_dry_run_does_nothing(tmp_path: Path) -> None:

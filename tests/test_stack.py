@@ -1,0 +1,209 @@
+"""Compiled convolutions against PyTorch's own: values, gradients, and what training makes of them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sweep_helpers import sweep, write_study
+from torch import Tensor, nn
+
+from dagh.architectures import ConvNet2d
+from dagh.experiments import Store, _forward
+from dagh.experiments._config import TrainConfig
+from dagh.experiments._forward import arranged
+from dagh.experiments._measure_config import Split
+from dagh.experiments._measure_losses import gradient_norm, per_sample
+from dagh.experiments._train import train
+
+pytest.importorskip("numba", reason="needs the optional package numba")
+F = nn.functional
+
+
+@pytest.fixture
+def two_threads() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def compare(net: nn.Module, x: Tensor, layers: int | None = None) -> None:
+    """Values and gradients of the arranged net are the net's own; ``layers`` are compiled."""
+    forward = arranged(net, x)
+    if layers is not None:
+        assert (forward is net) == (layers == 0)
+        if layers:
+            assert len(_forward._leading(list(net), tuple(x.shape[1:]))[0]) == layers  # type: ignore[call-overload]
+    for _ in range(2):  # the second time in buffers that have been used
+        expected = net(x)
+        direct = torch.randn_like(expected)
+        params = list(net.parameters())
+        wanted = torch.autograd.grad((expected * direct).sum(), params, materialize_grads=True)
+        out = forward(x)
+        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+        found = torch.autograd.grad((out * direct).sum(), params, materialize_grads=True)
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-11)
+        x = x.flip(0)
+
+
+@pytest.mark.parametrize(
+    ("options", "layers"),
+    [
+        ({"C": 2}, 3),
+        ({"C": (6, 4, 3), "k": (3, 5, (3, 4)), "bias": True}, 3),
+        ({"C": 3, "k": (2, 1, 7), "pool_at": 3, "head": (5,)}, 4),
+        ({"L": 3, "C": (16, 3, 5, 7), "head": None}, 4),
+        ({"C": 3, "pool_at": (1, 2), "bias": True, "k": (3, 2, 1), "k_pool": (2, 3)}, 5),
+        ({"C": (1, 9, 8), "in_channels": 3}, 3),
+        ({"C": 3, "pool_at": 2, "k_pool": 3, "pool_stride": 2}, 2),
+        ({"C": 3, "pool_at": 2, "pool": "avg"}, 2),
+        ({"C": 3, "stride": (1, 1, 2)}, 2),
+        ({"C": (4, 25, 4)}, 1),
+        ({"C": 4, "groups": (1, 2, 1)}, 1),
+        ({"C": 4, "activation": "tanh"}, 1),
+        ({"C": 4, "padding": 1}, 0),
+        ({"C": 4, "dilation": 2}, 0),
+        ({"C": 25}, 0),
+    ],
+    ids=str,
+)
+def test_values_and_gradients(options: dict[str, Any], layers: int) -> None:
+    torch.manual_seed(0)
+    net = ConvNet2d(**{"L": 2, "k": 3, "size": (18, 20), "classes": 4, **options}).double()
+    compare(net, torch.randn(5, net.channels[0], *net.size, dtype=torch.float64), layers)
+
+
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_random_nets(data: st.DataObject) -> None:
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    L = data.draw(st.integers(0, 3))
+    size = data.draw(st.tuples(st.integers(16, 20), st.integers(16, 20)))
+    kernels = [data.draw(st.tuples(st.integers(1, 3), st.integers(1, 3))) for _ in range(L + 1)]
+    channels = [data.draw(st.integers(1, 9)) for _ in range(L + 1)]
+    pool_at = data.draw(st.sampled_from([(), (1,), (L + 1,)]))
+    net = ConvNet2d(
+        L, channels, kernels, size=size, in_channels=data.draw(st.integers(1, 3)), classes=3, pool_at=pool_at,
+        bias=data.draw(st.booleans()),
+    ).double()  # fmt: skip
+    compare(net, torch.randn(data.draw(st.integers(1, 140)), net.channels[0], *size, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("samples", [1, 2, 63, 64, 65, 150])
+def test_parts_and_threads(samples: int, two_threads: None) -> None:
+    torch.manual_seed(0)
+    net = ConvNet2d(2, (8, 9, 6), 3, size=20, pool_at=2, bias=True).double()
+    compare(net, torch.randn(samples, 1, 20, 20, dtype=torch.float64))
+
+
+def test_other_nets_are_taken_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.rand(2, 1, 12, 12)
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), nn.Linear(800, 2))
+    assert arranged(net, x) is net
+    for net, y in ((ConvNet2d(1, 2, 3, size=12), x.bfloat16()), (ConvNet2d(1, 2, 3, size=12), x[0])):
+        assert arranged(net, y) is net
+    monkeypatch.setattr(_forward, "_kernels", lambda: None)
+    net = ConvNet2d(1, 2, 3, size=12)
+    assert arranged(net, x) is net and not _forward.compiled()
+
+
+def test_empty_batches_and_gradients_in_the_input_are_pytorchs() -> None:
+    net = ConvNet2d(1, 2, 3, size=12)
+    x = torch.rand(2, 1, 12, 12, requires_grad=True)
+    forward = arranged(net, x)
+    assert forward(x[:0].detach()).shape == (0, 10)
+    (found,) = torch.autograd.grad(forward(x).sum(), x)
+    torch.testing.assert_close(found, torch.autograd.grad(net(x).sum(), x)[0])
+
+
+def test_numbers_that_are_none_stay() -> None:
+    net = ConvNet2d(1, 2, 3, size=12, pool_at=1)
+    x = torch.rand(3, 1, 12, 12)
+    x[1, 0, 4, 4] = torch.nan
+    x[2, 0, 4, 4] = torch.inf
+    with torch.no_grad():
+        found, expected = arranged(net, x)(x), net(x)
+    assert found[1].isnan().all() and expected[1].isnan().all()
+    torch.testing.assert_close(found[0], expected[0])
+    assert not found[2].isfinite().all()
+
+
+def test_backward_belongs_before_the_next_call() -> None:
+    net = ConvNet2d(1, 2, 3, size=12)
+    forward = arranged(net, torch.rand(2, 1, 12, 12))
+    first = forward(torch.rand(2, 1, 12, 12))
+    forward(torch.rand(2, 1, 12, 12))
+    with pytest.raises(RuntimeError, match="have been used by another one"):
+        first.sum().backward()
+
+
+def test_frozen_weights() -> None:
+    net = ConvNet2d(2, 2, 3, size=12).double()
+    net.conv2.weight.requires_grad_(False)
+    x = torch.rand(4, 1, 12, 12, dtype=torch.float64)
+    params = [p for p in net.parameters() if p.requires_grad]
+    found = torch.autograd.grad(arranged(net, x)(x).square().sum(), params)
+    torch.testing.assert_close(found, torch.autograd.grad(net(x).square().sum(), params))
+
+
+def test_losses_and_gradients_of_few_channels_are_those_of_single_samples() -> None:
+    for C in (2, 8):
+        net = ConvNet2d(2, C, 3, size=12, classes=4)
+        x, y = torch.rand(300, 1, 12, 12), torch.randint(4, (300,))
+        losses, _ = per_sample(net, "cross_entropy", x, y, batch=1024)  # on a processor in parts
+        one = [F.cross_entropy(net(x[i : i + 1]), y[i : i + 1]) for i in range(300)]
+        torch.testing.assert_close(losses.float(), torch.stack(one).detach(), rtol=1e-5, atol=1e-6)
+        found = torch.autograd.grad(F.cross_entropy(net.double()(x.double()), y), list(net.parameters()))
+        expected = float(torch.stack([g.norm() for g in found]).norm())
+        assert gradient_norm(net.float(), "cross_entropy", x, y, batch=1024) == pytest.approx(expected, rel=1e-4)
+
+
+# -- training --------------------------------------------------------------------------------------
+
+
+def test_training_takes_the_same_steps() -> None:
+    torch.manual_seed(0)
+    x, y = torch.rand(70, 1, 10, 10, dtype=torch.float64), torch.randint(3, (70,))
+    data, nets = Split(x, y, x[:1], y[:1]), []
+    for kernels in ("torch", "compiled"):
+        torch.manual_seed(1)
+        net = ConvNet2d(1, 3, 3, size=10, classes=3, pool_at=2).double()
+        train(net, TrainConfig(epochs=3, batch=32, kernels=kernels), data, seed=5)  # type: ignore[arg-type]
+        nets.append(net)
+    torch.testing.assert_close(list(nets[0].parameters()), list(nets[1].parameters()), rtol=1e-9, atol=1e-11)
+    torch.manual_seed(1)
+    again = ConvNet2d(1, 3, 3, size=10, classes=3, pool_at=2).double()
+    train(again, TrainConfig(epochs=3, batch=32), data, seed=5)  # where there are compiled kernels, they are used
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), nets[1].parameters(), strict=True))
+
+
+def test_kernels_are_no_part_of_what_identifies_a_run(tmp_path: Path) -> None:
+    study = write_study(tmp_path, a="epochs = 2->epochs = 2\ndtype = 'float64'")
+    for kernels in ("torch", "compiled"):
+        assert sweep("run", study, "--out", tmp_path / kernels, "--set", f"train.kernels={kernels}").exit_code == 0
+    one, two = (Store(tmp_path / kernels).runs() for kernels in ("torch", "compiled"))
+    assert [r.key for r in one] == [r.key for r in two]
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_allclose(a.arrays["mean"], b.arrays["mean"], rtol=1e-8)
+
+
+def test_without_numba(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled kernels are refused in one line; the default says what is missing and goes on."""
+    monkeypatch.setitem(sys.modules, "dagh.experiments._stack", None)
+    _forward._kernels.cache_clear()
+    try:
+        study = write_study(tmp_path)
+        refused = sweep("run", study, "--out", tmp_path / "no", "--set", "train.kernels=compiled")
+        assert refused.exit_code == 2 and "train.kernels" in refused.output and "dagh[fast]" in refused.output
+        assert not (tmp_path / "no").exists()
+        done = sweep("run", study, "--out", tmp_path / "yes")
+        assert done.exit_code == 0 and "dagh[fast]" in done.output
+    finally:
+        _forward._kernels.cache_clear()
