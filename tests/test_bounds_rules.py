@@ -221,8 +221,17 @@ def _parts(context: Recursion, values: Tensor) -> list[Tensor]:
     return [values] if context.structure.state.coupled else list(values.split(1))
 
 
-@pytest.mark.parametrize("local", [False, True], ids=["for every input", "at the data"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "local"),
+    [  # each case one way, in turn; the other way with the slow tests
+        pytest.param(
+            name, local, id=f"{name}-{'at the data' if local else 'for every input'}",
+            marks=[pytest.mark.slow] * ((k % 2 > 0) != local),
+        )
+        for k, name in enumerate(CASES)
+        for local in (False, True)
+    ],
+)  # fmt: skip
 def test_no_value_is_longer_and_no_derivative_larger_than_the_rule_says(name: str, local: bool) -> None:
     slack = ROUNDED.get(name, SLACK)
     for seed in range(3):
@@ -271,6 +280,7 @@ def _inputs(context: Recursion, x: Tensor) -> list[Tensor]:
     return [t * (limit / float(n)) if float(n) else t for t, n in zip(found, norms, strict=True)]
 
 
+@pytest.mark.slow
 def test_every_rule_has_a_case() -> None:
     found: set[str] = set()
     for case in CASES.values():

@@ -184,7 +184,7 @@ ALIKE = [c for c in CASES if c.name not in ("mlp_softshrink", "multihead_attenti
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(c, id=c.name, marks=[pytest.mark.slow] * (k % 8 > 0)) for k, c in enumerate(ALIKE)]
+    "case", [pytest.param(c, id=c.name, marks=[pytest.mark.slow] * (k % 16 > 0)) for k, c in enumerate(ALIKE)]
 )
 def test_the_program_is_that_of_the_decomposed_graph(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs, _ = case.build()

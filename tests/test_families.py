@@ -17,9 +17,9 @@ TOLERANCE = 1e-10
 #: Several seconds each.
 LONG = {"transformer_decoder", "transformer_encoder_two_layers", "lstm_projected", "lstm_two_layers_bidirectional"}
 PARAMS = [
-    # Neighbors in the list are variants of one kind: every fourth one runs each time, the rest with the slow tests.
+    # Neighbors in the list are variants of one kind: every sixth one runs each time, the rest with the slow tests.
     *(
-        pytest.param(c, id=c.name, marks=[pytest.mark.slow] * (k % 4 > 0 or c.name in LONG))
+        pytest.param(c, id=c.name, marks=[pytest.mark.slow] * (k % 6 > 0 or c.name in LONG))
         for k, c in enumerate(CASES)
     ),
     *(pytest.param(c, id=c.name, marks=[pytest.mark.transformers, pytest.mark.slow]) for c in HUGGING_FACE),

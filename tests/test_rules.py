@@ -183,7 +183,13 @@ def check_curvature(
                 assert set(alone) <= {i}, "curvature was returned for an argument not asked for"
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+#: Sixteen mixtures of four arguments.
+LONG = {"aten.bilinear.default(1x2,1x3,2x2x3,2)"}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, id=c.name, marks=[pytest.mark.slow] * (c.name in LONG)) for c in CASES]
+)
 def test_rule(case: RuleCase) -> None:
     """Arguments with a sample axis, without one, and every mixture."""
     floats = [i for i, s in enumerate(case.specs) if not s.fixed]

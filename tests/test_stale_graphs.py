@@ -209,6 +209,7 @@ def test_flags_of_a_copy_and_of_other_parameters() -> None:
             exact(g, (X, times), Y)
 
 
+@pytest.mark.slow
 def test_flags_with_fixed_masks() -> None:
     class Dropped(Flagged):
         def forward(self, x: Tensor, times: Any) -> Tensor:  # type: ignore[override]
