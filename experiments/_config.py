@@ -47,9 +47,10 @@ class TrainConfig:
     """How the networks are trained. ``epochs`` left out means the paper's: 10, and 15 on CIFAR-10.
 
     ``together`` trains the seeds of one network as one stacked network: ``"auto"`` where a short trial finds that
-    faster. ``kernels`` are those of convolutions of few channels on a processor: ``"compiled"`` ones, which need numba,
-    PyTorch's own (``"torch"``), or, with ``"auto"``, the former where numba is installed. Numbers agree between the
-    ways up to rounding, and training amplifies rounding; fix both to compare machines.
+    faster. ``kernels`` are those of convolutions of few channels on a processor: ``"compiled"`` ones, where the layers
+    have them, with a refusal where numba is absent; PyTorch's own (``"torch"``); or, with ``"auto"``, the former where
+    numba is installed. Numbers agree between the ways up to rounding, and training amplifies rounding; fix both to
+    compare machines.
     """
 
     optimizer: Literal["adam", "sgd"] = "adam"

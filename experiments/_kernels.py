@@ -4,11 +4,14 @@ A layer's activations are ``[C, H, W·N]``. One tap of a kernel then multiplies 
 whatever the number of channels; each pass takes three taps for four output channels, so that what is loaded is used
 several times before anything is stored. Arrays are flat, places in them are counted in elements: ``first`` is where a
 layer's first row begins, ``step`` lies between its rows, ``plane`` between its channels, and ``offsets [T]`` are the
-taps of one output, T a multiple of three (taps of weight zero fill it up).
+taps of one output, T a multiple of three (taps of weight zero fill it up, so that an
+infinite input may give NaN).
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -19,13 +22,32 @@ Array = np.ndarray[Any, np.dtype[Any]]
 C = TypeVar("C", bound=Callable[..., Any])
 
 
+_OPTIONS: dict[str, Any] = {"fastmath": {"contract", "reassoc", "nsz"}, "nogil": True, "error_model": "numpy"}
+
+
 def _compiled(function: C) -> C:
-    """Sums may be taken in another order; NaN and Inf stay what they are."""
-    options: dict[str, Any] = {"fastmath": {"contract", "reassoc", "nsz"}, "nogil": True, "error_model": "numpy"}
-    try:
-        return cast(C, numba.njit(cache=True, **options)(function))
-    except RuntimeError:  # no folder to keep compiled code in: compiled anew in every process
-        return cast(C, numba.njit(**options)(function))
+    """Part of a kernel. Sums may be taken in another order; NaN stays NaN."""
+    return cast(C, numba.njit(**_OPTIONS)(function))
+
+
+def _kernel(function: C) -> C:
+    """A function to be called from Python, kept on disk where that works (no folder, a full disk, a damaged file)."""
+    anew = kept = _compiled(function)
+    with contextlib.suppress(RuntimeError):
+        kept = numba.njit(cache=True, **_OPTIONS)(function)
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        nonlocal kept
+        try:
+            return kept(*args)
+        except Exception:
+            if kept is anew:
+                raise
+            kept = anew
+            return anew(*args)
+
+    return cast(C, call)
 
 
 @_compiled
@@ -71,7 +93,7 @@ def _one(sums: Array, x: Array, at: int, n: int, w: Array, o: int, offsets: Arra
             s0[i] += a0 * p[i] + a1 * q[i] + a2 * r[i]
 
 
-@_compiled
+@_kernel
 def correlate(
     x: Array,
     first: int,
@@ -189,7 +211,7 @@ def _one_sum(d: Array, at: int, x: Array, p: int, q: int, r: int, n: int, w: Arr
     w[o, t + 2] += a2
 
 
-@_compiled
+@_kernel
 def weight_gradient(
     x: Array,
     first: int,
@@ -227,7 +249,7 @@ def weight_gradient(
             o += count
 
 
-@_compiled
+@_kernel
 def spread(g: Array, gate: Array, out: Array, begin: int, row: int, plane: int, planes: int, rows: int) -> None:
     """Write ``g`` (contiguous ``[planes, rows, …]``) into its place in ``out``, zero where ``gate`` is not positive."""
     zero, length = g.dtype.type(0), g.shape[0] // (planes * rows)
@@ -244,7 +266,7 @@ def spread(g: Array, gate: Array, out: Array, begin: int, row: int, plane: int, 
                     target[i] = source[i]
 
 
-@_compiled
+@_kernel
 def largest(x: Array, out: Array, tall: int, wide: int) -> None:
     """Max-pooling of ``x [C, H, W, N]`` over windows ``tall`` × ``wide`` side by side; NaN stays NaN, as in PyTorch."""
     for c in range(out.shape[0]):
@@ -260,7 +282,7 @@ def largest(x: Array, out: Array, tall: int, wide: int) -> None:
                                 best[n] = other[n]
 
 
-@_compiled
+@_kernel
 def route(x: Array, y: Array, g: Array, out: Array, tall: int, wide: int, gated: bool) -> None:
     """Send ``g``, the gradient in ``y = largest(x)``, to the first largest entry of each window.
 

@@ -46,7 +46,8 @@ class Run:
     @property
     def group(self) -> str:
         """The same for runs that differ in the seed alone."""
-        return _hash({"net": to_plain(self.net), "train": to_plain(self.train), "data": self.data})
+        train = {name: value for name, value in to_plain(self.train).items() if name != "kernels"}
+        return _hash({"net": to_plain(self.net), "train": train, "data": self.data})
 
     @property
     def label(self) -> str:

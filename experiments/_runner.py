@@ -14,7 +14,7 @@ import torch
 
 from ._config import StudyConfig
 from ._engines import Engine
-from ._forward import arranged, compiled
+from ._forward import arranged, why_not
 from ._nets import initialized
 from ._points import Run, expand
 from ._store import Store
@@ -115,10 +115,11 @@ class Sweep:
             note = source(config, self.options.root).note
             if note is not None:
                 self.watcher.say(note)
-        plain = self.options.device == "cpu" and not compiled()
-        if plain and any(run.net.family == "conv2d" and run.train.kernels == "auto" for run in runs):
-            self.watcher.say("numba is not installed: pip install 'dagh[fast]' trains nets of few channels faster")
-        self._queue.extend(self._units([run for run in runs if run.key not in done], runs))
+        missing = [run for run in runs if run.key not in done]
+        slower = why_not((run.net, run.train) for run in missing) if self.options.device == "cpu" else None
+        if slower is not None:
+            self.watcher.say(slower)
+        self._queue.extend(self._units(missing, runs))
         try:
             while True:
                 for message in engine.run(self._take):

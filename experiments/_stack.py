@@ -1,7 +1,7 @@
 """Convolutions, rectifiers and max-pools in a row as one operation of PyTorch's autograd, run by compiled kernels.
 
 Buffers are made once for a number of samples and used again by every call: fresh memory would cost as much as the
-convolutions. A call's result is therefore good until the next call, and gradients are those of the last one.
+convolutions. Gradients are therefore those of the last call.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 PART = 64
 #: Elements summed at once.
 _ROW = 2048
+#: Numbers of samples for which buffers are kept.
+_SIZES = 3
 #: Flops of a pass below which threads cost more than they save.
 _WORTH = 1e7
 
@@ -227,7 +229,7 @@ class Stack:
         pieces = torch.split(x, [part.n for part in self._now])
         self._each(lambda i: self._now[i].forward(pieces[i], arrays))
         outs = [torch.from_numpy(part.at[-1].out).view(-1, part.n) for part in self._now]
-        return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
+        return torch.cat(outs, 1) if len(outs) > 1 else outs[0].clone()
 
     def backward(self, g: Tensor, weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         turned = [_filled(w.detach().numpy()[:, :, ::-1, ::-1].swapaxes(0, 1)) for w in weights]
@@ -250,6 +252,8 @@ class Stack:
         threads = self._threads(samples)
         key = samples, dtype, threads
         if key not in self._parts:
+            if len(self._parts) >= _SIZES:
+                del self._parts[next(iter(self._parts))]
             count = max(-(-samples // PART), min(threads, samples))
             count = min(samples, -(-count // threads) * threads)
             ends = [samples * i // count for i in range(count + 1)]

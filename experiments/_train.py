@@ -36,7 +36,7 @@ def steps(config: TrainConfig, samples: int) -> int:
     return (config.epochs or 0) * -(-samples // config.batch)
 
 
-def train(model: nn.Module, config: TrainConfig, data: Split, seed: int, tick: Tick = silent) -> None:
+def train(model: nn.Module, config: TrainConfig, data: Split, seed: int, tick: Tick = silent) -> bool:
     """Train ``model`` in place on the training part of ``data``, which lies on its device.
 
     Args:
@@ -45,6 +45,8 @@ def train(model: nn.Module, config: TrainConfig, data: Split, seed: int, tick: T
         data: inputs ``[N, …]`` and targets ``[N, …]``.
         seed: of the order of the samples, drawn anew every epoch as in the paper.
         tick: called after every step.
+
+    Returns whether compiled kernels were used.
 
     Raises:
         TrainingError: the loss is not finite at the end of an epoch.
@@ -69,6 +71,7 @@ def train(model: nn.Module, config: TrainConfig, data: Split, seed: int, tick: T
         if loss is not None and not loss.isfinite():
             raise TrainingError(f"the training loss is {loss.item()} in epoch {epoch + 1}")
     model.eval()
+    return forward is not model
 
 
 def train_together(

@@ -58,7 +58,7 @@ def trial(make: Callable[[int], nn.Module], seeds: Sequence[int], config: TrainC
     return Trial(len(seeds), alone / batches, stacked / batches / len(seeds))
 
 
-def _best(call: Callable[[], None], data: Split) -> float:
+def _best(call: Callable[[], object], data: Split) -> float:
     times = []
     for _ in range(1 + _REPEATS):
         start = time.perf_counter()

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from dagh import __version__
 
 from ._config import DataConfig
-from ._forward import compiled
 from ._measure import measure
 from ._measure_config import Split
 from ._nets import initialized
@@ -138,7 +137,7 @@ def execute(work: Work, send: Callable[[Message], None]) -> None:
         begun = time.perf_counter()
         first = work.runs[0]
         split = split_for(found, first.train.loss, first.train.dtype, work.device)
-        for run, model, stacked in _trained(work, found, split, send):
+        for run, model, how in _trained(work, found, split, send):
             trained = time.perf_counter()
             try:
                 check_finite(model)
@@ -146,10 +145,10 @@ def execute(work: Work, send: Callable[[Message], None]) -> None:
                 result = measure(model, run.train.loss, split, run.measure, run.seed)
                 done = time.perf_counter()
                 wall = {"train_s": trained - begun, "measure_s": done - trained}
-                about = _about(work, started, done - begun, wall, stacked)
+                about = _about(work, started, done - begun, wall, how)
                 send(Done(run, result.scalars, dict(result.arrays), about))
             except Exception:
-                about = _about(work, started, time.perf_counter() - begun, {}, stacked)
+                about = _about(work, started, time.perf_counter() - begun, {}, how)
                 send(Failed(run, traceback.format_exc(), about))
             open_runs.remove(run)
             begun, started = time.perf_counter(), datetime.now(UTC)
@@ -160,7 +159,7 @@ def execute(work: Work, send: Callable[[Message], None]) -> None:
 
 
 def _trained(work: Work, found: Source, split: Split, send: Callable[[Message], None]) -> Any:
-    """Every run, its trained model, and how many were trained as one with it."""
+    """Every run, its trained model, how many were trained as one with it, and whether by compiled kernels."""
     models = {}
     for run in work.runs:
         dtype = getattr(torch, run.train.dtype)
@@ -177,11 +176,12 @@ def _trained(work: Work, found: Source, split: Split, send: Callable[[Message], 
     for run in work.runs:
         if run.key not in work.wanted:
             continue
+        how: dict[str, Any] = {"together": len(together) if run in together else 1}
         if run in todo and run not in together:
-            train(models[run], run.train, split, run.seed, _throttled(run.label, send))
+            how["compiled"] = train(models[run], run.train, split, run.seed, _throttled(run.label, send))
             send(Trained(run, _weights(models[run])))
         models[run].eval()
-        yield run, models[run], len(together) if run in together else 1
+        yield run, models[run], how
 
 
 def _restore(model: nn.Module, weights: Mapping[str, Array] | None) -> bool:
@@ -212,7 +212,9 @@ def _throttled(label: str, send: Callable[[Message], None]) -> Callable[[int, in
     return tick
 
 
-def _about(work: Work, started: datetime, wall_s: float, parts: dict[str, float], stacked: int = 1) -> dict[str, Any]:
+def _about(
+    work: Work, started: datetime, wall_s: float, parts: dict[str, float], how: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """What is not a result: when, where, how long, with what."""
     about: dict[str, Any] = {
         "started": started.isoformat(timespec="seconds"),
@@ -221,10 +223,9 @@ def _about(work: Work, started: datetime, wall_s: float, parts: dict[str, float]
         "host": socket.gethostname(),
         "device": torch.cuda.get_device_name() if work.device.startswith("cuda") else "cpu",
         "threads": torch.get_num_threads(),
-        "together": stacked,
+        **(how or {"together": 1}),
         "peak_rss_MiB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "versions": {"dagh": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "compiled": work.device == "cpu" and work.runs[0].train.kernels != "torch" and compiled(),
     }
     if work.device.startswith("cuda"):
         about["peak_device_MiB"] = round(torch.cuda.max_memory_allocated() / 2**20)

@@ -120,9 +120,9 @@ def count_work(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     counts = {"train": 0, "measure": 0}
     train, measure = _work.train, _measure.measure
 
-    def counted_train(*args: object, **kw: object) -> None:
+    def counted_train(*args: object, **kw: object) -> bool:
         counts["train"] += 1
-        train(*args, **kw)  # type: ignore[arg-type]
+        return train(*args, **kw)  # type: ignore[arg-type]
 
     def counted_measure(*args: object, **kw: object) -> object:
         counts["measure"] += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +62,14 @@ def compare(net: nn.Module, x: Tensor, layers: int | None = None) -> None:
         ({"L": 3, "C": (16, 3, 5, 7), "head": None}, 4),
         ({"C": 3, "pool_at": (1, 2), "bias": True, "k": (3, 2, 1), "k_pool": (2, 3)}, 5),
         ({"C": (1, 9, 8), "in_channels": 3}, 3),
-        ({"C": 3, "pool_at": 2, "k_pool": 3, "pool_stride": 2}, 2),
-        ({"C": 3, "pool_at": 2, "pool": "avg"}, 2),
-        ({"C": 3, "stride": (1, 1, 2)}, 2),
-        ({"C": (4, 25, 4)}, 1),
-        ({"C": 4, "groups": (1, 2, 1)}, 1),
-        ({"C": 4, "activation": "tanh"}, 1),
+        ({"C": 3, "pool_at": 3, "k_pool": 3, "pool_stride": 2}, 3),
+        ({"C": 3, "pool_at": 3, "pool": "avg"}, 3),
+        ({"L": 0, "C": 4, "activation": "tanh"}, 1),
+        ({"C": 3, "pool_at": 2, "pool": "avg"}, 0),
+        ({"C": 3, "stride": (1, 1, 2)}, 0),
+        ({"C": (4, 25, 4)}, 0),
+        ({"C": 4, "groups": (1, 2, 1)}, 0),
+        ({"C": 4, "activation": "tanh"}, 0),
         ({"C": 4, "padding": 1}, 0),
         ({"C": 4, "dilation": 2}, 0),
         ({"C": 25}, 0),
@@ -104,14 +106,35 @@ def test_parts_and_threads(samples: int, two_threads: None) -> None:
 
 
 def test_other_nets_are_taken_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Doubled(ConvNet2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
     x = torch.rand(2, 1, 12, 12)
-    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), nn.Linear(800, 2))
-    assert arranged(net, x) is net
-    for net, y in ((ConvNet2d(1, 2, 3, size=12), x.bfloat16()), (ConvNet2d(1, 2, 3, size=12), x[0])):
-        assert arranged(net, y) is net
-    monkeypatch.setattr(_forward, "_kernels", lambda: None)
     net = ConvNet2d(1, 2, 3, size=12)
+    for other in (nn.Sequential(*net), Doubled(1, 2, 3, size=12)):
+        assert arranged(other, x) is other
+    assert arranged(net, x) is not net
+    for y in (x.bfloat16(), x.double(), x[0], torch.rand(2, 3, 12, 12), torch.rand(2, 1, 3, 3)):
+        assert arranged(net, y) is net
+    hooked = ConvNet2d(1, 2, 3, size=12)
+    hooked.conv1.register_forward_hook(lambda *args: 2 * args[-1])
+    parametrized = ConvNet2d(1, 2, 3, size=12)
+    nn.utils.parametrizations.weight_norm(parametrized.conv1)
+    for other in (hooked, parametrized):
+        assert arranged(other, x) is other
+    monkeypatch.setattr(_forward, "_kernels", lambda: "numba is not installed")
     assert arranged(net, x) is net and not _forward.compiled()
+
+
+def test_batches_that_are_not_like_the_first_are_pytorchs() -> None:
+    net = ConvNet2d(1, 2, 3, size=12, in_channels=3)
+    forward = arranged(net, torch.rand(2, 3, 12, 12))
+    for wrong in (torch.rand(2, 1, 12, 12), torch.rand(2, 3, 1, 1), torch.rand(2, 3, 12, 12).double()):
+        with pytest.raises(RuntimeError):
+            forward(wrong)
+    with pytest.raises(RuntimeError, match="channels"):
+        per_sample(net, "cross_entropy", torch.rand(4, 1, 12, 12), torch.zeros(4, dtype=torch.long), batch=4)
 
 
 def test_empty_batches_and_gradients_in_the_input_are_pytorchs() -> None:
@@ -137,9 +160,13 @@ def test_numbers_that_are_none_stay() -> None:
 
 def test_backward_belongs_before_the_next_call() -> None:
     net = ConvNet2d(1, 2, 3, size=12)
-    forward = arranged(net, torch.rand(2, 1, 12, 12))
-    first = forward(torch.rand(2, 1, 12, 12))
+    x = torch.rand(2, 1, 12, 12)
+    forward = arranged(net, x)
+    first = forward(x)
     forward(torch.rand(2, 1, 12, 12))
+    (expected,) = torch.autograd.grad(net(x).sum(), net.fc1.weight)
+    (found,) = torch.autograd.grad(first.sum(), net.fc1.weight, retain_graph=True)  # this needs no buffer
+    torch.testing.assert_close(found, expected)
     with pytest.raises(RuntimeError, match="have been used by another one"):
         first.sum().backward()
 
@@ -194,16 +221,69 @@ def test_kernels_are_no_part_of_what_identifies_a_run(tmp_path: Path) -> None:
         np.testing.assert_allclose(a.arrays["mean"], b.arrays["mean"], rtol=1e-8)
 
 
-def test_without_numba(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_sizes_keep_few_buffers() -> None:
+    net = ConvNet2d(1, 2, 3, size=12).double()
+    stack = _forward._kernels().Stack(_forward._leading(list(net), (1, 12, 12))[0])
+    for n in range(1, 9):
+        x = torch.rand(n, 1, 12, 12, dtype=torch.float64)
+        found = stack(x, [(net.conv1.weight, None), (net.conv2.weight, None)])
+        torch.testing.assert_close(found.T.reshape(n, 2, 8, 8), nn.Sequential(*list(net)[:4])(x))
+    assert len(stack._parts) == 3
+
+
+@pytest.mark.parametrize("error", [OSError(27, "File too large"), EOFError("Ran out of input")])
+def test_a_cache_that_fails_is_done_without(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = importlib.import_module("dagh.experiments._kernels")
+    calls = []
+
+    def njit(cache: bool = False, **_: Any) -> Any:
+        def made(function: Any) -> Any:
+            def call(*args: Any) -> Any:
+                calls.append(cache)
+                if cache:
+                    raise error
+                return function(*args)
+
+            return call
+
+        return made
+
+    monkeypatch.setattr(kernels.numba, "njit", njit)
+    double = kernels._kernel(lambda x: 2 * x)
+    assert (double(2), double(3), calls) == (4, 6, [True, False, False])
+    with pytest.raises(TypeError):
+        double(None)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            ModuleNotFoundError("No module named 'numba'", name="numba"),
+            "numba is not installed: pip install 'dagh[fast]'",
+        ),
+        (ImportError("Numba needs NumPy 2.3 or less"), "numba cannot be imported: Numba needs NumPy 2.3 or less"),
+        (OSError("libllvm is broken"), "numba cannot be imported: libllvm is broken"),
+    ],
+    ids=["absent", "does not fit", "broken"],
+)
+def test_without_numba(error: Exception, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled kernels are refused in one line; the default says what is missing and goes on."""
-    monkeypatch.setitem(sys.modules, "dagh.experiments._stack", None)
+
+    def fail() -> Any:
+        raise error
+
+    monkeypatch.setattr(_forward, "_import", fail)
     _forward._kernels.cache_clear()
     try:
-        study = write_study(tmp_path)
+        study, out = write_study(tmp_path), tmp_path / "out"
         refused = sweep("run", study, "--out", tmp_path / "no", "--set", "train.kernels=compiled")
-        assert refused.exit_code == 2 and "train.kernels" in refused.output and "dagh[fast]" in refused.output
-        assert not (tmp_path / "no").exists()
-        done = sweep("run", study, "--out", tmp_path / "yes")
-        assert done.exit_code == 0 and "dagh[fast]" in done.output
+        assert refused.exit_code == 2 and not (tmp_path / "no").exists()
+        assert refused.output == f"error: train.kernels is 'compiled', and {line}\n"
+        done = sweep("run", study, "--out", out)
+        assert done.exit_code == 0 and f"{line}; convolutions of few channels" in done.output
+        for options in (["resume", out], ["run", study, "--out", tmp_path / "tanh", "--set", "base.activation=tanh"]):
+            again = sweep(*options)
+            assert again.exit_code == 0 and line not in again.output
     finally:
         _forward._kernels.cache_clear()
