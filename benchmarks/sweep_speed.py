@@ -128,7 +128,7 @@ def paper_training(C: int, data: OneImage, part: float) -> float:
     model = ConvNet2d(3, C, 3)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     batches = -(-len(data) // BATCH)
-    count = max(10, int(part * batches))
+    count = max(1, min(batches - 2, max(150, int(part * batches))))  # about an epoch at least: single steps vary
     loader, done, start = DataLoader(data, BATCH, shuffle=True), 0, 0.0
     for x, y in loader:
         if done == 2:  # warm
