@@ -123,43 +123,33 @@ def reproduced(
 
     In double precision where both can be had in it: in single precision a difference may be lost among rounding.
     """
-    single = any(node.dtype == torch.float32 for node in program)
-    for wide in (True, False) if single else (False,):
-        found = _reproduced(model, program, args, kwargs, mode, pick, coupled, wide)
-        if found is not None:
-            return found
-    return None
+    parameters, n = moved_parameters(model), _capture.batch_size(args, kwargs)
 
-
-def _reproduced(
-    model: nn.Module,
-    program: Program,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    mode: str,
-    pick: Any,
-    coupled: bool,
-    wide: bool,
-) -> bool | None:
-    parameters, n, narrow = moved_parameters(model), _capture.batch_size(args, kwargs), _Narrow()  # type: ignore[no-untyped-call]
-    values = program_values(model, program, parameters, args, kwargs, coupled, wide)
-    other = None if values is None else twin(model, parameters)
-    if values is None or other is None:
-        return None
-    if wide:
-        other, (args, kwargs) = other.double(), _doubled((args, kwargs))
-    with _capture.in_mode(other, mode), torch.no_grad(), narrow:
-        try:
-            whole = _run(other, pick, args, kwargs)
-        except Exception as error:  # the user's code may raise anything at parameters that are not its own
-            if beyond(error):
-                raise
+    def there(wide: bool) -> bool | None:
+        narrow = _Narrow()  # type: ignore[no-untyped-call]
+        values = program_values(model, program, parameters, args, kwargs, coupled, wide)
+        other = None if values is None else twin(model, parameters)
+        if values is None or other is None:
             return None
-    if not bool(torch.isfinite(whole).all()):
-        return None
-    precision = torch.float32 if narrow.seen else torch.float64
-    wanted, rows = (whole.unsqueeze(0), 1) if coupled else (whole, n)
-    return _inputs.same_output(values[program.output], wanted, rows, precision)
+        given = args, kwargs
+        if wide:
+            other, given = other.double(), _doubled(given)
+        with _capture.in_mode(other, mode), torch.no_grad(), narrow:
+            try:
+                whole = _run(other, pick, *given)
+            except Exception as error:  # the user's code may raise anything at parameters that are not its own
+                if beyond(error):
+                    raise
+                return None
+        if not bool(torch.isfinite(whole).all()):
+            return None
+        precision = torch.float32 if narrow.seen else torch.float64
+        wanted, rows = (whole.unsqueeze(0), 1) if coupled else (whole, n)
+        return _inputs.same_output(values[program.output], wanted, rows, precision)
+
+    single = any(node.dtype == torch.float32 for node in program)
+    tries = (there(wide) for wide in ((True, False) if single else (False,)))
+    return next((found for found in tries if found is not None), None)
 
 
 def apart_elsewhere(

@@ -7,6 +7,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +15,8 @@ import torch
 
 from ._config import StudyConfig
 from ._engines import Engine
-from ._forward import arranged, why_not
+from ._forward import missing as without_kernels
+from ._layers import arrangement
 from ._nets import initialized
 from ._points import Run, expand
 from ._store import Store
@@ -116,9 +118,9 @@ class Sweep:
             if note is not None:
                 self.watcher.say(note)
         missing = [run for run in runs if run.key not in done]
-        slower = why_not((run.net, run.train) for run in missing) if self.options.device == "cpu" else None
-        if slower is not None:
-            self.watcher.say(slower)
+        why = without_kernels()
+        if why is not None and any(self._suits_kernels(run) for run in {r.group: r for r in missing}.values()):
+            self.watcher.say(f"{why}; convolutions of few channels are several times as fast with it")
         self._queue.extend(self._units(missing, runs))
         try:
             while True:
@@ -163,7 +165,7 @@ class Sweep:
             return way == "always"
         name = f"{first.group} {self.options.device} {len(group)}"
         known = self.store.note("trials").get(name)
-        if known is None and self._compiled(first):
+        if known is None and without_kernels() is None and self._suits_kernels(first):
             return False  # stacking would give the compiled kernels up
         if known is None:
             found = self._trial(group)
@@ -172,27 +174,25 @@ class Sweep:
             self.store.add_note("trials", {name: known})
         return bool(known["together"])
 
-    def _compiled(self, run: Run) -> bool:
-        """Whether compiled kernels train this network on its own."""
+    def _network(self, run: Run, seed: int) -> torch.nn.Module:
+        found, dtype = source(run.source, self.options.root), getattr(torch, run.train.dtype)
+        return initialized(run.net, found.shape, found.classes, seed, dtype).to(self.options.device)
+
+    def _suits_kernels(self, run: Run) -> bool:
+        """Whether compiled kernels would train this network on its own."""
         if self.options.device != "cpu" or run.train.kernels == "torch":
             return False
-        found, dtype = source(run.source, self.options.root), getattr(torch, run.train.dtype)
-        model = initialized(run.net, found.shape, found.classes, run.seed, dtype)
-        return arranged(model, found.split.train_x[:1].to(dtype)) is not model
+        x = source(run.source, self.options.root).split.train_x[:1].to(getattr(torch, run.train.dtype))
+        return arrangement(self._network(run, run.seed), x) is not None
 
     def _trial(self, group: tuple[Run, ...]) -> Trial:
         first = group[0]
         found = source(first.source, self.options.root)
         data = split_for(found, first.train.loss, first.train.dtype, self.options.device)
-        dtype = getattr(torch, first.train.dtype)
-
-        def make(seed: int) -> torch.nn.Module:
-            return initialized(first.net, found.shape, found.classes, seed, dtype).to(self.options.device)
-
         before = torch.get_num_threads()
         torch.set_num_threads(self.options.threads or before)
         try:
-            return trial(make, [run.seed for run in group], first.train, data)
+            return trial(partial(self._network, first), [run.seed for run in group], first.train, data)
         finally:
             torch.set_num_threads(before)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _kernels as kernels
+from ._layers import Convolution, Layer, MaxPool
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -30,39 +30,6 @@ _ROW = 2048
 _SIZES = 3
 #: Flops of a pass below which threads cost more than they save.
 _WORTH = 1e7
-
-
-@dataclass(frozen=True)
-class Convolution:
-    """A convolution by one pixel, without padding; ``rectified``: a ReLU follows. ``inputs`` is ``(C, H, W)``."""
-
-    inputs: tuple[int, int, int]
-    channels: int
-    kernel: tuple[int, int]
-    rectified: bool
-
-    @property
-    def outputs(self) -> tuple[int, int, int]:
-        """``(C, H, W)``."""
-        _, h, w = self.inputs
-        return self.channels, h - self.kernel[0] + 1, w - self.kernel[1] + 1
-
-
-@dataclass(frozen=True)
-class MaxPool:
-    """Max-pooling over windows side by side; what is left over at the edges is dropped."""
-
-    inputs: tuple[int, int, int]
-    window: tuple[int, int]
-
-    @property
-    def outputs(self) -> tuple[int, int, int]:
-        """``(C, H, W)``."""
-        c, h, w = self.inputs
-        return c, h // self.window[0], w // self.window[1]
-
-
-Layer = Convolution | MaxPool
 
 
 def _offsets(channels: int, kernel: tuple[int, int], rows: int, width: int, samples: int) -> Array:

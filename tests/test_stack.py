@@ -15,7 +15,7 @@ from sweep_helpers import sweep, write_study
 from torch import Tensor, nn
 
 from dagh.architectures import ConvNet2d
-from dagh.experiments import Store, _forward
+from dagh.experiments import Store, _forward, _layers
 from dagh.experiments._config import TrainConfig
 from dagh.experiments._forward import arranged
 from dagh.experiments._measure_config import Split
@@ -40,7 +40,7 @@ def compare(net: nn.Module, x: Tensor, layers: int | None = None) -> None:
     if layers is not None:
         assert (forward is net) == (layers == 0)
         if layers:
-            assert len(_forward._leading(list(net), tuple(x.shape[1:]))[0]) == layers  # type: ignore[call-overload]
+            assert len(_layers._leading(list(net), tuple(x.shape[1:])).layers) == layers  # type: ignore[call-overload]
     for _ in range(2):  # the second time in buffers that have been used
         expected = net(x)
         direct = torch.randn_like(expected)
@@ -124,7 +124,7 @@ def test_other_nets_are_taken_as_they_are(monkeypatch: pytest.MonkeyPatch) -> No
     for other in (hooked, parametrized):
         assert arranged(other, x) is other
     monkeypatch.setattr(_forward, "_kernels", lambda: "numba is not installed")
-    assert arranged(net, x) is net and not _forward.compiled()
+    assert arranged(net, x) is net and _forward.missing() is not None
 
 
 def test_batches_that_are_not_like_the_first_are_pytorchs() -> None:
@@ -223,7 +223,7 @@ def test_kernels_are_no_part_of_what_identifies_a_run(tmp_path: Path) -> None:
 
 def test_many_sizes_keep_few_buffers() -> None:
     net = ConvNet2d(1, 2, 3, size=12).double()
-    stack = _forward._kernels().Stack(_forward._leading(list(net), (1, 12, 12))[0])
+    stack = _forward._kernels().Stack(_layers._leading(list(net), (1, 12, 12)).layers)
     for n in range(1, 9):
         x = torch.rand(n, 1, 12, 12, dtype=torch.float64)
         found = stack(x, [(net.conv1.weight, None), (net.conv2.weight, None)])
