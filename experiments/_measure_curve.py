@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.signal import lfilter
+from scipy.linalg import solve_banded
 from torch import Tensor
 
 from dagh.errors import ShapeError
@@ -96,8 +96,10 @@ def smoothed(values: Array, coefficient: float) -> Array:
     """``s_1 = v_1``, ``s_k = c s_{k−1} + (1 − c) v_k``."""
     if not coefficient:
         return values
-    found = lfilter([1 - coefficient], [1, -coefficient], values, zi=np.array([coefficient * values[0]]))[0]
-    return np.asarray(found)
+    right = (1 - coefficient) * values
+    right[0] = values[0]
+    bands = np.stack([np.ones_like(values), np.full_like(values, -coefficient)])
+    return np.asarray(solve_banded((1, 0), bands, right))
 
 
 def _slope(k: Array, rows: Array) -> Array:

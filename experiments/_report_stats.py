@@ -9,7 +9,6 @@ from itertools import permutations, product
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -20,6 +19,13 @@ _FEWEST, FEWEST_MEDIAN = 4, 6
 FEWEST_RANK, FEWEST_DIFFERENCE = 5, 7
 #: Up to so many rearrangements all of them are tried, then so many random ones.
 _ALL, _SOME = 5040, 4999
+
+
+def _ranks(values: Any) -> Array:
+    """Ranks from 1 on, ties by their mean."""
+    from scipy.stats import rankdata  # it takes most of a second to import, and sweeps do not need it
+
+    return np.asarray(rankdata(values))
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class Interval:
 
 def spearman(x: Array, y: Array) -> float:
     """Spearman's rank correlation; NaN where one of them is constant."""
-    a, b = rankdata(x), rankdata(y)
+    a, b = _ranks(x), _ranks(y)
     a, b = a - a.mean(), b - b.mean()
     scale = np.sqrt((a * a).sum() * (b * b).sum())
     return float((a * b).sum() / scale) if scale else float("nan")
@@ -70,7 +76,7 @@ def correlation(x: Array, groups: Sequence[Any], *ys: Array, seed: int = 0) -> l
     draws = np.array(
         [all_of(np.concatenate([index[i] for i in rng.integers(len(names), size=len(names))])) for _ in range(1000)]
     )
-    across, *others = (_scores(np.array([rankdata(v)[rows].mean() for rows in index])) for v in (x, *ys))
+    across, *others = (_scores(np.array([_ranks(v)[rows].mean() for rows in index])) for v in (x, *ys))
     p = [_permuted(across, other, rng) for other in others]
     p += [_swapped(across, others[0], others[1], rng)] if len(others) == 2 else []
     return [replace(_interval(v, column), p=q) for v, column, q in zip(point, draws.T, p, strict=True)]
@@ -78,7 +84,7 @@ def correlation(x: Array, groups: Sequence[Any], *ys: Array, seed: int = 0) -> l
 
 def _scores(values: Array) -> Array:
     """Ranks of the groups, centred and of length one; zero where all are alike."""
-    ranks = rankdata(values)
+    ranks = _ranks(values)
     ranks = ranks - ranks.mean()
     return np.asarray(ranks / max(float(np.linalg.norm(ranks)), 1e-12))
 

@@ -22,110 +22,119 @@ from ._layers import Convolution, Layer, MaxPool
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-#: Samples of a part: rows of this many times the width of an image, which a core's cache holds.
-PART = 64
-#: Elements summed at once.
-_ROW = 2048
+#: Samples of a part at most, and bytes of what one row of outputs is computed from: a core's second cache holds it.
+_PART, _ROWS = 64, 192 * 1024
+#: Bytes that the first cache takes at once.
+_LINE = 64
 #: Numbers of samples for which buffers are kept.
 _SIZES = 3
 #: Flops of a pass below which threads cost more than they save.
 _WORTH = 1e7
 
 
-def _offsets(channels: int, kernel: tuple[int, int], rows: int, width: int, samples: int) -> Array:
-    """Places of a kernel's taps relative to the output's, filled up to a multiple of three."""
-    c, i, j = np.meshgrid(np.arange(channels), np.arange(kernel[0]), np.arange(kernel[1]), indexing="ij")
-    places = (((c * rows + i) * width + j) * samples).ravel()
-    return np.concatenate([places, np.zeros(-len(places) % 3, np.int64)]).astype(np.int64)
+class _Planes:
+    """``[C, H, W, n]`` inside a border of zeros, in a flat buffer; ``n`` is filled up to whole vectors.
 
+    Rows and planes are an odd number of cache lines apart: others would meet in the same few sets of the cache.
+    """
 
-def _filled(weight: Array) -> Array:
-    """``[O, …]`` as ``[O, T]``, T a multiple of three."""
-    flat = weight.reshape(len(weight), -1)
-    if flat.shape[1] % 3 == 0:
-        return np.ascontiguousarray(flat)
-    filled = np.zeros((len(flat), flat.shape[1] + -flat.shape[1] % 3), flat.dtype)
-    filled[:, : flat.shape[1]] = flat
-    return filled
+    def __init__(
+        self, shape: tuple[int, int, int], n: int, dtype: np.dtype[Any], border: tuple[int, int] = (0, 0)
+    ) -> None:
+        self.shape, self.n = shape, n
+        c, h, w = shape
+        lanes, line = kernels.lanes(dtype), _LINE // dtype.itemsize
+        self.lane = -(-n // lanes) * lanes
+        self.row = (-(-(w + 2 * border[1]) * self.lane // line) | 1) * line
+        self.plane = ((h + 2 * border[0]) * self.row // line | 1) * line
+        self.flat = np.zeros(c * self.plane, dtype)
+        self.begin = border[0] * self.row + border[1] * self.lane
+        self.length = w * self.lane
+        strides = self.plane, self.row, self.lane, 1
+        self.samples = torch.from_numpy(self.flat).as_strided((*shape, n), strides, self.begin)
+
+    def offsets(self, kernel: tuple[int, int]) -> Array:
+        """Places of a kernel's taps relative to the first, in the order of its weights."""
+        c, i, j = np.meshgrid(np.arange(self.shape[0]), np.arange(kernel[0]), np.arange(kernel[1]), indexing="ij")
+        return (c * self.plane + i * self.row + j * self.lane).ravel().astype(np.int64)
 
 
 class _Convolved:
     """A convolution at ``n`` samples: where its output and the gradient in it lie."""
 
-    def __init__(self, layer: Convolution, n: int, dtype: np.dtype[Any]) -> None:
-        self.layer, self.n = layer, n
-        (c, h, w), (o, rows, width), (tall, wide) = layer.inputs, layer.outputs, layer.kernel
-        self.rows, self.length, self.step = rows, width * n, w * n
-        self.out = np.empty(o * rows * width * n, dtype)
-        self.offsets = _offsets(c, layer.kernel, h, w, n)
-        # The gradient has a border of zeros, so that what it sends back is a convolution, too.
-        self.padded = (rows + 2 * (tall - 1), width + 2 * (wide - 1))
-        self.gradient = np.zeros(o * self.padded[0] * self.padded[1] * n, dtype)
-        self.row, self.plane = self.padded[1] * n, self.padded[0] * self.padded[1] * n
-        self.begin = (tall - 1) * self.row + (wide - 1) * n
-        self.back = _offsets(o, layer.kernel, *self.padded, n)
-        self.gate = self.out if layer.rectified else np.empty(0, dtype)
+    def __init__(self, layer: Convolution, before: _Planes, n: int, dtype: np.dtype[Any]) -> None:
+        self.layer, self.input, kernel = layer, before, layer.kernel
+        self.out = _Planes(layer.outputs, n, dtype)
+        # The border makes what is sent back a convolution, too.
+        self.gradient = _Planes(layer.outputs, n, dtype, (kernel[0] - 1, kernel[1] - 1))
+        self.offsets, self.back = before.offsets(kernel), self.gradient.offsets(kernel)
+        self.tiled = kernels.in_tiles(self.offsets)
+        self.grads = np.empty((layer.channels, len(self.offsets)), dtype), np.empty(layer.channels, dtype)
+        self.nothing = np.zeros(layer.inputs[0], dtype)
 
-    def forward(self, x: Array, w: Array, bias: Array) -> None:
-        none = self.out[:0]
-        rows, length = self.rows, self.length
+    @property
+    def gate(self) -> Array:
+        """What has to be positive for a gradient to pass; empty without a rectifier."""
+        return self.out.flat if self.layer.rectified else self.out.flat[:0]
+
+    def forward(self, w: Array, bias: Array) -> None:
+        x, out = self.input, self.out
+        mode = kernels.RECTIFIED if self.layer.rectified else kernels.PLAIN
         kernels.correlate(
-            x, 0, self.step, self.offsets, w, bias, self.out, 0, length, rows * length, rows, length,
-            self.layer.rectified, none, _ROW,
+            x.flat, x.row, self.offsets, w, bias, out.flat, 0, out.row, out.plane, out.shape[1], out.length, mode,
+            out.flat, 0, 0,
         )  # fmt: skip
 
-    def receive(self, g: Array) -> None:
-        """Take the gradient in the output, rows without a border."""
-        kernels.spread(g, self.gate, self.gradient, self.begin, self.row, self.plane, self.layer.channels, self.rows)
+    def receive(self, g: Tensor) -> None:
+        """Take the gradient in the output, ``[C·H·W, n]``."""
+        _spread(g, self.gate, self.out, self.gradient)
 
-    def interior(self) -> Array:
-        """Where the gradient in the output lies, ``[O, rows, width, n]``."""
-        top, left = (k - 1 for k in self.layer.kernel)
-        _, rows, width = self.layer.outputs
-        whole = self.gradient.reshape(-1, *self.padded, self.n)
-        return whole[:, top : top + rows, left : left + width]
-
-    def weights(self, x: Array, w: Array, bias: Array) -> None:
-        """The gradients in kernel and bias."""
+    def weights(self) -> None:
+        """Find the gradients in kernel and bias."""
+        x, d = self.input, self.gradient
         kernels.weight_gradient(
-            x, 0, self.step, self.offsets, self.gradient, self.begin, self.row, self.plane, self.rows, self.length,
-            w, bias,
-        )  # fmt: skip
-
-    def send(self, turned: Array, before: _Convolved | None, out: Array) -> None:
-        """Pass the gradient on to the convolution ``before``, or to ``out``, the gradient in what a pool has made."""
-        c, rows, width = self.layer.inputs
-        length = width * self.n
-        if before is None:
-            place, gate = (0, length, rows * length), out[:0]
-        else:
-            place, out, gate = (before.begin, before.row, before.plane), before.gradient, before.gate
-        nothing = np.zeros(c, out.dtype)
-        kernels.correlate(
-            self.gradient, 0, self.row, self.back, turned, nothing, out, *place, rows, length, False, gate, _ROW
+            x.flat, x.row, self.tiled, d.flat, d.begin, d.row, d.plane, d.shape[1], d.length, *self.grads
         )
+
+    def send(self, turned: Array, before: _Convolved | _Pooled) -> None:
+        """Pass the gradient on to the layer whose output is the input."""
+        d, to, of = self.gradient, before.gradient, before.out
+        mode = kernels.GATED if len(before.gate) else kernels.PLAIN
+        kernels.correlate(
+            d.flat, d.row, self.back, turned, self.nothing, to.flat, to.begin, to.row, to.plane, to.shape[1], to.length,
+            mode, of.flat, of.row, of.plane,
+        )  # fmt: skip
 
 
 class _Pooled:
     """A max-pool at ``n`` samples."""
 
-    def __init__(self, layer: MaxPool, n: int, dtype: np.dtype[Any]) -> None:
-        self.layer, self.n = layer, n
-        self.out = np.empty(math.prod(layer.outputs) * n, dtype)
-        self.gradient = np.empty_like(self.out)
+    def __init__(self, layer: MaxPool, before: _Planes, n: int, dtype: np.dtype[Any]) -> None:
+        self.layer, self.input = layer, before
+        self.out, self.gradient = _Planes(layer.outputs, n, dtype), _Planes(layer.outputs, n, dtype)
+        self.gate = self.out.flat[:0]
 
-    def forward(self, x: Array) -> None:
-        shape = (*self.layer.inputs, self.n)
-        kernels.largest(x.reshape(shape), self.out.reshape(*self.layer.outputs, self.n), *self.layer.window)
+    def forward(self) -> None:
+        x, out = self.input, self.out
+        kernels.largest(x.flat, x.row, x.plane, x.lane, *self.layer.window, out.flat, out.row, out.plane, *out.shape)
 
-    def receive(self, g: Array) -> None:
-        self.gradient[:] = g
+    def receive(self, g: Tensor) -> None:
+        """Take the gradient in the output, ``[C·H·W, n]``."""
+        _spread(g, self.gate, self.out, self.gradient)
 
-    def send(self, x: Array, before: _Convolved) -> None:
-        """Pass the gradient on to the convolution whose output ``x`` is."""
-        large, small = (*self.layer.inputs, self.n), (*self.layer.outputs, self.n)
-        y, g, gated = self.out.reshape(small), self.gradient.reshape(small), before.layer.rectified
-        kernels.route(x.reshape(large), y, g, before.interior(), *self.layer.window, gated)
+    def send(self, before: _Convolved) -> None:
+        """Pass the gradient on to the convolution whose output is the input."""
+        x, y, to = self.input, self.out, before.gradient
+        kernels.route(
+            x.flat, x.row, x.plane, x.lane, *self.layer.window, y.flat, self.gradient.flat, y.row, y.plane, *y.shape,
+            to.flat, to.begin, to.row, to.plane, before.layer.rectified,
+        )  # fmt: skip
+
+
+def _spread(g: Tensor, gate: Array, of: _Planes, to: _Planes) -> None:
+    c, h, w = to.shape
+    source = g.contiguous().view(c, h, -1).numpy()
+    kernels.spread(source, to.n, w, gate, of.row, of.plane, to.flat, to.begin, to.row, to.plane, to.lane)
 
 
 class _Part:
@@ -133,36 +142,39 @@ class _Part:
 
     def __init__(self, layers: Sequence[Layer], n: int, dtype: np.dtype[Any]) -> None:
         self.n = n
-        self.input = np.empty((*layers[0].inputs, n), dtype)
-        self.at = [_Convolved(v, n, dtype) if isinstance(v, Convolution) else _Pooled(v, n, dtype) for v in layers]
-        found = [a for a in self.at if isinstance(a, _Convolved)]
-        self.grads = [
-            (np.empty((a.layer.channels, len(a.offsets)), dtype), np.empty(a.layer.channels, dtype)) for a in found
-        ]
+        self.input = before = _Planes(layers[0].inputs, n, dtype)
+        self.at: list[_Convolved | _Pooled] = []
+        for layer in layers:
+            made = _Convolved if isinstance(layer, Convolution) else _Pooled
+            self.at.append(made(layer, before, n, dtype))  # type: ignore[arg-type]
+            before = self.at[-1].out
+
+    @property
+    def grads(self) -> list[tuple[Array, Array]]:
+        """The gradients in kernels and biases."""
+        return [at.grads for at in self.at if isinstance(at, _Convolved)]
 
     def forward(self, x: Tensor, weights: Sequence[tuple[Array, Array]]) -> None:
-        torch.from_numpy(self.input).copy_(x.permute(1, 2, 3, 0))
-        flat, left = self.input.reshape(-1), iter(weights)
+        self.input.samples.copy_(x.permute(1, 2, 3, 0))
+        left = iter(weights)
         for at in self.at:
             if isinstance(at, _Convolved):
-                at.forward(flat, *next(left))
+                at.forward(*next(left))
             else:
-                at.forward(flat)
-            flat = at.out
+                at.forward()
 
-    def backward(self, g: Array, turned: Sequence[Array]) -> None:
+    def backward(self, g: Tensor, turned: Sequence[Array]) -> None:
         self.at[-1].receive(g)
-        p = len(self.grads) - 1
+        left = list(turned)
         for i in reversed(range(len(self.at))):
             at, before = self.at[i], self.at[i - 1] if i else None
-            x = self.input.reshape(-1) if before is None else before.out
             if isinstance(at, _Convolved):
-                at.weights(x, *self.grads[p])
+                at.weights()
+                kernel = left.pop()
                 if before is not None:
-                    at.send(turned[p], before if isinstance(before, _Convolved) else None, before.gradient)
-                p -= 1
+                    at.send(kernel, before)
             elif isinstance(before, _Convolved):
-                at.send(x, before)
+                at.send(before)
 
 
 class Stack:
@@ -192,25 +204,29 @@ class Stack:
     def forward(self, x: Tensor, weights: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
         self.calls += 1
         self._now = self._divided(len(x), x.dtype)
-        arrays = [(_filled(w.detach().numpy()), _bias(w, b)) for w, b in weights]
+        arrays = [(_flat(w), _bias(w, b)) for w, b in weights]
         pieces = torch.split(x, [part.n for part in self._now])
         self._each(lambda i: self._now[i].forward(pieces[i], arrays))
-        outs = [torch.from_numpy(part.at[-1].out).view(-1, part.n) for part in self._now]
-        return torch.cat(outs, 1) if len(outs) > 1 else outs[0].clone()
+        return torch.cat([part.at[-1].out.samples for part in self._now], 3).flatten(0, 2)
 
     def backward(self, g: Tensor, weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        turned = [_filled(w.detach().numpy()[:, :, ::-1, ::-1].swapaxes(0, 1)) for w in weights]
-        pieces = [p.contiguous().view(-1).numpy() for p in torch.split(g, [part.n for part in self._now], 1)]
+        turned = [_flat(w.flip(2, 3).transpose(0, 1)) for w in weights]
+        pieces = torch.split(g, [part.n for part in self._now], 1)
         self._each(lambda i: self._now[i].backward(pieces[i], turned))
         found = []
         for p, w in enumerate(weights):
             kernel, bias = self._now[0].grads[p]
-            kernel, bias = kernel[:, : w[0].numel()].copy(), bias.copy()
+            kernel, bias = kernel.copy(), bias.copy()
             for part in self._now[1:]:
-                kernel += part.grads[p][0][:, : w[0].numel()]
+                kernel += part.grads[p][0]
                 bias += part.grads[p][1]
             found.append((torch.from_numpy(kernel).view_as(w), torch.from_numpy(bias)))
         return found
+
+    def _part(self, dtype: torch.dtype) -> int:
+        """Samples that are done at once."""
+        rows = [math.prod(v.inputs) // v.inputs[1] * v.kernel[0] for v in self.layers if isinstance(v, Convolution)]
+        return min(_PART, max(_ROWS // (max(rows) * dtype.itemsize) // 8 * 8, 8))
 
     def _threads(self, samples: int) -> int:
         return torch.get_num_threads() if samples * self._flops > _WORTH else 1
@@ -221,7 +237,7 @@ class Stack:
         if key not in self._parts:
             if len(self._parts) >= _SIZES:
                 del self._parts[next(iter(self._parts))]
-            count = max(-(-samples // PART), min(threads, samples))
+            count = max(-(-samples // self._part(dtype)), min(threads, samples))
             count = min(samples, -(-count // threads) * threads)
             ends = [samples * i // count for i in range(count + 1)]
             kind = np.dtype(str(dtype).removeprefix("torch."))
@@ -245,6 +261,11 @@ def _flops(layer: Layer) -> int:
     """Of one sample, forward."""
     taps = layer.inputs[0] * math.prod(layer.kernel) if isinstance(layer, Convolution) else 1
     return 2 * taps * math.prod(layer.outputs)
+
+
+def _flat(weight: Tensor) -> Array:
+    """``[O, T]``."""
+    return np.ascontiguousarray(weight.detach().numpy().reshape(len(weight), -1))
 
 
 def _bias(weight: Tensor, bias: Tensor | None) -> Array:
