@@ -25,7 +25,9 @@ Take = Callable[[], Work | None]
 
 
 class Engine(Protocol):
-    """Does units of work, several at once."""
+    """Does units of work, ``several`` at once."""
+
+    several: bool
 
     def run(self, take: Take) -> Iterator[Message]:
         """Messages of all units that ``take`` gives, as they come, until it gives None and all are done."""
@@ -36,6 +38,8 @@ class Engine(Protocol):
 
 class Here:
     """One unit after the other, in this process; messages come at the end of each unit, steps do not come."""
+
+    several = False
 
     def run(self, take: Take) -> Iterator[Message]:
         """See :class:`Engine`."""
@@ -104,7 +108,7 @@ class Processes:
     """
 
     def __init__(self, count: int, method: str = "spawn") -> None:
-        self._count, self._method = count, method
+        self._count, self._method, self.several = count, method, count > 1
         self._workers: list[_Worker] = []
         self._again: deque[tuple[Work, int]] = deque()
 

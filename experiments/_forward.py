@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dagh.errors import first_line
@@ -68,13 +69,19 @@ def arranged(model: nn.Module, x: Tensor) -> Step:
     def forward(batch: Tensor) -> Tensor:
         if not len(batch) or batch.requires_grad or (batch.shape[1:], batch.dtype, batch.device) != like:
             return plain(batch)
-        out: Tensor = stack(batch, [(layer.weight, layer.bias) for layer in found.convolutions])
+        weights = [(layer.weight, layer.bias) for layer in found.convolutions]
+        out: Tensor
         later = rest
         if flat:  # as it lies in memory
             linear: Any = rest[1]
-            out, later = (linear.weight @ out).T, rest[2:]
-            out = out if linear.bias is None else out + linear.bias
+            if torch.is_grad_enabled():
+                out = linear.weight @ stack(batch, weights)
+                out = out.T if linear.bias is None else out.T + linear.bias
+            else:
+                out = stack.values(batch, weights, (linear.weight, linear.bias)).T
+            later = rest[2:]
         else:
+            out = stack(batch, weights)
             out = out.reshape(*stack.outputs, -1).movedim(3, 0).contiguous()
         for layer in later:
             out = layer(out)

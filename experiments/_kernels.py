@@ -307,6 +307,17 @@ def in_tiles(offsets: Array) -> Array:
 
 
 @_kernel
+def take(x: Array, out: Array, row: int, plane: int, lane: int) -> None:
+    """Write images ``x [N, C, H, W]`` into a buffer."""
+    for c in range(x.shape[1]):
+        for h in range(x.shape[2]):
+            for w in range(x.shape[3]):
+                to = c * plane + h * row + w * lane
+                for i in range(x.shape[0]):
+                    out[to + i] = x[i, c, h, w]
+
+
+@_kernel
 def spread(
     g: Array, n: int, width: int, gate: Array, gate_row: int, gate_plane: int,
     out: Array, begin: int, row: int, plane: int, lane: int,

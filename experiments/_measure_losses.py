@@ -53,9 +53,9 @@ def sample_loss(name: str) -> SampleLoss:
     return _LOSSES[name]
 
 
-def _batches(x: Tensor, y: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(x: Tensor, y: Tensor, size: int, cached: int = _CACHED) -> Iterator[tuple[Tensor, Tensor]]:
     if x.device.type == "cpu":
-        size = min(size, _CACHED)
+        size = min(size, cached)
     return zip(torch.split(x, size), torch.split(y, size), strict=True)
 
 
@@ -88,7 +88,7 @@ def per_sample(model: nn.Module, loss: str, x: Tensor, y: Tensor, batch: int) ->
     losses = []
     with evaluating(model), torch.no_grad():
         forward = arranged(model, x)
-        for xs, ys in _batches(x, y, batch):
+        for xs, ys in _batches(x, y, batch, _CACHED if forward is model else batch):
             output = forward(xs)
             losses.append(each(output, ys).double())
             if classes:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from dagh.architectures import MLP, ConvNet1d, ConvNet2d
 
@@ -61,3 +63,11 @@ def initialized(config: NetConfig, shape: tuple[int, ...], classes: int, seed: i
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build(config, shape, classes).to(dtype)
+
+
+@cache
+def flops(config: NetConfig, shape: tuple[int, ...], classes: int) -> int:
+    """Multiplications and additions of one forward pass of one sample, products and convolutions alone."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        build(config, shape, classes)(torch.empty(1, *shape))
+    return int(counter.get_total_flops())

@@ -15,7 +15,7 @@ from dagh.errors import first_line
 
 from ._config import NOT_IN_KEYS, DataConfig, NetConfig, StudyConfig, TrainConfig
 from ._measure_config import MeasureConfig
-from ._nets import build
+from ._nets import build, flops
 from ._sources import Source
 from ._validate import ConfigError, to_plain
 
@@ -30,7 +30,8 @@ class Run:
     """One trained and measured network.
 
     ``points`` are the (axis, value) pairs of the study that it stands for: a value may be that of ``base``. ``key``
-    identifies configuration, data and code; ``train_key`` the part of them that the trained weights depend on.
+    identifies configuration, data and code; ``train_key`` the part of them that the trained weights depend on. ``cost``
+    are the flops of training and of losses and gradients after it; Hessians are not among them.
     """
 
     net: NetConfig
@@ -42,6 +43,7 @@ class Run:
     key: str
     train_key: str
     points: tuple[tuple[str | None, Any], ...] = field(compare=False, default=())
+    cost: float = field(compare=False, default=1.0)
 
     @property
     def group(self) -> str:
@@ -124,6 +126,8 @@ def _runs(point: StudyConfig, source: Source) -> Iterable[Run]:
     }
     train = TrainConfig(**{**_fields(point.train), "epochs": epochs(point.train, point.data.name)})
     settings = {k: v for k, v in to_plain(train).items() if f"train.{k}" not in NOT_IN_KEYS}
+    forward = flops(point.base, source.shape, source.classes)
+    cost = float(forward * (3 * samples["train"] * (1 + (train.epochs or 0)) + samples["test"]))
     for seed in point.seeds:
         weights = {
             "net": to_plain(point.base),
@@ -134,7 +138,8 @@ def _runs(point: StudyConfig, source: Source) -> Iterable[Run]:
             "version": TRAIN_VERSION,
         }
         whole = {**weights, "measure": to_plain(point.measure), "test": source.test_digest, "versions": _versions()}
-        yield Run(point.base, train, point.measure, point.data, data, seed, _hash(whole), _hash(weights))
+        keys = _hash(whole), _hash(weights)
+        yield Run(point.base, train, point.measure, point.data, data, seed, *keys, cost=cost)
 
 
 def _versions() -> dict[str, Any]:

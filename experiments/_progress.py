@@ -12,7 +12,6 @@ from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
-    MofNCompleteColumn,
     Progress,
     TaskID,
     TextColumn,
@@ -31,12 +30,13 @@ class Lines:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._total = self._count = self._fresh = 0
+        self._total = self._count = 0
+        self._fresh = self._left = 0.0
         self._start = time.monotonic()
 
-    def begin(self, total: int, done: int) -> None:
+    def begin(self, total: int, done: int, cost: float) -> None:
         """See :class:`Watcher`."""
-        self._total, self._count, self._start = total, done, time.monotonic()
+        self._total, self._count, self._left, self._start = total, done, cost, time.monotonic()
         self.say(f"{total} runs, {done} of them done before" if done else f"{total} runs")
 
     def step(self, step: Step) -> None:
@@ -45,8 +45,9 @@ class Lines:
     def end(self, run: Run, status: str, note: str, wall_s: float) -> None:
         """See :class:`Watcher`."""
         self._count += 1
-        self._fresh += 1
-        left = (time.monotonic() - self._start) / self._fresh * (self._total - self._count)
+        self._fresh += run.cost
+        self._left = max(0.0, self._left - run.cost)
+        left = (time.monotonic() - self._start) / self._fresh * self._left
         eta = f", about {span(left)} left" if left > 1 else ""
         self.say(f"[{self._count}/{self._total}] {run.label}: {status} in {span(wall_s)}{eta}; {note}")
 
@@ -62,19 +63,22 @@ class Bars:
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._whole: TaskID | None = None
+        self._total = self._count = 0
         self._tasks: dict[str, TaskID] = {}
 
-    def begin(self, total: int, done: int) -> None:
-        """See :class:`Watcher`."""
-        self._whole = self._progress.add_task("[bold]runs", total=total, completed=done)
+    def begin(self, total: int, done: int, cost: float) -> None:
+        """See :class:`Watcher`. The bar's length is cost, so that the time left is told by it."""
+        self._total, self._count = total, done
+        self._whole = self._progress.add_task("[bold]runs", total=cost, count=f"{done}/{total}")
 
     def step(self, step: Step) -> None:
         """See :class:`Watcher`."""
         text = f"  {escape(step.label)}  [dim]{step.phase}"
         if step.label not in self._tasks:
-            self._tasks[step.label] = self._progress.add_task(text, total=None)
+            self._tasks[step.label] = self._progress.add_task(text, total=None, count="")
         total = step.total if step.phase == "training" else None
-        self._progress.update(self._tasks[step.label], description=text, total=total, completed=step.done)
+        count = "" if total is None else f"{step.done}/{total}"
+        self._progress.update(self._tasks[step.label], description=text, total=total, completed=step.done, count=count)
 
     def end(self, run: Run, status: str, note: str, wall_s: float) -> None:
         """See :class:`Watcher`."""
@@ -86,7 +90,8 @@ class Bars:
             if task is not None:
                 self._progress.remove_task(task)
         if self._whole is not None:
-            self._progress.advance(self._whole)
+            self._count += 1
+            self._progress.update(self._whole, advance=run.cost, count=f"{self._count}/{self._total}")
         mark = {"done": "[green]done[/]", "failed": "[red]failed[/]"}.get(status, status)
         self._progress.console.print(f"{escape(run.label)}: {mark} in {span(wall_s)}; {escape(note)}", highlight=False)
 
@@ -105,7 +110,7 @@ def watching() -> Iterator[Watcher]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
-        MofNCompleteColumn(),
+        TextColumn("{task.fields[count]}"),
         TimeElapsedColumn(),
         TextColumn("[dim]left"),
         TimeRemainingColumn(),

@@ -35,6 +35,8 @@ class Cluster:
         ConfigError: there is no cluster at the address.
     """
 
+    several = True
+
     def __init__(self, address: str | None = None, cpus: float = 1, gpus: float = 0, retries: int = 3) -> None:
         try:
             import ray

@@ -30,8 +30,8 @@ _POLL_S = 1.0
 class Watcher(Protocol):
     """Sees a sweep go by."""
 
-    def begin(self, total: int, done: int) -> None:
-        """So many runs in all, so many of them done before."""
+    def begin(self, total: int, done: int, cost: float) -> None:
+        """So many runs in all, so many of them done before; the cost of the others."""
 
     def step(self, step: Step) -> None:
         """Progress inside a unit of work."""
@@ -112,16 +112,19 @@ class Sweep:
         done = self.store.finished()
         self._done_before = {run.key for run in runs} & done
         self.outcome.before = len(self._done_before)
-        self.watcher.begin(len(runs), self.outcome.before)
+        missing = [run for run in runs if run.key not in done]
+        self.watcher.begin(len(runs), self.outcome.before, sum(run.cost for run in missing))
         for config in dict.fromkeys(run.source for run in runs):
             note = source(config, self.options.root).note
             if note is not None:
                 self.watcher.say(note)
-        missing = [run for run in runs if run.key not in done]
         why = without_kernels()
         if why is not None and any(self._suits_kernels(run) for run in {r.group: r for r in missing}.values()):
             self.watcher.say(f"{why}; convolutions of few channels are several times as fast with it")
-        self._queue.extend(self._units(missing, runs))
+        units = list(self._units(missing, runs))
+        if engine.several:  # the longest first, so that no process waits long for another's last
+            units.sort(key=lambda unit: -sum(run.cost for run in unit))
+        self._queue.extend(units)
         try:
             while True:
                 for message in engine.run(self._take):

@@ -23,13 +23,17 @@ from ._layers import Convolution, Layer, MaxPool
 Array = np.ndarray[Any, np.dtype[Any]]
 
 #: Samples of a part at most, and bytes of what one row of outputs is computed from: a core's second cache holds it.
-_PART, _ROWS = 64, 192 * 1024
+_PART, _ROWS = 256, 192 * 1024
 #: Bytes that the first cache takes at once.
 _LINE = 64
 #: Numbers of samples for which buffers are kept.
 _SIZES = 3
 #: Flops of a pass below which threads cost more than they save.
 _WORTH = 1e7
+
+
+Weights = tuple[Tensor, Tensor | None]
+"""A kernel and its bias."""
 
 
 class _Planes:
@@ -138,7 +142,7 @@ def _spread(g: Tensor, gate: Array, of: _Planes, to: _Planes) -> None:
 
 
 class _Part:
-    """The layers at some samples, with their buffers."""
+    """The layers at up to ``n`` samples, with their buffers."""
 
     def __init__(self, layers: Sequence[Layer], n: int, dtype: np.dtype[Any]) -> None:
         self.n = n
@@ -155,7 +159,8 @@ class _Part:
         return [at.grads for at in self.at if isinstance(at, _Convolved)]
 
     def forward(self, x: Tensor, weights: Sequence[tuple[Array, Array]]) -> None:
-        self.input.samples.copy_(x.permute(1, 2, 3, 0))
+        to = self.input
+        kernels.take(x.detach().contiguous().numpy(), to.flat, to.row, to.plane, to.lane)
         left = iter(weights)
         for at in self.at:
             if isinstance(at, _Convolved):
@@ -188,6 +193,7 @@ class Stack:
         self.calls = 0
         self._parts: dict[tuple[int, torch.dtype, int], list[_Part]] = {}
         self._now: list[_Part] = []
+        self._spare: dict[tuple[torch.dtype, int], list[_Part]] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._flops = sum(_flops(layer) for layer in layers)
 
@@ -196,23 +202,50 @@ class Stack:
         """``(C, H, W)`` of what comes out."""
         return self.layers[-1].outputs
 
-    def __call__(self, x: Tensor, weights: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
+    def __call__(self, x: Tensor, weights: Sequence[Weights]) -> Tensor:
         """``[C·H·W, N]`` of images ``[N, C, H, W]``, differentiable once in the ``weights``: kernels and biases."""
         found: Tensor = _Run.apply(self, x, *[t for pair in weights for t in pair])  # type: ignore[no-untyped-call]
         return found
 
-    def forward(self, x: Tensor, weights: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
+    def values(self, x: Tensor, weights: Sequence[Weights], last: Weights) -> Tensor:
+        """``[K, N]``: a linear layer of what comes out, part after part in the same buffers; nothing is kept."""
+        arrays = [(_flat(w), _bias(w, b)) for w, b in weights]
+        kernel, bias = _flat(last[0]), _bias(*last)
+        out = x.new_empty(len(kernel), len(x))
+        size, threads = self._part(x.dtype), self._threads(len(x))
+        key = x.dtype, threads
+        if key not in self._spare:
+            self._spare = {key: [_Part(self.layers, size, _kind(x.dtype)) for _ in range(threads)]}
+
+        def do(thread: int) -> None:
+            part = self._spare[key][thread]
+            planes = part.at[-1].out
+            offsets, lane = planes.offsets((planes.shape[1], planes.shape[2])), planes.lane
+            found = np.empty((len(kernel), lane), kernel.dtype)
+            flat = found.reshape(-1)
+            for at in range(thread * size, len(x), threads * size):
+                piece = x[at : at + size]
+                part.forward(piece, arrays)
+                kernels.correlate(
+                    planes.flat, 0, offsets, kernel, bias, flat, 0, 0, lane, 1, lane, kernels.PLAIN, flat, 0, 0
+                )
+                out[:, at : at + size] = torch.from_numpy(found[:, : len(piece)])
+
+        self._each(do, threads, threads)
+        return out
+
+    def forward(self, x: Tensor, weights: Sequence[Weights]) -> Tensor:
         self.calls += 1
         self._now = self._divided(len(x), x.dtype)
         arrays = [(_flat(w), _bias(w, b)) for w, b in weights]
         pieces = torch.split(x, [part.n for part in self._now])
-        self._each(lambda i: self._now[i].forward(pieces[i], arrays))
+        self._each(lambda i: self._now[i].forward(pieces[i], arrays), len(self._now), self._threads(len(x)))
         return torch.cat([part.at[-1].out.samples for part in self._now], 3).flatten(0, 2)
 
     def backward(self, g: Tensor, weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         turned = [_flat(w.flip(2, 3).transpose(0, 1)) for w in weights]
         pieces = torch.split(g, [part.n for part in self._now], 1)
-        self._each(lambda i: self._now[i].backward(pieces[i], turned))
+        self._each(lambda i: self._now[i].backward(pieces[i], turned), len(self._now), self._threads(g.shape[1]))
         found = []
         for p, w in enumerate(weights):
             kernel, bias = self._now[0].grads[p]
@@ -240,21 +273,22 @@ class Stack:
             count = max(-(-samples // self._part(dtype)), min(threads, samples))
             count = min(samples, -(-count // threads) * threads)
             ends = [samples * i // count for i in range(count + 1)]
-            kind = np.dtype(str(dtype).removeprefix("torch."))
-            self._parts[key] = [_Part(self.layers, b - a, kind) for a, b in pairwise(ends)]
+            self._parts[key] = [_Part(self.layers, b - a, _kind(dtype)) for a, b in pairwise(ends)]
         return self._parts[key]
 
-    def _each(self, do: Callable[[int], None]) -> None:
-        """Do something with every part, in threads where that pays."""
-        parts = range(len(self._now))
-        threads = min(self._threads(sum(part.n for part in self._now)), len(parts))
-        if threads < 2:
-            for i in parts:
+    def _each(self, do: Callable[[int], None], count: int, threads: int) -> None:
+        """Do something so many times, in threads."""
+        if min(threads, count) < 2:
+            for i in range(count):
                 do(i)
             return
         if self._pool is None:
             self._pool = ThreadPoolExecutor(threads, thread_name_prefix="dagh")
-        list(self._pool.map(do, parts))
+        list(self._pool.map(do, range(count)))
+
+
+def _kind(dtype: torch.dtype) -> np.dtype[Any]:
+    return np.dtype(str(dtype).removeprefix("torch."))
 
 
 def _flops(layer: Layer) -> int:

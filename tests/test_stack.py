@@ -23,6 +23,7 @@ from dagh.experiments._measure_losses import gradient_norm, per_sample
 from dagh.experiments._train import train
 
 pytest.importorskip("numba", reason="needs the optional package numba")
+_stack = importlib.import_module("dagh.experiments._stack")
 F = nn.functional
 
 
@@ -98,11 +99,31 @@ def test_random_nets(data: st.DataObject) -> None:
     compare(net, torch.randn(data.draw(st.integers(1, 140)), net.channels[0], *size, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("samples", [1, 2, 63, 64, 65, 150])
-def test_parts_and_threads(samples: int, two_threads: None) -> None:
+@pytest.mark.parametrize("samples", [1, 2, 31, 32, 33, 150])
+@pytest.mark.parametrize("head", [(), (5,), None])
+def test_parts_and_threads(
+    samples: int, head: tuple[int, ...] | None, two_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_stack, "_PART", 16)
     torch.manual_seed(0)
-    net = ConvNet2d(2, (8, 9, 6), 3, size=20, pool_at=2, bias=True).double()
-    compare(net, torch.randn(samples, 1, 20, 20, dtype=torch.float64))
+    net = ConvNet2d(2, (8, 9, 6), 3, size=20, pool_at=2, bias=True, head=head).double()
+    x = torch.randn(samples, 1, 20, 20, dtype=torch.float64)
+    compare(net, x)
+    forward = arranged(net, x)
+    with torch.no_grad():
+        for batch in (x, x[: samples // 2 + 1], x.flip(0)):
+            torch.testing.assert_close(forward(batch), net(batch), rtol=1e-12, atol=1e-12)
+
+
+def test_other_threads_and_types_of_a_stack(two_threads: None) -> None:
+    net = ConvNet2d(1, 5, 3, size=12)
+    for threads in (1, 2, 1):
+        torch.set_num_threads(threads)
+        for dtype in (torch.float32, torch.float64):
+            x = torch.rand(300, 1, 12, 12, dtype=dtype)
+            net.to(dtype)
+            with torch.no_grad():
+                torch.testing.assert_close(arranged(net, x)(x), net(x), rtol=1e-4, atol=1e-5)
 
 
 def test_other_nets_are_taken_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

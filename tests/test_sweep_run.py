@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import signal
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from sweep_helpers import METHOD, Started, count_work, sweep, write_data, write_study
 
 from dagh.experiments import _engines, _work
 from dagh.experiments._engines import Processes
+from dagh.experiments._progress import Lines, span
 from dagh.experiments._runner import Options, Sweep, runs_of
 from dagh.experiments._store import Store
 from dagh.experiments._studies import load_study
@@ -29,7 +34,7 @@ class Nobody:
     def __init__(self) -> None:
         self.ended: list[str] = []
 
-    def begin(self, total: int, done: int) -> None: ...
+    def begin(self, total: int, done: int, cost: float) -> None: ...
     def step(self, step: Step) -> None: ...
     def end(self, run: object, status: str, note: str, wall_s: float) -> None:
         self.ended.append(status)
@@ -459,3 +464,44 @@ def test_a_sweep_without_a_watcher_that_sees_it(tmp_path: Path) -> None:
     finally:
         engine.close()
     assert (outcome.done, outcome.failed, watcher.ended) == (4, 0, ["done"] * 4)
+
+
+def test_the_longest_runs_come_first_where_there_are_several_at_once(tmp_path: Path) -> None:
+    study = load_study(str(write_study(tmp_path, C="C = [1, 2]->C = [1, 3, 2]")))
+
+    class Listed:
+        """Takes everything, does nothing."""
+
+        def __init__(self, several: bool) -> None:
+            self.several = several
+            self.taken: list[int] = []
+
+        def run(self, take: Any) -> Iterator[Any]:
+            while (work := take()) is not None:
+                self.taken += [run.net.C for run in work.runs]
+            yield from ()
+
+        def close(self) -> None: ...
+
+    for several, expected in ((False, [1, 3, 2]), (True, [3, 2, 1])):
+        engine = Listed(several)
+        Sweep(study, Store.create(tmp_path / str(several), study), Options(), Nobody()).run(engine)
+        assert list(dict.fromkeys(engine.taken)) == expected
+
+
+def test_the_time_left_is_told_by_the_cost_of_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = runs_of(
+        load_study(str(write_study(tmp_path, C="C = [1, 2]->C = [1, 8]", seeds="seeds = [0, 1]->seeds = [0]"))),
+        Options(),
+    )
+    short, long = runs
+    assert long.cost > 4 * short.cost
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    out = io.StringIO()
+    lines = Lines(Console(file=out, width=200))
+    lines.begin(2, 0, short.cost + long.cost)
+    now[0] = 1000.0
+    lines.end(long, "done", "", 1000.0)
+    seconds = 1000 * short.cost / long.cost
+    assert f"about {span(seconds)} left" in out.getvalue()
