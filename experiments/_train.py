@@ -44,7 +44,7 @@ def train(model: nn.Module, config: TrainConfig, data: Split, seed: int, tick: T
         config: optimizer, step size, batch size, epochs (not None), loss.
         data: inputs ``[N, …]`` and targets ``[N, …]``.
         seed: of the order of the samples, drawn anew every epoch as in the paper.
-        tick: called after every step.
+        tick: called at the start and after every step.
 
     Returns whether compiled kernels were used.
 
@@ -58,6 +58,7 @@ def train(model: nn.Module, config: TrainConfig, data: Split, seed: int, tick: T
     model.train()
     check_kernels(config.kernels)
     forward = model if config.kernels == "torch" else arranged(model, data.train_x)
+    tick(done, total)  # kernels that are compiled for the first time take seconds
     for epoch in range(config.epochs or 0):
         order = torch.randperm(len(data.train_x), generator=generator).to(data.train_x.device)
         loss = None

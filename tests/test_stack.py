@@ -126,6 +126,46 @@ def test_other_threads_and_types_of_a_stack(two_threads: None) -> None:
                 torch.testing.assert_close(arranged(net, x)(x), net(x), rtol=1e-4, atol=1e-5)
 
 
+@given(data=st.data())
+@settings(max_examples=15, deadline=None)
+def test_nothing_beyond_the_buffers_is_read_or_written(data: st.DataObject) -> None:
+    made: list[np.ndarray[Any, Any]] = []
+
+    class Guarded(_stack._Planes):
+        """In the middle of numbers that are none: reading them would be seen in results, writing in ``made``."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            around = np.full(3 * len(self.flat), np.nan, self.flat.dtype)
+            inside = slice(len(self.flat), 2 * len(self.flat))
+            around[inside] = 0
+            self.flat = around[inside]
+            strides = self.plane, self.row, self.lane, 1
+            self.samples = torch.from_numpy(self.flat).as_strided((*self.shape, self.n), strides, self.begin)
+            made.append(around)
+
+    L = data.draw(st.integers(0, 2))
+    kernels = [data.draw(st.tuples(st.integers(1, 4), st.integers(1, 4))) for _ in range(L + 1)]
+    least = [sum(k[i] - 1 for k in kernels) + 2 for i in (0, 1)]
+    size = tuple(data.draw(st.integers(n, n + 4)) for n in least)
+    pool_at = data.draw(st.sampled_from([(), (L + 1,)]))
+    channels = [data.draw(st.integers(1, 24)) for _ in range(L + 1)]
+    net = ConvNet2d(
+        L, channels, kernels, size=size, classes=data.draw(st.integers(1, 5)), in_channels=data.draw(st.integers(1, 3)),
+        pool_at=pool_at, bias=data.draw(st.booleans()),
+    ).double()  # fmt: skip
+    x = torch.randn(data.draw(st.integers(1, 40)), net.channels[0], *size, dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_stack, "_Planes", Guarded)
+        compare(net, x)
+        with torch.no_grad():
+            torch.testing.assert_close(arranged(net, x)(x), net(x), rtol=1e-12, atol=1e-12)
+    assert made
+    for around in made:
+        n = len(around) // 3
+        assert np.isnan(around[:n]).all() and np.isnan(around[2 * n :]).all()
+
+
 def test_other_nets_are_taken_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     class Doubled(ConvNet2d):
         def forward(self, x: Tensor) -> Tensor:
