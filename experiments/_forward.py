@@ -70,19 +70,18 @@ def arranged(model: nn.Module, x: Tensor) -> Step:
         if not len(batch) or batch.requires_grad or (batch.shape[1:], batch.dtype, batch.device) != like:
             return plain(batch)
         weights = [(layer.weight, layer.bias) for layer in found.convolutions]
+        if any(w.dtype != batch.dtype for w, _ in weights):
+            return plain(batch)
+        last: Any = rest[1] if flat else None
         out: Tensor
-        later = rest
-        if flat:  # as it lies in memory
-            linear: Any = rest[1]
-            if torch.is_grad_enabled():
-                out = linear.weight @ stack(batch, weights)
-                out = out.T if linear.bias is None else out.T + linear.bias
-            else:
-                out = stack.values(batch, weights, (linear.weight, linear.bias)).T
-            later = rest[2:]
-        else:
+        if torch.is_grad_enabled():
             out = stack(batch, weights)
-            out = out.reshape(*stack.outputs, -1).movedim(3, 0).contiguous()
+            if flat:  # as it lies in memory
+                out = last.weight @ out if last.bias is None else torch.addmm(last.bias[:, None], last.weight, out)
+        else:
+            out = stack.values(batch, weights, (last.weight, last.bias) if flat else None)
+        out = out.T if flat else out.reshape(*stack.outputs, -1).movedim(3, 0).contiguous()
+        later = rest[2:] if flat else rest
         for layer in later:
             out = layer(out)
         return out

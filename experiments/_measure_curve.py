@@ -99,7 +99,7 @@ def smoothed(values: Array, coefficient: float) -> Array:
     right = (1 - coefficient) * values
     right[0] = values[0]
     bands = np.stack([np.ones_like(values), np.full_like(values, -coefficient)])
-    return np.asarray(solve_banded((1, 0), bands, right))
+    return np.asarray(solve_banded((1, 0), bands, right, check_finite=False))
 
 
 def _slope(k: Array, rows: Array) -> Array:

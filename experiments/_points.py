@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 import dagh
 from dagh.errors import first_line
@@ -23,6 +24,8 @@ TRAIN_VERSION = 1
 """Raised when training gives other numbers for the same configuration."""
 MEASURE_VERSION = 5
 """Raised when measuring gives other numbers for the same weights."""
+#: In flops as processors do them in training: a step of the optimizer, and the measuring of any network.
+_STEP, _RUN = 3e7, 3e10
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class Run:
 
     ``points`` are the (axis, value) pairs of the study that it stands for: a value may be that of ``base``. ``key``
     identifies configuration, data and code; ``train_key`` the part of them that the trained weights depend on. ``cost``
-    are the flops of training and of losses and gradients after it; Hessians are not among them.
+    tells long runs from short ones: the flops of training and of the losses after it, and what takes time whatever the
+    network.
     """
 
     net: NetConfig
@@ -90,19 +94,19 @@ def expand(study: StudyConfig, sources: Callable[[DataConfig], Source]) -> list[
     for axis, value in pairs(study):
         point = study.at(axis, value)
         source = sources(point.data)
-        _check(point.base, source)
-        for run in _runs(point, source):
+        net = _check(point.base, source)
+        for run in _runs(point, source, flops(net)):
             before = found.get(run.key)
             points = (*(before.points if before else ()), (axis, value))
             found[run.key] = Run(**{**_fields(run), "points": points})
     return list(found.values())
 
 
-def _check(net: NetConfig, source: Source) -> None:
+def _check(net: NetConfig, source: Source) -> nn.Module:
     """Build the network without memory for its weights, to refuse a study before it is begun."""
     try:
         with torch.device("meta"):
-            build(net, source.shape, source.classes)
+            return build(net, source.shape, source.classes)
     except (RuntimeError, TypeError, OverflowError) as error:  # sizes that no tensor has
         raise ConfigError(
             f"a network with L={net.L}, C={net.C}, k={net.k} cannot be built: {first_line(error)}"
@@ -116,7 +120,7 @@ def epochs(train: TrainConfig, data: str) -> int:
     return 15 if data == "cifar10" else 10
 
 
-def _runs(point: StudyConfig, source: Source) -> Iterable[Run]:
+def _runs(point: StudyConfig, source: Source, forward: int) -> Iterable[Run]:
     samples = {"train": len(source.split.train_x), "test": len(source.split.test_x)}
     data = {
         "name": point.data.dataset,
@@ -126,8 +130,9 @@ def _runs(point: StudyConfig, source: Source) -> Iterable[Run]:
     }
     train = TrainConfig(**{**_fields(point.train), "epochs": epochs(point.train, point.data.name)})
     settings = {k: v for k, v in to_plain(train).items() if f"train.{k}" not in NOT_IN_KEYS}
-    forward = flops(point.base, source.shape, source.classes)
-    cost = float(forward * (3 * samples["train"] * (1 + (train.epochs or 0)) + samples["test"]))
+    batches = (train.epochs or 0) * -(-samples["train"] // train.batch)
+    passes = 3 * samples["train"] * (1 + (train.epochs or 0)) + samples["test"]
+    cost = float(forward * passes + _STEP * batches + _RUN)
     for seed in point.seeds:
         weights = {
             "net": to_plain(point.base),

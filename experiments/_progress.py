@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -115,7 +116,8 @@ def watching() -> Iterator[Watcher]:
         TextColumn("[dim]left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    # The speed is that since the start: runs may take longer than the half minute that Progress looks back.
+    with Progress(*columns, console=console, transient=True, speed_estimate_period=math.inf) as progress:
         yield Bars(progress)
 
 

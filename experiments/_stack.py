@@ -168,6 +168,19 @@ class _Part:
             else:
                 at.forward()
 
+    def result(self, linear: tuple[Array, Array] | None) -> Array:
+        """``[K, …]``: what comes out, flat, or a linear layer of it."""
+        out = self.at[-1].out
+        if linear is None:
+            return out.samples.flatten(0, 2).numpy()
+        kernel, bias = linear
+        found = np.empty((len(kernel), out.lane), kernel.dtype)
+        flat, offsets = found.reshape(-1), out.offsets((out.shape[1], out.shape[2]))
+        kernels.correlate(
+            out.flat, 0, offsets, kernel, bias, flat, 0, 0, out.lane, 1, out.lane, kernels.PLAIN, flat, 0, 0
+        )
+        return found
+
     def backward(self, g: Tensor, turned: Sequence[Array]) -> None:
         self.at[-1].receive(g)
         left = list(turned)
@@ -207,32 +220,26 @@ class Stack:
         found: Tensor = _Run.apply(self, x, *[t for pair in weights for t in pair])  # type: ignore[no-untyped-call]
         return found
 
-    def values(self, x: Tensor, weights: Sequence[Weights], last: Weights) -> Tensor:
-        """``[K, N]``: a linear layer of what comes out, part after part in the same buffers; nothing is kept."""
+    def values(self, x: Tensor, weights: Sequence[Weights], last: Weights | None) -> Tensor:
+        """``[K, N]``: a linear layer of what comes out, or that itself, part after part in the same buffers."""
         arrays = [(_flat(w), _bias(w, b)) for w, b in weights]
-        kernel, bias = _flat(last[0]), _bias(*last)
-        out = x.new_empty(len(kernel), len(x))
-        size, threads = self._part(x.dtype), self._threads(len(x))
+        linear = None if last is None else (_flat(last[0]), _bias(*last))
+        size, threads, kind = self._part(x.dtype), self._threads(len(x)), _kind(x.dtype)
         key = x.dtype, threads
         if key not in self._spare:
-            self._spare = {key: [_Part(self.layers, size, _kind(x.dtype)) for _ in range(threads)]}
+            self._spare = {key: [_Part(self.layers, size, kind) for _ in range(threads)]}
+        # Not PyTorch's own memory: inference mode belongs to a thread.
+        out = np.empty((math.prod(self.outputs) if linear is None else len(linear[0]), len(x)), kind)
 
         def do(thread: int) -> None:
             part = self._spare[key][thread]
-            planes = part.at[-1].out
-            offsets, lane = planes.offsets((planes.shape[1], planes.shape[2])), planes.lane
-            found = np.empty((len(kernel), lane), kernel.dtype)
-            flat = found.reshape(-1)
             for at in range(thread * size, len(x), threads * size):
                 piece = x[at : at + size]
                 part.forward(piece, arrays)
-                kernels.correlate(
-                    planes.flat, 0, offsets, kernel, bias, flat, 0, 0, lane, 1, lane, kernels.PLAIN, flat, 0, 0
-                )
-                out[:, at : at + size] = torch.from_numpy(found[:, : len(piece)])
+                out[:, at : at + size] = part.result(linear)[:, : len(piece)]
 
         self._each(do, threads, threads)
-        return out
+        return torch.from_numpy(out)
 
     def forward(self, x: Tensor, weights: Sequence[Weights]) -> Tensor:
         self.calls += 1
@@ -303,7 +310,7 @@ def _flat(weight: Tensor) -> Array:
 
 
 def _bias(weight: Tensor, bias: Tensor | None) -> Array:
-    return (weight.new_zeros(len(weight)) if bias is None else bias).detach().numpy()
+    return np.ascontiguousarray((weight.new_zeros(len(weight)) if bias is None else bias).detach().numpy())
 
 
 class _Run(torch.autograd.Function):

@@ -188,6 +188,49 @@ def test_other_nets_are_taken_as_they_are(monkeypatch: pytest.MonkeyPatch) -> No
     assert arranged(net, x) is net and _forward.missing() is not None
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_weights_as_they_lie_in_memory(grad: bool) -> None:
+    net = ConvNet2d(1, 4, 3, size=12, bias=True).double()
+    many = torch.randn(400, dtype=torch.float64)
+    net.conv1.bias.data, net.conv2.bias.data, net.fc1.bias.data = many[:8:2], many[:1].expand(4), many[:30:3]
+    net.conv2.weight.data = net.conv2.weight.data.transpose(0, 1)
+    net.fc1.weight.data = net.fc1.weight.data.T.contiguous().T
+    x = torch.rand(3, 12, 12, 1, dtype=torch.float64).permute(0, 3, 1, 2)
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(arranged(net, x)(x), net(x))
+
+
+def test_inference_mode(two_threads: None) -> None:
+    for head in ((), None):
+        net = ConvNet2d(1, 8, 3, size=20, head=head)
+        x = torch.rand(300, 1, 20, 20)
+        forward = arranged(net, x)
+        with torch.inference_mode():
+            torch.testing.assert_close(forward(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_other_calls_without_gradients_leave_the_buffers_alone() -> None:
+    for options in ({}, {"head": None}, {"pool_at": 2, "pool": "avg"}):
+        net = ConvNet2d(1, 5, 3, size=12, **options)  # type: ignore[arg-type]
+        x = torch.rand(20, 1, 12, 12)
+        forward = arranged(net, x)
+        out = forward(x).square().sum()
+        with torch.no_grad():
+            forward(x[:5])
+        found = torch.autograd.grad(out, list(net.parameters()))
+        expected = torch.autograd.grad(net(x).square().sum(), list(net.parameters()))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_of_another_type_are_pytorchs() -> None:
+    net = ConvNet2d(1, 2, 3, size=12)
+    x = torch.rand(2, 1, 12, 12)
+    forward = arranged(net, x)
+    net.double()
+    with pytest.raises(RuntimeError):
+        forward(x)
+
+
 def test_batches_that_are_not_like_the_first_are_pytorchs() -> None:
     net = ConvNet2d(1, 2, 3, size=12, in_channels=3)
     forward = arranged(net, torch.rand(2, 3, 12, 12))

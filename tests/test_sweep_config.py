@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from sweep_helpers import STUDY, sweep
+from torch.utils.flop_counter import FlopCounterMode
 
 from dagh import DaghError
 from dagh.experiments._config import NetConfig, StudyConfig, parse, to_toml
+from dagh.experiments._nets import build, flops
 from dagh.experiments._points import expand
 from dagh.experiments._sources import load
 from dagh.experiments._studies import load_study, shipped
@@ -146,6 +149,25 @@ def test_keys_name_what_matters_and_nothing_else() -> None:
     for change in ("train.lr=0.1", "base.k=2", "data.train=100", "seeds=[1]", "train.dtype=float64"):
         found = keys(change)
         assert found[0] != key and found[1] != train_key, change
+
+
+@pytest.mark.parametrize(
+    ("net", "shape"),
+    [
+        (NetConfig(L=2, C=3), (1, 12, 12)),
+        (NetConfig(L=2, C=4, stride=2, padding=1, groups=2, head=(7,)), (2, 12, 14)),
+        (NetConfig(L=1, C=3, pool_at=(1, 2), pool="avg", k_pool=2), (1, 14, 14)),
+        (NetConfig(L=1, C=3, padding=2, padding_mode="circular", dilation=2), (1, 14, 14)),
+        (NetConfig(family="conv1d", L=2, C=3, k=4), (2, 30)),
+        (NetConfig(family="mlp", L=2, C=9), (1, 6, 6)),
+    ],
+    ids=str,
+)
+def test_flops_are_those_that_pytorch_counts(net: NetConfig, shape: tuple[int, ...]) -> None:
+    model = build(net, shape, 5)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, *shape))
+    assert flops(model) == counter.get_total_flops() > 0
 
 
 def test_networks_that_do_not_fit_are_refused_before_anything_is_done(tmp_path: Path) -> None:
