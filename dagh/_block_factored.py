@@ -22,6 +22,7 @@ from dagh._block_base import (
     streamed_fro,
 )
 from dagh._block_layers import layers_share, write_layers
+from dagh._block_pairs import multiply_adds
 from dagh._block_simple import DiagonalBlock, ZeroBlock
 from dagh._chunks import ranges
 from dagh.errors import ShapeError
@@ -218,7 +219,10 @@ class KroneckerSumBlock(Block):
         return layers_share(out, share, count, self.core, self.left, self.right, symmetric=self.symmetric)
 
     def dense_flops(self) -> int:
-        return self.dense_numel * self.terms // (2 if self.symmetric else 1)
+        if self.samples is not None:
+            return self.dense_numel * self.terms
+        o_a, i_a, o_b, i_b = self.factor_shape
+        return multiply_adds(self.terms, (o_a, i_a), (o_b, i_b), symmetric=self.symmetric)
 
     def matmat(self, v: Tensor) -> Tensor:
         o_a, i_a, o_b, i_b = self.factor_shape

@@ -10,7 +10,7 @@ With ``z_a = W_a x_a`` and ``z_b = W_b x_b`` (one row per sample), the block of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,11 +18,10 @@ from torch import Tensor
 
 from dagh._block_base import Block
 from dagh._block_composite import TransposedBlock
+from dagh._block_pairs import ALIVE, Pairs
 
 #: Entries of the right-hand factor formed at once: it should stay in the cache between its two uses.
 _PANEL = 1 << 18
-#: With a smaller share of the samples than this, those that contribute are gathered first.
-_SPARSE = 0.85
 
 
 class LayerPairBlock(Block):
@@ -93,20 +92,38 @@ def write_layers(
     *,
     symmetric: bool = False,
     add: bool = False,
-    outputs: Iterable[int] | None = None,
 ) -> None:
-    """Fill (or ``add`` to) ``out`` [p_a, p_b], any strides, by matrix products over the samples, panel by panel.
+    """Fill (or ``add`` to) ``out`` [p_a, p_b], any strides, by matrix products over the samples.
 
-    ``symmetric``: the block is that of one weight against itself (``left`` is ``right``, ``core`` symmetric); half of
-    the products are then copies (and ``add`` does not go with it). ``outputs``: only what belongs to these outputs of
-    the first layer (neither of the layers being a bias), with the mirror images.
+    ``symmetric``: the block is that of one weight against itself (``left`` is ``right``, ``core`` symmetric); part of
+    the products are then copies (and ``add`` does not go with it).
     """
-    o_a, o_b, i_a, i_b = core.shape[1], core.shape[2], left.shape[1], right.shape[1]
-    if i_a == 1 or i_b == 1:
+    if left.shape[1] == 1 or right.shape[1] == 1:
         _write_bias(out, core, left, right, jacobian, adjoint, add)
         return
+    for _ in _written(out, range(core.shape[1]), core, left, right, jacobian, adjoint, symmetric=symmetric, add=add):
+        pass
+
+
+def _written(
+    out: Tensor,
+    outputs: Sequence[int],
+    core: Tensor,
+    left: Tensor,
+    right: Tensor,
+    jacobian: Tensor | None = None,
+    adjoint: Tensor | None = None,
+    *,
+    symmetric: bool,
+    add: bool,
+) -> Iterator[int]:
+    """Write what belongs to some outputs of the first layer, with the mirror images; yields those that are done."""
     assert not (symmetric and add)
-    for o in range(o_a) if outputs is None else outputs:
+    if jacobian is None and Pairs.pay(core, left, right, symmetric=symmetric):
+        yield from Pairs(core, left, right, symmetric=symmetric).write(out, outputs, add)
+        return
+    o_a, o_b, i_a, i_b = core.shape[1], core.shape[2], left.shape[1], right.shape[1]
+    for o in outputs:
         rows = out[o * i_a : (o + 1) * i_a]
         row = _Row(core[:, o], left, right, None if jacobian is None else jacobian[:, o], adjoint).alive()
         transposed, step = row.left.T, max(1, _PANEL // (max(1, row.core.shape[0]) * i_b))
@@ -118,6 +135,7 @@ def write_layers(
             _product(rows[:, start * i_b : stop * i_b], transposed, panel.flatten(1), add)
         if symmetric:
             _mirror(out, o, o_a, i_a)
+        yield o
 
 
 class _Row(NamedTuple):
@@ -132,12 +150,12 @@ class _Row(NamedTuple):
     adjoint: Tensor | None
 
     def alive(self) -> _Row:
-        """Without the samples that contribute nothing: those in which a ReLU switches the output off."""
+        """Without the samples that contribute nothing (a ReLU switches the output off), if there are enough of them."""
         live = self.core.ne(0).any(1)
         if self.jacobian is not None:
             live |= self.jacobian.ne(0).any(1)
         index = live.nonzero()[:, 0]
-        if index.numel() > _SPARSE * live.numel():
+        if index.numel() > ALIVE * live.numel():
             return self
         jacobian, adjoint = (None if t is None else t[index] for t in (self.jacobian, self.adjoint))
         return _Row(self.core[index], self.left[index], self.right[index], jacobian, adjoint)
@@ -160,8 +178,7 @@ def layers_share(
             write_layers(out, core, left, right, *path, symmetric=symmetric)
             yield slice(0, o * i)
         return
-    for k in range(share, o, count):
-        write_layers(out, core, left, right, *path, symmetric=symmetric, outputs=(k,))
+    for k in _written(out, range(share, o, count), core, left, right, *path, symmetric=symmetric, add=False):
         yield slice(k * i, (k + 1) * i)
 
 

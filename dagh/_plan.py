@@ -15,6 +15,7 @@ import torch
 from rich.console import RenderableType
 
 from dagh import _workers
+from dagh._block_pairs import multiply_adds
 from dagh._chunks import CACHE, fitting
 from dagh._costs import BEGINNING, PASS, SUSTAINED, WRITING, product_rate
 from dagh._footprint import APART, BASE, RESIDENT, RESIDENT_MOST, RESIDENT_ROWS, Alive
@@ -219,8 +220,12 @@ class Plan(Shown):
     def dense_flops(self) -> float:
         total = 0.0
         for i, j in self._written():
-            terms = self.samples * (self.outer_rows if self.low_rank(i, j) else 1)
-            total += (1.0 if i == j else 2.0) * terms * self.sizes[i] * self.sizes[j]
+            if self.low_rank(i, j):
+                terms = self.samples * self.outer_rows
+                total += (1.0 if i == j else 2.0) * terms * self.sizes[i] * self.sizes[j]
+            else:
+                first, second = self.gates[i].shape, self.gates[j].shape
+                total += 2.0 * multiply_adds(self.samples, first, second, symmetric=i == j)
         return total
 
     @property
