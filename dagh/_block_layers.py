@@ -116,7 +116,7 @@ def _written(
     *,
     symmetric: bool,
     add: bool,
-) -> Iterator[int]:
+) -> Iterator[list[int]]:
     """Write what belongs to some outputs of the first layer, with the mirror images; yields those that are done."""
     assert not (symmetric and add)
     if jacobian is None and Pairs.pay(core, left, right, symmetric=symmetric):
@@ -135,7 +135,7 @@ def _written(
             _product(rows[:, start * i_b : stop * i_b], transposed, panel.flatten(1), add)
         if symmetric:
             _mirror(out, o, o_a, i_a)
-        yield o
+        yield [o]
 
 
 class _Row(NamedTuple):
@@ -171,15 +171,20 @@ def layers_share(
     *path: Tensor,
     symmetric: bool = False,
 ) -> Iterator[slice]:
-    """One of ``count`` shares of :func:`write_layers`: every ``count``-th output of the first layer."""
+    """One of ``count`` shares of :func:`write_layers`: some outputs of the first layer; yields the rows written."""
     o, i = core.shape[1], left.shape[1]
     if i == 1 or right.shape[1] == 1:
         if share == 0:
             write_layers(out, core, left, right, *path, symmetric=symmetric)
             yield slice(0, o * i)
         return
-    for k in _written(out, range(share, o, count), core, left, right, *path, symmetric=symmetric, add=False):
-        yield slice(k * i, (k + 1) * i)
+    # Later outputs of a symmetric block have less to do; others lie side by side, for who copies the rows elsewhere.
+    mine = range(share, o, count) if symmetric else range(o * share // count, o * (share + 1) // count)
+    for group in _written(out, mine, core, left, right, *path, symmetric=symmetric, add=False):
+        if symmetric:
+            yield from (slice(k * i, (k + 1) * i) for k in group)
+        else:
+            yield slice(group[0] * i, (group[-1] + 1) * i)
 
 
 def _write_bias(

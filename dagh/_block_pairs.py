@@ -73,7 +73,7 @@ class Pairs:
             return False
         return float(core.ne(0).any(2).float().mean()) > ALIVE
 
-    def write(self, out: Tensor, outputs: Iterable[int], add: bool) -> Iterator[int]:
+    def write(self, out: Tensor, outputs: Iterable[int], add: bool) -> Iterator[list[int]]:
         """Fill (or ``add`` to) the rows of some ``outputs`` of the first layer; yields those that are done.
 
         Where the block is symmetric, only columns from the same output on, and their mirror images.
@@ -105,7 +105,7 @@ class Pairs:
                     squares, others = found.view(-1, i_a, i_b), slice(first + part.start, first + part.stop)
                     grid[o, :, others] = squares.transpose(0, 1)
                     grid[others, :, o] = squares
-            yield from group
+            yield group
 
     def _first(self, o: int) -> int:
         """The first output of the second layer that is multiplied with output ``o``."""
