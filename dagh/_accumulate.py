@@ -106,6 +106,13 @@ class Accumulator:
         else:
             target.view(*lead, rows, channels, columns // channels)[..., part] += piece.movedim(-1, -3)
 
+    def add_mirrored(self, i: int, piece: Tensor, channels: int, part: slice) -> None:
+        """Add to block (i, i) the mirror image of ``piece`` ``[C·part, all]`` at the members after ``part``."""
+        target = self.block(i, i)
+        members = target.shape[0] // channels
+        later = piece.reshape(channels, part.stop - part.start, channels, members)[..., part.stop :]
+        target.view(channels, members, channels, members)[:, part.stop :, :, part] += later.permute(2, 3, 0, 1)
+
     def structured(self, i: int, j: int) -> bool:
         """Whether the pair is kept per sample."""
         return not self.keep and self.plan.structured(i, j, self.samples)

@@ -145,7 +145,7 @@ def _add_directions(share: _Share, column: Column, crossing: Crossing | None, re
     """Sweep some directions of a column and add what is found; nothing of it stays alive."""
     state, window = share.state, share.window
     per_sample = result.keep or column.basis in ("activation", "input")
-    tangents, found = _sweep_column(state, column, crossing, part, per_sample)
+    tangents, found, own = _sweep_column(state, column, crossing, part, per_sample)
     if column.basis == "activation":
         _add_activation(share, column, tangents, found, result, part)
         return
@@ -163,13 +163,16 @@ def _add_directions(share: _Share, column: Column, crossing: Crossing | None, re
         piece = h.expand(state.samples, *h.shape[1:]) if result.keep else h[0]
         if column.gate is not None and column.basis == "channel":
             result.add_channels(leaf, row, piece, column.gate.channels, part, window)
+            if leaf == row and own is not None:
+                result.add_mirrored(leaf, matrices(own)[0], column.gate.channels, part)
         else:
             result.add(leaf, row, piece, part, window)
 
 
 def _sweep_column(
     state: State, column: Column, crossing: Crossing | None, part: slice, per_sample: bool
-) -> tuple[Tangents, Tangents]:
+) -> tuple[Tangents, Tangents, Tensor | None]:
+    """The tangents, the rows at the targets, and those of them that are to be mirrored, too: products taken once."""
     call, units = state.call(column.seed), None
     if column.basis == "channel" and column.gate is not None:
         seed = Convolution().seed_channels(call, column.gate.argument)[:, part]
@@ -186,7 +189,7 @@ def _sweep_column(
     if column.basis == "input":
         n = state.samples
         start = {column.seed: seed.expand(n, *seed.shape[1:])}
-        return Tangents({}), _sweep.pull_back(state, start, list(column.targets.values()), keep=per_sample)
+        return Tangents({}), _sweep.pull_back(state, start, list(column.targets.values()), keep=per_sample), None
     channelwise = column.copies > 1
     seeds = {column.seed: seed}
     del seed
@@ -196,14 +199,19 @@ def _sweep_column(
     targets, curved, spare = list(column.targets.values()), column.curved, column.paths
     if crossing is None:
         found = _sweep.pull_back(state, {}, targets, tangents=tangents, curved=curved, keep=per_sample, spare=spare)
-        return tangents, found
+        return tangents, found, None
     beyond = cross(state, column, crossing, tangents, per_sample)
     here = [t for t in targets if t not in column.after]
     folded: dict[Node, Tensor] = {}
+    own = None if per_sample or column.mirrored is None else column.mirrored[1]
     start = Tangents({v: beyond.pop(v) for v in [crossing.node] if v in beyond}, beyond.channelwise & {crossing.node})
     if column.folded and start:
         rows = start.dense(crossing.node)
-        folded = {t: fold(crossing, rows, t, per_sample) for t in dict.fromkeys(here) if t in crossing.tables}
+        folded = {
+            t: fold(crossing, rows, t, per_sample, part.start if t is own else 0)
+            for t in dict.fromkeys(here)
+            if t in crossing.tables
+        }
         start = Tangents({})
         del rows
     found = _sweep.pull_back(state, start, here, tangents=tangents, curved=curved, keep=per_sample, spare=spare)
@@ -214,7 +222,7 @@ def _sweep_column(
         if node in beyond:
             found[node] = beyond[node]
     found.channelwise |= beyond.channelwise & column.after
-    return tangents, found
+    return tangents, found, None if own is None else folded.get(own)
 
 
 def _add_activation(

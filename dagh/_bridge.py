@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dagh import _sweep
 from dagh._bundles import Tangents, matrices
@@ -80,10 +81,11 @@ def _split(node: Node, channels: int) -> tuple[int, int, int]:
     return before, channels, node.numel // (before * channels)
 
 
-def fold(crossing: Crossing, rows: Tensor, target: Node, keep: bool) -> Tensor:
+def fold(crossing: Crossing, rows: Tensor, target: Node, keep: bool, first: int = 0) -> Tensor:
     """Rows at a target from ``rows`` ``[N, B, *node]`` at the bridge's node: their products with its tangents.
 
-    Summed over samples (``[1, B, *target]``) where the target is one and the same for all, unless ``keep``.
+    Summed over samples (``[1, B, *target]``) where the target is one and the same for all, unless ``keep``; only then
+    the members of each channel before ``first`` may be left out (zero).
     """
     table = crossing.tables[target]
     (n, b), c = rows.shape[:2], table.shape[0]
@@ -91,7 +93,10 @@ def fold(crossing: Crossing, rows: Tensor, target: Node, keep: bool) -> Tensor:
     if keep or target.batched:
         each = [part.flatten(2).transpose(0, 1) @ right for part, right in zip(left, table, strict=True)]
         return torch.stack(each, 2).reshape(n, b, *target.shape)
-    return (left.flatten(2) @ table.flatten(1, 2)).transpose(0, 1).reshape(1, b, *target.shape)
+    found = left.flatten(2) @ table.flatten(1, 2)[..., first:]
+    if first:
+        found = F.pad(found, (first, 0))
+    return found.transpose(0, 1).reshape(1, b, *target.shape)
 
 
 def unit_vectors(node: Node, copies: int, chosen: Tensor, like: Tensor) -> Tensor:

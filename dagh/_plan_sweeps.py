@@ -78,6 +78,13 @@ class Column:
     def rows(self) -> list[int]:
         return list(self.targets)
 
+    @property
+    def mirrored(self) -> tuple[int, Node] | None:
+        """The kernel of a convolution that is paired with itself, and its target: products need be taken once."""
+        if self.basis != "channel" or self.gate is None:
+            return None
+        return next(((i, self.targets[i]) for i, j in self.pairs if i == j and i in self.targets), None)
+
     def step(self, samples: int, working: float, size: int) -> int:
         """Directions swept at once, in ``working`` bytes."""
         step = fitting(self.width, working, self.alive.elements(samples, 1), self.largest * samples, size)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import hessian_double_backward
 from torch import Tensor, nn
 
 import dagh
-from dagh import _bridge, _chunks, _meeting
+from dagh import _assemble, _bridge, _chunks, _meeting
+from dagh._ir import Node
+from dagh._plan_sweeps import Column
 
 
 class Encoder(nn.Module):
@@ -116,6 +120,31 @@ def test_meeting_changes_nothing(name: str, fold: bool, cache: int | None, monke
     assert all(c.folded == fold for c in stopped)
     assert ("no sweep back from there" in str(made.plan)) == fold
     assert made.plan.bridges
+
+
+@pytest.mark.parametrize("blocks", ["all", "diagonal", [("0.weight", "0.weight"), ("0.weight", "3.weight")]])
+def test_a_kernel_with_itself_is_multiplied_once(blocks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the products, and their mirror images; few taps at a time."""
+    always(monkeypatch)
+    monkeypatch.setattr(_meeting, "FOLDS", (True,))
+    monkeypatch.setattr(_chunks, "CACHE", SMALL)
+    model, x, y = problem("convolutional")
+    left_out: list[int] = []
+    real = _bridge.fold
+
+    def watched(crossing: Any, rows: Tensor, target: Node, keep: bool, first: int = 0) -> Tensor:
+        left_out.append(first)
+        return real(crossing, rows, target, keep, first)
+
+    monkeypatch.setattr(_assemble, "fold", watched)
+    H = dagh.hessian(model, "cross_entropy", x, y, blocks=blocks)
+    assert max(left_out) > 0, "all was done at once: the test says nothing"
+    expected = hessian_double_backward(model, nn.functional.cross_entropy, x, y)
+    for i, j in H.blocks:
+        pair = H.names[i], H.names[j]
+        torch.testing.assert_close(H[pair], expected[pair], rtol=1e-10, atol=1e-13)
+    monkeypatch.setattr(Column, "mirrored", None)
+    assert dagh.plan(dagh.trace(model, x), "cross_entropy", x, y, blocks=blocks).flops > H.plan.flops
 
 
 @pytest.mark.parametrize("fold", [False, True])
