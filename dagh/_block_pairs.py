@@ -20,8 +20,8 @@ _PRODUCT, _ROWS = 1 << 20, (64, 256)
 _GATHERED = 1 << 18
 #: Pairs of outputs below which forming the pairs of inputs costs more than it saves.
 _FEWEST = 256
-#: Entries that pairs of inputs may take: so many, or this share of the block, but not more than that.
-_SMALL, _SHARE, _LARGEST = 1 << 20, 1 / 16, 1 << 24
+#: Entries that pairs of inputs may take in each thread: so many, or this share of the block, but not more than that.
+_SMALL, _SHARE, _LARGEST = 1 << 20, 1 / 48, 1 << 24
 #: Inputs of a layer above which gathering from packed pairs costs more than the products that it saves.
 _WIDEST = 256
 #: With a smaller share of (sample, output) that contributes, going through the samples output by output is cheaper.

@@ -35,6 +35,9 @@ class Entries(Accumulator):
         own = grid.diagonal(dim1=-4, dim2=-2).diagonal(dim1=-3, dim2=-2)  # [(n,) C, part]
         target.view(*target.shape[:-1], channels, width)[..., part] += own
 
+    def add_mirrored(self, i: int, piece: Tensor, channels: int, part: slice) -> None:
+        """Nothing: members after ``part`` against those of it lie beside the diagonal."""
+
     def add_layers(
         self,
         key: Pair,
