@@ -29,13 +29,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
 
 from dagh._costs import product_rate
 from dagh.architectures import ConvNet2d
 from dagh.experiments import MeasureConfig, load_idx
 from dagh.experiments._measure_curve import Curve, curve
 from dagh.experiments._measure_losses import per_sample
+from dagh.experiments._nets import flops
 
 ORDERS = 100
 EPOCHS = 10
@@ -79,12 +79,6 @@ def paper_differences(losses: list[float], orders: int) -> np.ndarray[Any, Any]:
     return mean
 
 
-def flops(model: nn.Module, x: Tensor) -> int:
-    with FlopCounterMode(display=False) as counter:
-        model(x)
-    return int(counter.get_total_flops())
-
-
 def clock(call: Any) -> tuple[float, Any]:
     start = time.perf_counter()
     found = call()
@@ -118,7 +112,7 @@ def evaluation(C: int, data: OneImage, part: float) -> dict[str, Any]:
         "orders_s": loop * ORDERS / orders,
         "ours_s": batched,
         "our_orders_s": curve_s,
-        "floor_s": flops(model, x[:1]) * len(x) / product_rate(torch.float32, "cpu", torch.get_num_threads()),
+        "floor_s": flops(model) * len(x) / product_rate(torch.float32, "cpu", torch.get_num_threads()),
         "ratio": paper / batched,
     }
 

@@ -203,7 +203,7 @@ def _sweep_column(
     beyond = cross(state, column, crossing, tangents, per_sample)
     here = [t for t in targets if t not in column.after]
     folded: dict[Node, Tensor] = {}
-    own = None if per_sample or column.mirrored is None or column.mirrored[1].batched else column.mirrored[1]
+    own = None if per_sample else column.mirrored
     start = Tangents({v: beyond.pop(v) for v in [crossing.node] if v in beyond}, beyond.channelwise & {crossing.node})
     if column.folded and start:
         rows = start.dense(crossing.node)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dagh._block_base import Block
 from dagh._block_composite import TransposedBlock
-from dagh._block_pairs import ALIVE, Pairs
+from dagh._block_pairs import ALIVE, Pairs, split
 
 #: Entries of the right-hand factor formed at once: it should stay in the cache between its two uses.
 _PANEL = 1 << 18
@@ -221,6 +221,5 @@ def _product(target: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
 
 def _mirror(out: Tensor, k: int, o: int, i: int) -> None:
     """Copy the sub-blocks (k, o') with o' > k to (o', k): each is symmetric, so no transpose is needed."""
-    row, column = out.stride()
-    grid = out.as_strided((o, i, o, i), (i * row, row, i * column, column), out.storage_offset())
+    grid = split(out, (o, i), (o, i))
     grid[k + 1 :, :, k] = grid[k, :, k + 1 :].transpose(0, 1)

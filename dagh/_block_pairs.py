@@ -43,6 +43,13 @@ def multiply_adds(n: int, left: tuple[int, int], right: tuple[int, int], *, symm
     return n * (o * (o + 1) // 2) * (i * (i + 1) // 2) if fit(n, left, right, symmetric=True) else whole // 2
 
 
+def split(out: Tensor, left: tuple[int, int], right: tuple[int, int]) -> Tensor:
+    """A view ``[o_a, i_a, o_b, i_b]`` of a block ``[p_a, p_b]`` with any strides."""
+    row, column = out.stride()
+    strides = left[1] * row, row, right[1] * column, column
+    return out.as_strided((*left, *right), strides, out.storage_offset())
+
+
 class Pairs:
     """``core`` [N, o_a, o_b], ``left`` [N, i_a], ``right`` [N, i_b].
 
@@ -79,8 +86,7 @@ class Pairs:
         Where the block is symmetric, only columns from the same output on, and their mirror images.
         """
         (o_a, o_b), (i_a, i_b) = self.core.shape[1:], self.inputs
-        row, column = out.stride()
-        grid = out.as_strided((o_a, i_a, o_b, i_b), (i_a * row, row, i_b * column, column), out.storage_offset())
+        grid = split(out, (o_a, i_a), (o_b, i_b))
         # Fresh memory once, not for every group.
         product = self.products.new_empty(self._rows() + o_b, self.products.shape[1])
         room = self.products.new_empty(max(1, _GATHERED // (i_a * i_b)) if self.symmetric else 0, i_a * i_b)

@@ -199,7 +199,7 @@ class _Meeting:
         for row, target in cut.tables:
             table = self.table(row, target, v)
             written = v.numel + (target.numel if target.batched else 0)
-            half = 0.5 if column.mirrored == (row, target) else 1.0
+            half = 0.5 if column.mirrored is target else 1.0
             total += column.width * column.copies * (2.6 * half * v.numel * table.width + passes * written)
         return total
 

@@ -79,11 +79,12 @@ class Column:
         return list(self.targets)
 
     @property
-    def mirrored(self) -> tuple[int, Node] | None:
-        """The kernel of a convolution that is paired with itself, and its target: products need be taken once."""
+    def mirrored(self) -> Node | None:
+        """The kernel of a convolution if it is paired with itself: products of its tangents need be taken once."""
         if self.basis != "channel" or self.gate is None:
             return None
-        return next(((i, self.targets[i]) for i, j in self.pairs if i == j and i in self.targets), None)
+        own = next((self.targets[i] for i, j in self.pairs if i == j and i in self.targets), None)
+        return None if own is None or own.batched else own
 
     def step(self, samples: int, working: float, size: int) -> int:
         """Directions swept at once, in ``working`` bytes."""
