@@ -86,13 +86,21 @@ class Accumulator:
                 self.blocks[i, j] = zeros(shape, dtype=self.like.dtype, device=self.like.device)
             return self.blocks[i, j]
 
-    def add(self, i: int, j: int, piece: Tensor, rows: slice, window: slice) -> None:
-        """Add ``piece`` ``[(n,) rows of i, all of j]`` to block (i, j) or, transposed, (j, i)."""
+    def add(
+        self,
+        i: int,
+        j: int,
+        piece: Tensor,
+        rows: slice,
+        window: slice,
+        columns: slice = slice(None),
+    ) -> None:
+        """Add ``piece`` ``[(n,) rows of i, columns of j]`` to block (i, j) or, transposed, (j, i)."""
         lead = (window,) if self.keep else ()
         if i <= j:
-            self.block(i, j)[(*lead, rows)] += piece
+            self.block(i, j)[(*lead, rows, columns)] += piece
         else:
-            self.block(j, i)[(*lead, slice(None), rows)] += piece.transpose(-1, -2)
+            self.block(j, i)[(*lead, columns, rows)] += piece.transpose(-1, -2)
 
     def add_channels(self, i: int, j: int, piece: Tensor, channels: int, part: slice, window: slice) -> None:
         """As :meth:`add` for rows (channel, member) with the members of ``part``: ``[(n,) C·part, all of j]``."""

@@ -145,7 +145,8 @@ def _add_directions(share: _Share, column: Column, crossing: Crossing | None, re
     """Sweep some directions of a column and add what is found; nothing of it stays alive."""
     state, window = share.state, share.window
     per_sample = result.keep or column.basis in ("activation", "input")
-    tangents, found, own = _sweep_column(state, column, crossing, part, per_sample)
+    apart = _halved(column, result)
+    tangents, found, own = _sweep_column(state, column, crossing, part, per_sample, apart)
     if column.basis == "activation":
         _add_activation(share, column, tangents, found, result, part)
         return
@@ -169,10 +170,19 @@ def _add_directions(share: _Share, column: Column, crossing: Crossing | None, re
             result.add(leaf, row, piece, part, window)
 
 
+def _halved(column: Column, result: Accumulator) -> bool:
+    """Whether a layer's outputs meet only those that follow: what is summed at once can be mirrored at once."""
+    assert column.gate is not None or not column.ends
+    return not result.keep and column.gate is not None and (column.gate.rows > 1 or isinstance(result, Entries))
+
+
 def _sweep_column(
-    state: State, column: Column, crossing: Crossing | None, part: slice, per_sample: bool
+    state: State, column: Column, crossing: Crossing | None, part: slice, per_sample: bool, apart: bool
 ) -> tuple[Tangents, Tangents, Tensor | None]:
-    """The tangents, the rows at the targets, and those of them that are to be mirrored, too: products taken once."""
+    """The tangents, the rows at the targets, and those of them that are to be mirrored, too: products taken once.
+
+    ``apart``: the ways back to the parts of the layer's outputs before ``part`` are left out.
+    """
     call, units = state.call(column.seed), None
     if column.basis == "channel" and column.gate is not None:
         seed = Convolution().seed_channels(call, column.gate.argument)[:, part]
@@ -197,8 +207,11 @@ def _sweep_column(
         state, seeds, column.within, column.held, channelwise=channelwise, trim=True, units=units
     )
     targets, curved, spare = list(column.targets.values()), column.curved, column.paths
+    passed = column.passed(part.start // column.order) if apart else []
     if crossing is None:
-        found = _sweep.pull_back(state, {}, targets, tangents=tangents, curved=curved, keep=per_sample, spare=spare)
+        found = _sweep.pull_back(
+            state, {}, targets, tangents=tangents, curved=curved, keep=per_sample, spare=spare, without=passed
+        )
         return tangents, found, None
     beyond = cross(state, column, crossing, tangents, per_sample)
     here = [t for t in targets if t not in column.after]
@@ -214,7 +227,9 @@ def _sweep_column(
         }
         start = Tangents({})
         del rows
-    found = _sweep.pull_back(state, start, here, tangents=tangents, curved=curved, keep=per_sample, spare=spare)
+    found = _sweep.pull_back(
+        state, start, here, tangents=tangents, curved=curved, keep=per_sample, spare=spare, without=passed
+    )
     for node, rows in folded.items():
         found[node] = found.dense(node) + rows if node in found else rows
         found.channelwise.discard(node)
@@ -239,6 +254,7 @@ def _add_activation(
         return t.reshape(n, gate.rows, -1, t.shape[2])
 
     outputs = slice(part.start // column.order, part.stop // column.order)
+    half: Tensor | None = None
     for leaf, row in column.pairs:
         x = _outer.layer_inputs(state, plan.layers[leaf])  # [n, T, i]
         target, other = column.targets[row], plan.layers.get(row)
@@ -252,6 +268,13 @@ def _add_activation(
         if target not in found and not crosses:
             continue
         adjoint = None if delta is None else delta.expand(n, *delta.shape[1:]).reshape(n, other.rows, -1)
+        if column.ends and target is gate.node and _halved(column, result) and not isinstance(result, Entries):
+            if target in found:
+                if half is None:
+                    own = whole(found.dense(target))
+                    half = _contract.arranged(own.reshape(*own.shape[:3], gate.rows, -1)[..., outputs.start :])
+                _contract.add_halved(result, (leaf, row), x, y, half, outputs)
+            continue
         apart = (target not in found or target in found.channelwise) and (not crosses or into in tangents.channelwise)
         if apart and column.copies == gate.rows == other.rows:
             core, path = (

@@ -21,7 +21,7 @@ def add_rows(result: Accumulator, pair: Pair, x: Tensor, h: Tensor, outputs: sli
     if result.keep:
         piece = torch.einsum("ntop,nti->noip", h, x).reshape(n, o * i, p)
     else:
-        piece = (x.reshape(n * t, i).T @ h.reshape(n * t, o * p)).reshape(i, o, p).transpose(0, 1).reshape(o * i, p)
+        piece = (x.reshape(n * t, i).T @ h.permute(2, 0, 1, 3).reshape(o, n * t, p)).reshape(o * i, p)
     result.add(*pair, piece, rows, window)
 
 
@@ -52,10 +52,36 @@ def add_layers(
         return
     i = x.shape[2]
     where = slice(outputs.start * i, outputs.stop * i)
-    if core is not None:
-        result.add(*pair, _contract(x, core, y, result.keep, swap=False), where, window)
-    if path is not None and adjoint is not None:
-        result.add(*pair, _contract(x, path, adjoint, result.keep, swap=True), where, window)
+    for middle, other, swap in ((core, y, False), (path, adjoint, True)):
+        if middle is None or other is None:
+            continue
+        if result.keep:
+            columns = "niota,ntb->noiba" if swap else "niota,ntb->noiab"
+            result.add(*pair, _contract_each(x, middle, other, columns), where, window)
+        else:
+            found = _contract(x, middle.reshape(*middle.shape[:3], rows_b, -1), other)  # [O, i, a, b]
+            found = found.transpose(2, 3) if swap else found
+            result.add(*pair, found.flatten(2).flatten(0, 1), where, window)
+
+
+def add_halved(result: Accumulator, pair: Pair, x: Tensor, y: Tensor, core: Tensor, outputs: slice) -> None:
+    """A layer (weight or bias) with itself; ``core`` ``[n, T, O, T, o]`` of ``outputs`` with themselves and later ones.
+
+    What lies before is the mirror image of what earlier outputs found.
+    """
+    first, second = pair
+    width, everything = outputs.stop - outputs.start, slice(None)
+    i, b = x.shape[2], y.shape[2]
+    found = _contract(x, core, y).flatten(2).flatten(0, 1)
+    rows = slice(outputs.start * i, outputs.stop * i)
+    result.add(first, second, found, rows, everything, slice(outputs.start * b, None))
+    if first == second:
+        later = found[:, width * b :].T
+        result.add(first, second, later, slice(outputs.stop * b, None), everything, rows)
+    elif width < core.shape[4]:
+        found = _contract(y, core[..., width:], x).flatten(2).flatten(0, 1)
+        rows = slice(outputs.start * b, outputs.stop * b)
+        result.add(second, first, found, rows, everything, slice(outputs.stop * i, None))
 
 
 def _add_entries(
@@ -120,37 +146,31 @@ def add_tokens(
 _PIECE = 1 << 19
 
 
-def _contract(x: Tensor, middle: Tensor, y: Tensor, keep: bool, *, swap: bool) -> Tensor:
-    """``Σ x[n,t,i] middle[n,t,o,(t',a)] y[n,t',b]`` as ``[(n,) o·i, a·b]``; ``swap``: columns ``b·a``."""
+def _contract_each(x: Tensor, middle: Tensor, y: Tensor, columns: str) -> Tensor:
+    """As :func:`_contract` for every sample, ``[n, o·i, columns]``; ``middle`` ``[n, t, o, (t', a)]``."""
     n, t, o = middle.shape[:3]
-    i, rows, b = x.shape[2], y.shape[1], y.shape[2]
-    a = middle.shape[3] // rows
-    if keep:
-        inner = (x.transpose(1, 2) @ middle.reshape(n, t, -1)).reshape(n, i, o, rows, a)
-        out = torch.einsum("niota,ntb->noiba" if swap else "niota,ntb->noiab", inner, y)
-        return out.reshape(n, o * i, a * b)
+    inner = (x.transpose(1, 2) @ middle.reshape(n, t, -1)).reshape(n, x.shape[2], o, y.shape[1], -1)
+    return torch.einsum(columns, inner, y).flatten(3).flatten(1, 2)
+
+
+def arranged(middle: Tensor) -> Tensor:
+    """``[n, t, o, t', a]`` in the order in memory in which products take it: ``[n, t', t, o, a]``."""
+    return middle.permute(0, 3, 1, 2, 4).contiguous().permute(0, 2, 3, 1, 4)
+
+
+def _contract(x: Tensor, middle: Tensor, y: Tensor) -> Tensor:
+    """``Σ x[n,t,i] middle[n,t,o,t',a] y[n,t',b]`` as ``[o, i, a, b]``."""
+    n, _, o, rows, a = middle.shape
+    i, b = x.shape[2], y.shape[2]
     step = max(1, _PIECE // (rows * i * o * a)) if x.device.type == "cpu" else n
     total = middle.new_zeros(b, i * o * a)
+    alone = o == 1 and i > 1 and middle.stride(3) == a * middle.stride(4)
     for part in ranges(n, step):
         # The second layer's rows come out in front, with the samples: one product sums over both.
-        total.addmm_(y[part].reshape(-1, b).T, _first_layer(x[part], middle[part], rows))
-    out = total.reshape(b, a, 1, i).transpose(1, 3) if o == 1 else total.reshape(b, i, o, a).transpose(1, 2)
-    if o == 1:
-        out = out.transpose(1, 2)
-    return out.permute(1, 2, 0, 3).reshape(o * i, b * a) if swap else out.permute(1, 2, 3, 0).reshape(o * i, a * b)
-
-
-def _first_layer(x: Tensor, middle: Tensor, rows: int) -> Tensor:
-    """``Σ_t x[n,t,i] middle[n,t,o,(t',a)]`` as ``[(n,t'), (i,o,a)]``, with one output ``[(n,t'), (a,i)]``."""
-    n, t, o = middle.shape[:3]
-    i = x.shape[2]
-    if o == 1:  # nothing has to be copied
-        flat = middle.reshape(n, t, -1)
-        inner = x.transpose(1, 2) @ flat if i == 1 else flat.transpose(1, 2) @ x
-        return inner.reshape(n * rows, -1)
-    if i == 1:
-        inner = x.transpose(1, 2) @ middle.reshape(n, t, -1)
-        return inner.reshape(n, o, rows, -1).transpose(1, 2).reshape(n * rows, -1)
-    wide = middle.reshape(n, t, o, rows, -1).permute(0, 3, 1, 2, 4).reshape(n * rows, t, -1)
-    left = x.transpose(1, 2).unsqueeze(1).expand(n, rows, i, t).reshape(n * rows, i, t)
-    return torch.bmm(left, wide).reshape(n * rows, -1)
+        if alone:  # nothing has to be copied
+            inner = middle[part].flatten(3).squeeze(2).mT @ x[part]
+        else:
+            wide = middle[part].permute(0, 3, 1, 2, 4).flatten(3)  # [n, t', t, (o, a)]
+            inner = (x[part].unsqueeze(1) * wide).sum(2) if i == 1 else x[part].mT.unsqueeze(1) @ wide
+        total.addmm_(y[part].reshape(-1, b).T, inner.reshape(-1, i * o * a))
+    return total.reshape(b, a, 1, i).permute(2, 3, 1, 0) if alone else total.reshape(b, i, o, a).permute(2, 1, 3, 0)

@@ -23,7 +23,7 @@ class Entries(Accumulator):
                 self.blocks[i, i] = self.like.new_zeros(*lead, self.request.sizes[i])
             return self.blocks[i, i]
 
-    def add(self, i: int, j: int, piece: Tensor, rows: slice, window: slice) -> None:
+    def add(self, i: int, j: int, piece: Tensor, rows: slice, window: slice, columns: slice = slice(None)) -> None:
         lead = (window,) if self.keep else ()
         self.block(i, j)[(*lead, rows)] += piece[..., rows].diagonal(dim1=-2, dim2=-1)
 

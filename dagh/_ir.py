@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any, Literal
@@ -186,6 +186,8 @@ class Program:
     loss: Node | None = None
     plans: dict[Any, Any] = field(default_factory=dict, repr=False)
     """Plans already made for this program, by request."""
+    parts: dict[Node, tuple[Node, ...]] = field(default_factory=dict, repr=False)
+    """Nodes that read parts of a node, where these are known (:func:`dagh._parts.readers`)."""
     loss_checked: bool = False
     """Whether the loss's first derivative has been compared with autograd's."""
     loss_couples: bool | None = None
@@ -210,11 +212,11 @@ class Program:
         single = any(n.dtype == torch.float32 and n.op is not None and n.part == "model" for n in self.nodes)
         return torch.float32 if single else torch.float64
 
-    def descendants(self, sources: Sequence[Node]) -> set[Node]:
-        """``sources`` and every node computed from them."""
+    def descendants(self, sources: Sequence[Node], without: Collection[Node] = ()) -> set[Node]:
+        """``sources`` and every node computed from them other than by way of the nodes ``without``."""
         reached = set(sources)
         for node in self.nodes:
-            if node not in reached and any(p in reached for p in node.inputs):
+            if node not in reached and node not in without and any(p in reached for p in node.inputs):
                 reached.add(node)
         return reached
 

@@ -72,7 +72,13 @@ class Column:
     """Targets that the bridge reaches."""
     folded: bool = False
     """What comes from beyond the bridge is multiplied by the bridge's tables, not swept back."""
+    ends: tuple[tuple[int, Node], ...] = ()
+    """Nodes that read no output of the layer from a number on, in ascending order of that (:mod:`dagh._own_parts`)."""
     alive: Alive = NOTHING
+
+    def passed(self, output: int) -> list[Node]:
+        """What need not be swept back for directions of the layer's outputs from ``output`` on: earlier ones did it."""
+        return [node for end, node in self.ends if end <= output]
 
     @property
     def rows(self) -> list[int]:

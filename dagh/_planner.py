@@ -15,6 +15,7 @@ from dagh._costs import node_cost, node_flops, node_moved
 from dagh._footprint import held_by_state, of_rows
 from dagh._ir import Node, Program
 from dagh._meeting import meet
+from dagh._own_parts import parted
 from dagh._plan import Plan
 from dagh._plan_sweeps import Bridge, Column
 from dagh._pricing import Key, Option, Reach, Sweeps, gate_of
@@ -83,7 +84,7 @@ def make_plan(
         columns, bridges = meet(sweeps, columns)
         if limit is not None and sum(b.elements for b in bridges.values()) > limit // 2:
             columns, bridges = whole, {}
-        columns = [replace(c, alive=sweeps.alive(c)) for c in columns]
+        columns = [replace(c, alive=sweeps.alive(c)) for c in (parted(sweeps, c) for c in columns)]
         bridges = {v: sweeps.measured(b) for v, b in bridges.items()}
     rows = list(
         dict.fromkeys(

@@ -157,7 +157,7 @@ class Sweeps:
         regions, seed = self._regions(leaf, basis, rows), self.seed(leaf, basis)
         total = width * self.sweep_cost(seed, regions, copies)
         if basis == "activation":
-            total += sum(self._contraction(*pair, self._stays(*pair, regions, copies)) for pair in pairs)
+            total += sum(self.contraction(*pair, self.stays(*pair, regions, copies)) for pair in pairs)
         if basis == "input":
             gate, numel = self.gates[leaf], sum(self.request.sizes[row] for row in rows)
             total += (2.0 * gate.shape[0] + PASS) * width * numel
@@ -213,7 +213,7 @@ class Sweeps:
         """Operations per sample of sweeping ``leaf``'s tangents to get its block with ``row``."""
         return self.total([(leaf, row)], basis)
 
-    def _stays(self, leaf: int, row: int, regions: Regions, copies: int) -> bool:
+    def stays(self, leaf: int, row: int, regions: Regions, copies: int) -> bool:
         """Whether what a sweep in activations finds at another linear layer is still apart by token."""
         if copies == 1 or not self._linear(row) or self.gates[row].tokens != copies:
             return False
@@ -223,7 +223,7 @@ class Sweeps:
         crossing = other.argument == 1 and self.reach.above[into, seed.index]
         return bool(rows[other.node.index]) and (not crossing or bool(self.reach.thin(seed)[into]))
 
-    def _contraction(self, leaf: int, row: int, stays: bool, passes: float = PASS) -> float:
+    def contraction(self, leaf: int, row: int, stays: bool, passes: float = PASS) -> float:
         """Applying the inputs of the layers to what a sweep in activations found."""
         gate, sizes = self.gates[leaf], self.request.sizes
         if not self._linear(row):
@@ -307,7 +307,7 @@ class Sweeps:
         gate = None if basis == "parameter" else self.gates[leaves[0]]
         order = 1
         cost = self.total(pairs, basis)
-        stays = {pair: basis == "activation" and self._stays(*pair, regions, copies) for pair in pairs}
+        stays = {pair: basis == "activation" and self.stays(*pair, regions, copies) for pair in pairs}
         if basis == "activation" and gate is not None:
             order = gate.rows // copies
             unit += sum({t: int(backward[t.index]) for t in targets.values() if t.batched}.values())
@@ -327,9 +327,9 @@ class Sweeps:
             flops, moved = flops + 2.0 * self.gates[leaves[0]].shape[0] * width * numel, moved + width * numel
             order = self.gates[leaves[0]].rows
         if basis == "activation":
-            products = sum(self._contraction(*pair, stays[pair], passes=0.0) for pair in pairs)
+            products = sum(self.contraction(*pair, stays[pair], passes=0.0) for pair in pairs)
             flops += products
-            moved += (sum(self._contraction(*pair, stays[pair]) for pair in pairs) - products) / PASS
+            moved += (sum(self.contraction(*pair, stays[pair]) for pair in pairs) - products) / PASS
         return Column(
             leaves=leaves, basis=basis, gate=gate, pairs=pairs, targets=targets, width=width, order=order, seed=seed,
             copies=copies, paths=[p for p in self.paths(basis, rows) if self.reach.above[p.index, seed.index]],

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from dagh._bundles import Scaled, Tangents, expand_channels, written_out
 from dagh._ir import Node
+from dagh._parts import readers
 from dagh._rules import Call, Rule
-from dagh._rules._base import zeros_in_order
+from dagh._rules._base import room_in_order
 
 if TYPE_CHECKING:
     from dagh._state import State
@@ -123,8 +124,9 @@ def pull_back(
     curved: Collection[Node] = (),
     keep: bool = False,
     spare: Collection[Node] | None = None,
+    without: Collection[Node] = (),
 ) -> Tangents:
-    """Rows of every node of ``wanted``.
+    """Rows of every node of ``wanted``; nothing is pulled back by way of the nodes ``without``.
 
     ``start`` holds the rows to begin with (channel-diagonal ones, if a :class:`Tangents` says so); curvature is added
     at the nodes of ``curved``, along ``tangents``. Rows of nodes that do not depend on the sample are summed over
@@ -133,7 +135,7 @@ def pull_back(
     """
     tangents = Tangents({}) if tangents is None else tangents
     rows = _Rows(state, keep)
-    route = state.program.descendants(list(wanted))
+    route = state.program.descendants(list(wanted), without)
     for node in start:
         rows.add(node, start[node], isinstance(start, Tangents) and node in start.channelwise)
     wanted = set(wanted)
@@ -192,9 +194,13 @@ class _Rows:
         self._rows: dict[Node, Tensor | Scaled] = {}
         self._packed: set[Node] = set()
         self._own: set[Node] = set()  # bundles that nobody else holds
+        self._bare: dict[
+            Node, set[Node]
+        ] = {}  # parts of a bundle that nothing was written to so far, by who reads them
 
     def pop(self, node: Node) -> tuple[Tensor | Scaled | None, bool, bool]:
         """The rows of a node, whether they are channel-diagonal, and whether nobody else holds them."""
+        self._fill(node)
         packed, own = node in self._packed, node in self._own
         self._packed.discard(node)
         self._own.discard(node)
@@ -210,16 +216,31 @@ class _Rows:
         """Add what ``rule`` pulls back to one of its arguments, in place where it concerns a part of that alone."""
         shape = (*cotangent.shape[:2], *node.shape)
         if node not in self._rows and rule.copies_part:
-            self._rows[node] = zeros_in_order(cotangent, shape, self.state.values[node])
+            self._rows[node] = room = room_in_order(cotangent, shape, self.state.values[node])
+            self._bare[node] = set(readers(self.state.program, node))
+            if not self._bare[node]:
+                room.zero_()
             self._own.add(node)
             if packed:
                 self._packed.add(node)
         held = self._rows.get(node)
         fits = node in self._own and packed == (node in self._packed)
         if rule.copies_part and fits and isinstance(held, Tensor) and held.shape == shape:
-            rule.place(call, held).add_(cotangent)
+            place = rule.place(call, held)
+            if call.node in self._bare.get(node, ()):
+                place.copy_(cotangent)
+                self._bare[node].discard(call.node)
+            else:
+                place.add_(cotangent)
             return
         self.add(node, rule.vjp(call, cotangent, arg, self.keep), packed, own=rule.fresh)
+
+    def _fill(self, node: Node) -> None:
+        """Zeros where nothing was written to."""
+        for reader in self._bare.pop(node, ()):
+            held = self._rows[node]
+            assert isinstance(held, Tensor)
+            self.state.rule(reader).place(self.state.call(reader), held).zero_()
 
     def curve(self, node: Node, tangents: Tangents, args: list[int]) -> None:
         """Add the curvature of ``node`` along ``tangents`` to what its arguments have."""
@@ -236,6 +257,7 @@ class _Rows:
 
         ``own``: nobody else holds the row (or the base of a scaled one), so that it may be changed later on.
         """
+        self._fill(node)
         samples, before = self.state.values[node].shape[0], self._rows.get(node)
         if before is None:
             if packed:

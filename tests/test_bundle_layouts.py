@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 import dagh
 from dagh import _contract, _sweep
-from dagh._rules._base import zeros_in_order
+from dagh._rules._base import room_in_order
 
 
 class Attention(nn.Module):
@@ -65,34 +65,32 @@ def test_what_does_not_move_has_no_tangent(part: int) -> None:
 
 
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("o,i", [(1, 1), (1, 3), (2, 1), (2, 3)])
-def test_contraction(o: int, i: int, swap: bool, keep: bool, last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against the one sum it stands for, in one piece and in many, for bundles in either order."""
+def test_contraction(o: int, i: int, first: int, last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the one sum it stands for, in one piece and in many, for bundles in either order and parts of them."""
     n, t, rows, a, b = 5, 3, 4, 2, 3
     x, y = torch.randn(n, t, i, dtype=torch.float64), torch.randn(n, rows, b, dtype=torch.float64)
     middle = torch.randn(n, t, o, rows * a, dtype=torch.float64)
     if last:
         middle = middle.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
-    columns = "ba" if swap else "ab"
-    expected = torch.einsum(f"nti,ntoka,nkb->noi{columns}", x, middle.reshape(n, t, o, rows, a), y)
-    expected = expected.reshape(n, o * i, a * b) if keep else expected.sum(0).reshape(o * i, a * b)
+    middle = middle.unflatten(3, (rows, a))[..., first:]
+    expected = torch.einsum("nti,ntoka,nkb->oiab", x, middle, y)
     for piece in (_contract._PIECE, 2 * rows * i * o * a, 1):
         monkeypatch.setattr(_contract, "_PIECE", piece)
-        torch.testing.assert_close(_contract._contract(x, middle, y, keep, swap=swap), expected, rtol=0, atol=1e-12)
+        for form in (middle, _contract.arranged(middle)):
+            torch.testing.assert_close(_contract._contract(x, form, y), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("last", [False, True])
 def test_rows_lie_like_the_value(last: bool) -> None:
-    """Zeros for a bundle in the value's own order, its members where the rows have them."""
+    """Room for a bundle in the value's own order, its members where the rows have them."""
     value = torch.randn(2, 3, 4, 5).permute(0, 3, 1, 2)  # [N, 5, 3, 4]
     rows = torch.randn(2, 6, 5, 3, 4)
     if last:
         rows = rows.movedim(1, -1).contiguous().movedim(-1, 1)
-    room = zeros_in_order(rows, (2, 6, 5, 3, 4), value)
+    room = room_in_order(rows, (2, 6, 5, 3, 4), value)
     assert room.shape == (2, 6, 5, 3, 4)
-    assert not room.any()
     inner = room.movedim(1, -1) if last else room  # [N, (B,) 5, 3, 4, (B)]
     undone = inner.permute(0, 2, 3, 1, 4) if last else inner.permute(0, 1, 3, 4, 2)
     assert undone.is_contiguous()

@@ -363,14 +363,14 @@ def members_last(t: Tensor) -> bool:
     return t.shape[1] > 1 and t.stride(1) == 1 and t.dim() > 2
 
 
-def zeros_in_order(like: Tensor, shape: tuple[int, ...], value: Tensor) -> Tensor:
-    """Zeros for a bundle ``[N, B, *shape]`` in the order in memory of ``value`` ``[N, *shape]``.
+def room_in_order(like: Tensor, shape: tuple[int, ...], value: Tensor) -> Tensor:
+    """Memory for a bundle ``[N, B, *shape]`` in the order in memory of ``value`` ``[N, *shape]``.
 
     What reads parts of the value undid a change of order, which then costs nothing on the way back.
     """
     order = [0, *sorted(range(2, len(shape)), key=lambda d: -value.stride(d - 1))]
     order.insert(len(order) if members_last(like) else 1, 1)
-    return like.new_zeros([shape[d] for d in order]).permute([order.index(d) for d in range(len(shape))])
+    return like.new_empty([shape[d] for d in order]).permute([order.index(d) for d in range(len(shape))])
 
 
 def flat(t: Tensor) -> Tensor:

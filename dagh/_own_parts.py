@@ -1,0 +1,74 @@
+"""Parts of a layer's outputs, each of which goes its own way: queries, keys and values, the halves of a gated unit.
+
+Among themselves their second derivatives are symmetric. So when the directions of later outputs are swept, the ways
+back to the earlier ones are left out, and what would have arrived there is the mirror image of what is known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dagh._costs import PASS
+from dagh._parts import ends_of
+from dagh._plan_sweeps import Column
+
+if TYPE_CHECKING:
+    from dagh._pricing import Sweeps
+
+
+def parted(sweeps: Sweeps, column: Column) -> Column:
+    """The column with its layer's parts, and what the shorter ways back save.
+
+    As it is, unless its rows are wanted of the layer as a whole, and of nothing before that; nor where each token's
+    rows stay by themselves.
+    """
+    gate, above = column.gate, sweeps.reach.above
+    if column.basis != "activation" or gate is None or gate.channels:
+        return column
+    targets = list(dict.fromkeys(column.targets.values()))
+    if gate.node not in targets or any(t is not gate.node and above[gate.node.index, t.index] for t in targets):
+        return column
+    regions = sweeps.regions(column.seed, targets, column.paths)
+    if any(
+        sweeps.stays(*pair, regions, column.copies) for pair in column.pairs if column.targets[pair[1]] is gate.node
+    ):
+        return column
+    ends = ends_of(sweeps.program, gate.node)
+    if not ends:
+        return column
+    column = replace(column, ends=ends)
+    nodes = sweeps.program.nodes
+    within, held, curved = (
+        np.isin(np.arange(len(nodes)), [v.index for v in some]) for some in (column.within, column.held, column.curved)
+    )
+    start = [column.via.index] if column.via is not None and not column.folded else []
+
+    def cost(kind: Any, output: int) -> float:
+        live = np.zeros(len(nodes), dtype=bool)
+        live[[v.index for v in sweeps.program.descendants(targets, column.passed(output))]] = True
+        met: Any = curved & [any(live[p.index] for p in v.inputs) for v in nodes]
+        back = above[[*np.flatnonzero(met), *start]].any(0) & live
+        return sweeps.sweep_cost(column.seed, (within, held, met, back), column.copies, kind)
+
+    starts = [0, *(end for end, _ in column.ends)]
+    lengths = [b - a for a, b in pairwise([*starts, gate.node.shape[-1]])]
+
+    def saved(kind: Any) -> float:
+        return column.order * sum(
+            k * (cost(kind, 0) - cost(kind, s)) for s, k in zip(starts, lengths, strict=True) if k
+        )
+
+    # Of a leaf's block with itself, half of the products are the mirror image of the others.
+    own = [pair for pair in column.pairs if pair[0] == pair[1]]
+    products = 0.5 * sum(sweeps.contraction(*pair, False, passes=0.0) for pair in own)
+    passes = 0.5 * sum(sweeps.contraction(*pair, False) for pair in own) - products
+    return replace(
+        column,
+        cost=column.cost - saved(sweeps.reach.cost) - products - passes,
+        flops=column.flops - saved(sweeps.reach.flops) - products,
+        moved=column.moved - saved(sweeps.reach.moved) - passes / PASS,
+    )
