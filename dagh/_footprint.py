@@ -308,6 +308,17 @@ def of_sweep(reach: Reach, part: Any, meeting: Any, back: Any, targets: Collecti
     return walk.alive
 
 
+def of_tangents(reach: Reach, column: Column) -> Alive:
+    """What the tangents of a column keep alive with the rows that they are multiplied by."""
+    forward = reach.numel * 0 + 1
+    if column.copies > 1:
+        forward = forward + (column.copies - 1) * ~reach.thin(column.seed)
+    walk = Walk(reach.program, True, forward, forward, column.copies)
+    walk.push(column.seed, column.within, column.held, 0.0)
+    walk.live.need(2.0 * max((float(p.numel * forward[p.index]) for p in column.held), default=0.0))
+    return walk.alive
+
+
 def of_push(reach: Reach, table: Table, at: Node) -> Alive:
     """What the sweep of a table, forward to the node ``at``, keeps alive."""
     forward = reach.numel * 0 + 1

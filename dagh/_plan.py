@@ -85,6 +85,8 @@ class Plan(Shown):
     budget: int | None = None
 
     def __post_init__(self) -> None:
+        if self.keep:
+            self.columns = [c.swept or c for c in self.columns]
         self._swept = {pair for c in self.columns for pair in c.pairs}
         self.stripped = {(min(p), max(p)) for s in self.strips for p in s.pairs}
         self.gates = {i: g for i, g in self.layers.items() if g.rows == 1}
@@ -254,6 +256,9 @@ class Plan(Shown):
             tile = self.tile(-(-window // count))
             kept = window * local + count * tile * sum(b.elements for b in self.bridges.values())
             moving = [s.alive.elements(tile, s.step(tile, working / count, size)) for s in self._sweeps()]
+            moving += [
+                c.square.elements(c.together(tile, working / count, size), c.width) for c in self.columns if c.square
+            ]
             work.append(kept + count * max(moving) * (APART if count > 1 else 1.0))
         for s in self.strips:
             at_once = 1 if self.keep else s.window(n, self.room, size)
@@ -282,6 +287,7 @@ class Plan(Shown):
             kept = local + sum(b.elements for b in self.bridges.values())
             each = max(each, kept)
             least = max([least, *(kept + s.alive.elements(1, 1) for s in self._sweeps())])
+            least = max([least, *(kept + c.square.elements(1, c.width) for c in self.columns if c.square)])
         window = max(1, min(self.samples, int(free / (least * size))))
         return window, max(free - window * each * size, 1.0)
 

@@ -75,6 +75,15 @@ class Column:
     ends: tuple[tuple[int, Node], ...] = ()
     """Nodes that read no output of the layer from a number on, in ascending order of that (:mod:`dagh._own_parts`)."""
     alive: Alive = NOTHING
+    square: Alive | None = None
+    """What the tangents of all directions hold whose products are the leaf's block with itself: no way back."""
+    swept: Column | None = None
+    """The same with a way back, for samples that are kept apart."""
+
+    def together(self, samples: int, working: float, size: int) -> int:
+        """Samples of which the tangents of all directions are multiplied at once, in ``working`` bytes."""
+        assert self.square is not None
+        return fitting(samples, working, self.square.elements(1, self.width), self.largest * self.width, size)
 
     def passed(self, output: int) -> list[Node]:
         """What need not be swept back for directions of the layer's outputs from ``output`` on: earlier ones did it."""

@@ -22,6 +22,7 @@ from dagh._pricing import Key, Option, Reach, Sweeps, gate_of
 from dagh._request import Pair, Request, itemsize
 from dagh._rules import rule_for
 from dagh._rules._losses import factor_rows
+from dagh._square_plan import squared
 from dagh._strips import Strip
 from dagh._structure import reach, structure
 from dagh.errors import ReductionError, UnknownNameError
@@ -85,6 +86,8 @@ def make_plan(
         if limit is not None and sum(b.elements for b in bridges.values()) > limit // 2:
             columns, bridges = whole, {}
         columns = [replace(c, alive=sweeps.alive(c)) for c in (parted(sweeps, c) for c in columns)]
+        if not request.entries:
+            columns = [squared(sweeps, c, limit) for c in columns]
         bridges = {v: sweeps.measured(b) for v, b in bridges.items()}
     rows = list(
         dict.fromkeys(

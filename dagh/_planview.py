@@ -53,6 +53,8 @@ def render(plan: Plan) -> RenderableType:
         lines.append(Text(f"bottleneck {node.name}, {bridge.node.numel} directions: {stopped} stop there"))
         if folded := "; ".join(" + ".join(plan.names[i] for i in c.leaves) for c in meeting if c.folded):
             lines.append(Text(f"{folded}: no sweep back from there, products with its tangents"))
+    if squared := "; ".join(plan.names[c.leaves[0]] for c in plan.columns if c.square and not c.folded):
+        lines.append(Text(f"{squared}: no sweep back, products of its tangents wherever the network is curved"))
     lines.append(blocks)
     if len(shown) > _SHOWN:
         lines.append(Text(f"… and {len(shown) - _SHOWN} more blocks (plan.routes has them all)"))
@@ -73,6 +75,8 @@ def _sweep_row(plan: Plan, c: Column) -> tuple[str, ...]:
     size = itemsize(plan.dtype)
     window, working = plan.chunks(plan.budget or 1 << 62)
     step = c.step(window, working, size)
+    if c.square:  # all directions, of some samples
+        step, window = c.width, c.together(window, working, size)
     largest = human(step * c.largest * window * size)
     names = " + ".join(plan.names[i] for i in c.leaves)
     return names, c.basis, str(c.width), str(step), str(len(c.rows)), f"{c.flops / 1e6:.3g}", largest

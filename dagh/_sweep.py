@@ -247,7 +247,7 @@ class _Rows:
         delta = self.state.adjoints.get(node)
         if delta is None:
             return
-        found = _curve(self.state, node, delta, tangents, args, self.keep)
+        found = curve(self.state, node, delta, tangents, args, self.keep)
         while found:
             i, row, packed = found.pop(0)
             self.add(node.inputs[i], row, packed)
@@ -294,7 +294,7 @@ class _Rows:
         self._own.add(node)
 
 
-def _curve(
+def curve(
     state: State, node: Node, delta: Tensor, tangents: Tangents, args: list[int], keep: bool
 ) -> list[tuple[int, Tensor | Scaled, bool]]:
     """``Σ_q [M]_{p,q} J_q t`` at one node: arguments, their rows, and whether these are channel-diagonal."""

@@ -13,7 +13,7 @@ from oracles import hessian_double_backward
 from torch import Tensor, nn
 
 import dagh
-from dagh import _assemble, _bridge, _chunks, _meeting
+from dagh import _assemble, _bridge, _chunks, _meeting, _square_plan
 from dagh._ir import Node
 from dagh._plan_sweeps import Column
 
@@ -126,6 +126,7 @@ def test_meeting_changes_nothing(name: str, fold: bool, cache: int | None, monke
 def test_a_kernel_with_itself_is_multiplied_once(blocks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of the products, and their mirror images; few taps at a time."""
     always(monkeypatch)
+    monkeypatch.setattr(_square_plan, "pays", lambda saved: False)
     monkeypatch.setattr(_meeting, "FOLDS", (True,))
     monkeypatch.setattr(_chunks, "CACHE", SMALL)
     model, x, y = problem("convolutional")
