@@ -151,8 +151,7 @@ def _add_directions(share: _Share, column: Column, crossing: Crossing | None, re
     """Sweep some directions of a column and add what is found; nothing of it stays alive."""
     state, window = share.state, share.window
     per_sample = result.keep or column.basis in ("activation", "input")
-    apart = _halved(column, result)
-    tangents, found, own = _sweep_column(state, column, crossing, part, per_sample, apart)
+    tangents, found, own = _sweep_column(state, column, crossing, part, per_sample)
     if column.basis == "activation":
         _add_activation(share, column, tangents, found, result, part)
         return
@@ -176,19 +175,10 @@ def _add_directions(share: _Share, column: Column, crossing: Crossing | None, re
             result.add(leaf, row, piece, part, window)
 
 
-def _halved(column: Column, result: Accumulator) -> bool:
-    """Whether a layer's outputs meet only those that follow: what is summed at once can be mirrored at once."""
-    assert column.gate is not None or not column.ends
-    return not result.keep and column.gate is not None and (column.gate.rows > 1 or isinstance(result, Entries))
-
-
 def _sweep_column(
-    state: State, column: Column, crossing: Crossing | None, part: slice, per_sample: bool, apart: bool
+    state: State, column: Column, crossing: Crossing | None, part: slice, per_sample: bool
 ) -> tuple[Tangents, Tangents, Tensor | None]:
-    """The tangents, the rows at the targets, and those of them that are to be mirrored, too: products taken once.
-
-    ``apart``: the ways back to the parts of the layer's outputs before ``part`` are left out.
-    """
+    """The tangents, the rows at the targets, and those of them that are to be mirrored, too: products taken once."""
     call, units = state.call(column.seed), None
     if column.basis == "channel" and column.gate is not None:
         seed = Convolution().seed_channels(call, column.gate.argument)[:, part]
@@ -213,7 +203,7 @@ def _sweep_column(
         state, seeds, column.within, column.held, channelwise=channelwise, trim=True, units=units
     )
     targets, curved, spare = list(column.targets.values()), column.curved, column.paths
-    passed = column.passed(part.start // column.order) if apart else []
+    passed = column.passed(part.start // column.order)
     if crossing is None:
         found = _sweep.pull_back(
             state, {}, targets, tangents=tangents, curved=curved, keep=per_sample, spare=spare, without=passed
@@ -274,7 +264,7 @@ def _add_activation(
         if target not in found and not crosses:
             continue
         adjoint = None if delta is None else delta.expand(n, *delta.shape[1:]).reshape(n, other.rows, -1)
-        if column.ends and target is gate.node and _halved(column, result) and not isinstance(result, Entries):
+        if column.ends and target is gate.node and not isinstance(result, Entries):
             if target in found:
                 if half is None:
                     own = whole(found.dense(target))

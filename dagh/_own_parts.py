@@ -29,6 +29,8 @@ def parted(sweeps: Sweeps, column: Column) -> Column:
     gate, above = column.gate, sweeps.reach.above
     if column.basis != "activation" or gate is None or gate.channels:
         return column
+    if gate.rows == 1 and not sweeps.request.entries:  # kept per sample as it is
+        return column
     targets = list(dict.fromkeys(column.targets.values()))
     if gate.node not in targets or any(t is not gate.node and above[gate.node.index, t.index] for t in targets):
         return column
@@ -40,7 +42,7 @@ def parted(sweeps: Sweeps, column: Column) -> Column:
     ends = ends_of(sweeps.program, gate.node)
     if not ends:
         return column
-    column = replace(column, ends=ends)
+    column = replace(column, ends=ends, swept=column)
     nodes = sweeps.program.nodes
     within, held, curved = (
         np.isin(np.arange(len(nodes)), [v.index for v in some]) for some in (column.within, column.held, column.curved)

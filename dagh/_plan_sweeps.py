@@ -78,7 +78,7 @@ class Column:
     square: Alive | None = None
     """What the tangents of all directions hold whose products are the leaf's block with itself: no way back."""
     swept: Column | None = None
-    """The same with a way back, for samples that are kept apart."""
+    """The same with all ways back, for samples that are kept apart."""
 
     def together(self, samples: int, working: float, size: int) -> int:
         """Samples of which the tangents of all directions are multiplied at once, in ``working`` bytes."""

@@ -85,7 +85,7 @@ def make_plan(
         columns, bridges = meet(sweeps, columns)
         if limit is not None and sum(b.elements for b in bridges.values()) > limit // 2:
             columns, bridges = whole, {}
-        columns = [replace(c, alive=sweeps.alive(c)) for c in (parted(sweeps, c) for c in columns)]
+        columns = [parted(sweeps, replace(c, alive=sweeps.alive(c))) for c in columns]
         if not request.entries:
             columns = [squared(sweeps, c, limit) for c in columns]
         bridges = {v: sweeps.measured(b) for v, b in bridges.items()}

@@ -172,7 +172,7 @@ def agrees(model: nn.Module, loss: Loss, x: Any, y: Any) -> None:
 
 
 @pytest.mark.parametrize("loss", [*CLASSES, *REGRESSION], ids=lambda loss: loss.__name__)
-@pytest.mark.parametrize("zero_head", [False, True], ids=["random", "zero"])
+@pytest.mark.parametrize("zero_head", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["random", "zero"])
 def test_hessian(loss: Loss, zero_head: bool) -> None:
     agrees(net(zero_head), loss, inputs(), LABELS if loss in CLASSES else NUMBERS)
 

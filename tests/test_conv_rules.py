@@ -67,7 +67,7 @@ def run(case: RuleCase, batched: tuple[bool, ...]) -> None:
 
 @pytest.mark.parametrize(
     "rank, setting",
-    [pytest.param(r, s, marks=[pytest.mark.slow] * (k % 3 > 0)) for r in (1, 2, 3) for k, s in enumerate(settings(r))],
+    [pytest.param(r, s, marks=[pytest.mark.slow] * (k % 6 > 0)) for r in (1, 2, 3) for k, s in enumerate(settings(r))],
     ids=lambda v: str(v).replace(" ", ""),
 )
 def test_convolution(rank: int, setting: tuple[int, int, int, int, bool, bool, int]) -> None:

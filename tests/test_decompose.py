@@ -116,7 +116,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return answers
 
 
-@pytest.mark.parametrize("n", [1, 5])
+@pytest.mark.parametrize("n", [pytest.param(1, marks=pytest.mark.slow), 5])
 @pytest.mark.parametrize("name", CHANGES)
 def test_changes_in_place(name: str, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from oracles import assemble, hessian_double_backward
+from thinned import thinned
 from torch import Tensor, nn
 
 import dagh
@@ -68,7 +69,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], list[float]]] = {
 }
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", thinned(FUNCTIONS, 2))
 def test_default_is_pytorch_at_the_kink(name: str) -> None:
     """x = 0 puts every pre-activation at its bias: on the kink for some, and x = 0.7 beside it."""
     f, points = FUNCTIONS[name]

@@ -90,7 +90,7 @@ def check(model: nn.Module, x: Tensor, y: Tensor, blocks: Any) -> Plan:
     return H.plan
 
 
-@pytest.mark.parametrize("cache", [None, SMALL])
+@pytest.mark.parametrize("cache", [SMALL, pytest.param(None, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CASES)
 def test_against_double_backward(name: str, cache: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     if cache is not None:

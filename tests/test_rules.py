@@ -188,7 +188,8 @@ LONG = {"aten.bilinear.default(1x2,1x3,2x2x3,2)"}
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(c, id=c.name, marks=[pytest.mark.slow] * (c.name in LONG)) for c in CASES]
+    "case",
+    [pytest.param(c, id=c.name, marks=[pytest.mark.slow] * (c.name in LONG or k % 3 > 0)) for k, c in enumerate(CASES)],
 )
 def test_rule(case: RuleCase) -> None:
     """Arguments with a sample axis, without one, and every mixture."""

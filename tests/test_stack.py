@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sweep_helpers import sweep, write_study
+from thinned import thinned
 from torch import Tensor, nn
 
 from dagh.architectures import ConvNet2d
@@ -99,8 +100,9 @@ def test_random_nets(data: st.DataObject) -> None:
     compare(net, torch.randn(data.draw(st.integers(1, 140)), net.channels[0], *size, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("samples", [1, 2, 31, 32, 33, 150])
-@pytest.mark.parametrize("head", [(), (5,), None])
+@pytest.mark.parametrize(
+    ("samples", "head"), thinned([(n, h) for h in ((), (5,), None) for n in (1, 2, 31, 32, 33, 150)], 4)
+)
 def test_parts_and_threads(
     samples: int, head: tuple[int, ...] | None, two_threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from oracles import hessian_double_backward
 from test_meeting import Encoder, Hourglass, convolutional
+from thinned import thinned
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -51,8 +52,10 @@ def problem(name: str, n: int = 7) -> tuple[nn.Module, Tensor, Tensor]:
     return model.double(), torch.randn(n, *shape).double(), torch.randint(3, (n,))
 
 
-@pytest.mark.parametrize("name", ["attention", "tied", "skip", "convolutions"])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    ("name", "reduction"),
+    thinned([(n, r) for r in ("mean", "none") for n in ("attention", "tied", "skip", "convolutions")], 3),
+)
 def test_shares_agree_with_double_backward(name: str, reduction: str, threads: list[int]) -> None:
     model, x, y = problem(name)
     H = dagh.hessian(model, "cross_entropy", x, y, reduction=reduction)
