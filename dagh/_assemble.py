@@ -22,7 +22,7 @@ from dagh._plan import Plan
 from dagh._plan_sweeps import Column
 from dagh._request import Request, itemsize
 from dagh._rules._conv import Convolution
-from dagh._squares import square
+from dagh._squares import add_square
 from dagh._state import State
 from dagh._strips import add_strip
 from dagh._workers import FEWEST, Stopped, side_by_side
@@ -140,7 +140,7 @@ def _add_column(share: _Share, column: Column, crossing: Crossing | None, result
     if column.square is not None:
         at_once = column.together(share.state.samples, share.room, itemsize(share.state.weights.dtype))
         (leaf,) = column.leaves
-        result.add(leaf, leaf, square(share.state, column, crossing, at_once), slice(None), share.window)
+        add_square(result.block(leaf, leaf), share.state, column, crossing, at_once)
         return
     step = column.step(share.state.samples, share.room, itemsize(share.state.weights.dtype))
     for part in ranges(column.width, step):

@@ -315,7 +315,8 @@ def of_tangents(reach: Reach, column: Column) -> Alive:
         forward = forward + (column.copies - 1) * ~reach.thin(column.seed)
     walk = Walk(reach.program, True, forward, forward, column.copies)
     walk.push(column.seed, column.within, column.held, 0.0)
-    walk.live.need(2.0 * max((float(p.numel * forward[p.index]) for p in column.held), default=0.0))
+    # The row, and copies of both in the order of the product.
+    walk.live.need(4.0 * max((float(p.numel * forward[p.index]) for p in column.held), default=0.0))
     return walk.alive
 
 

@@ -271,7 +271,7 @@ class Plan(Shown):
 
     def _sweeps(self) -> list[Column | Bridge | Table]:
         bridges = self.bridges.values()
-        return [*self.columns, *bridges, *(t for b in bridges for t in b.tables)]
+        return [*(c for c in self.columns if not c.square), *bridges, *(t for b in bridges for t in b.tables)]
 
     def chunks(self, budget: float) -> tuple[int, float]:
         """Samples taken at once within a budget, and the bytes that are left for the bundles of their sweeps."""

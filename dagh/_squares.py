@@ -27,13 +27,15 @@ _PIECE = 1 << 19
 _LARGE = 1 << 15
 
 
-def square(state: State, column: Column, crossing: Crossing | None, at_once: int) -> Tensor:
-    """The block of the column's leaf with itself, summed over samples, of which ``at_once`` are looked at together.
+def add_square(total: Tensor, state: State, column: Column, crossing: Crossing | None, at_once: int) -> None:
+    """Add the block of the column's leaf with itself to ``total`` ``[D, D]``, which is symmetric.
 
-    ``[D, D]`` without what comes back from a bridge whose tables do that.
+    Summed over samples, of which ``at_once`` are looked at together.
     """
     seed, like = column.seed, state.values[column.seed]
-    found = _Square(column, like)
+    found = _Square(column, total)
+    if crossing is not None and crossing.node not in crossing.rows:  # nothing comes back from there
+        crossing = None
     within = column.within
     if column.folded:  # no further than to the curved nodes
         within = within & state.program.ancestors([p for u in column.curved for p in u.inputs])
@@ -46,7 +48,7 @@ def square(state: State, column: Column, crossing: Crossing | None, at_once: int
         tangents = _sweep.push_forward(some, {seed: start}, within, column.held, channelwise=column.copies > 1)
         del start
         for u in column.curved:
-            delta = some.adjoints.get(u)
+            delta = _some(state.adjoints[u], part) if u.batched and u in state.adjoints else some.adjoints.get(u)
             args = [i for i, p in enumerate(u.inputs) if p in tangents]
             if delta is None or not args:
                 continue
@@ -59,8 +61,8 @@ def square(state: State, column: Column, crossing: Crossing | None, at_once: int
             if v in beyond:
                 found.add(tangents, v, beyond[v], v in beyond.channelwise, some.samples)
     if crossing is not None and column.folded:
-        _at_bridge(found.total, crossing, next(iter(column.targets.values())))
-    return found.whole()
+        _at_bridge(total, crossing, next(iter(column.targets.values())))
+    found.finish()
 
 
 def _at_bridge(total: Tensor, crossing: Crossing, target: Node) -> None:
@@ -98,42 +100,48 @@ def _some(t: Tensor, part: slice) -> Tensor:
 class _Square:
     """Products of tangents with rows, added up: of all directions, or of those of each channel by itself."""
 
-    def __init__(self, column: Column, like: Tensor) -> None:
-        self.copies, self.width = column.copies, column.width
-        self.total = like.new_zeros(column.copies * column.width, column.copies * column.width)
-        self.panels = {
-            groups: [(p, like.new_zeros(groups, p.stop - p.start, size - p.start)) for p in ranges(size, _PANEL)]
-            for groups, size in {1: len(self.total), column.copies: column.width}.items()
-        }
+    def __init__(self, column: Column, total: Tensor) -> None:
+        self.copies, self.total = column.copies, total
+        self.panels: dict[int, list[tuple[slice, Tensor]]] = {}
+
+    def _panels(self, groups: int) -> list[tuple[slice, Tensor]]:
+        """Upper rows of the products of all directions, or of those of each of several channels."""
+        if groups not in self.panels:
+            size, new = len(self.total) // groups, self.total.new_zeros
+            self.panels[groups] = [(p, new(groups, p.stop - p.start, size - p.start)) for p in ranges(size, _PANEL)]
+        return self.panels[groups]
 
     def add(self, tangents: Tangents, node: Node, rows: Tensor, packed: bool, samples: int) -> None:
         """``T_nodeᵀ rows``; ``packed``: rows are channel-diagonal."""
+        rows = rows.to(self.total.dtype)  # of a part in single precision
         if not node.batched:
             samples = max(tangents[node].shape[0], rows.shape[0])
         thin = node in tangents.channelwise
         if thin and not packed:  # each channel's tangents meet its own part of the rows
-            left, right = _by_channel(tangents[node], rows, self.copies)
+            left, right = _by_channel(tangents[node].to(rows.dtype), rows, self.copies)
             product = left.new_zeros(self.copies, left.shape[2], right.shape[2])
             _add_products(product, left, right, samples)
             self.total += product.flatten(0, 1)
             return
         groups = self.copies if packed else 1
-        left, right = _by_channel(tangents[node], rows, groups)
-        for p, panel in self.panels[groups]:
+        left, right = _by_channel(tangents[node].to(rows.dtype), rows, groups)
+        for p, panel in self._panels(groups):
             _add_products(panel, left[:, :, p], right[:, :, p.start :], samples)
 
-    def whole(self) -> Tensor:
-        """The sum, with mirror images; symmetric up to rounding."""
+    def finish(self) -> None:
+        """Add the products to the total, with their mirror images."""
         total = self.total
-        for groups, panels in self.panels.items():
+        for groups, panels in sorted(self.panels.items()):
             size = len(total) // groups
             for p, panel in panels:
                 for k in range(groups):
                     rows, later = slice(k * size + p.start, k * size + p.stop), slice(k * size + p.stop, (k + 1) * size)
                     total[rows, rows] += panel[k, :, : p.stop - p.start]
                     total[rows, later] += panel[k, :, p.stop - p.start :]
-                    total[later, rows] += panel[k, :, p.stop - p.start :].T
-        return total
+                    if groups == 1:
+                        total[later, rows] = total[rows, later].T
+                    else:
+                        total[later, rows] += panel[k, :, p.stop - p.start :].T
 
 
 def _by_channel(left: Tensor, right: Tensor, groups: int) -> tuple[Tensor, Tensor]:

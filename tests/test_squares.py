@@ -66,7 +66,35 @@ def residual() -> nn.Module:
     return nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), Block(), nn.Flatten(), nn.Linear(2 * 36, 3))
 
 
+class Gates(nn.Module):
+    """Nodes with two arguments of which one stays in its channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv1d(2, 3, 3), nn.Conv1d(3, 3, 3, padding=1), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x)
+        gated = a * torch.sigmoid(self.b(a)) + self.b(torch.tanh(a)) * torch.sigmoid(a)
+        return self.head((gated * torch.tanh(a.mean(2, keepdim=True))).flatten(1))
+
+
+class Casts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv1d(2, 3, 3), nn.Conv1d(3, 3, 3), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.b(torch.tanh(self.a(x).float()).double())).flatten(1))
+
+
 CASES = {
+    "gates": (Gates, (2, 6)),
+    "slopes": (
+        lambda: nn.Sequential(nn.Conv1d(2, 3, 3), nn.PReLU(3), nn.Conv1d(3, 3, 2), nn.PReLU(), nn.Flatten(),
+                              nn.Linear(9, 3)),
+        (2, 6),
+    ),
     "tanh": (convolutional, (2, 6, 6)),
     "softplus": (lambda: convolutional(nn.Softplus, "circular"), (2, 6, 6)),
     "residual": (residual, (2, 6, 6)),
@@ -124,7 +152,7 @@ def test_against_double_backward(name: str, cache: int | None, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("fold", [False, True])
-@pytest.mark.parametrize("name", ["tanh", "softplus", "grouped"])
+@pytest.mark.parametrize("name", ["tanh", "softplus", "grouped", "slopes"])
 def test_with_bridges(name: str, fold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     always(monkeypatch)
     monkeypatch.setattr(_meeting, "worthwhile", lambda column, v: True)
@@ -164,6 +192,17 @@ def test_parts_samples_and_other_blocks(monkeypatch: pytest.MonkeyPatch) -> None
     for key in sums:
         torch.testing.assert_close(again[key, key].mean(0), sums[key, key], rtol=1e-11, atol=1e-13)
         torch.testing.assert_close(back[key, key], sums[key, key], rtol=1e-11, atol=1e-13)
+
+
+def test_casts_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    always(monkeypatch)
+    torch.manual_seed(5)
+    model, x, y = Casts().double(), torch.randn(3, 2, 6, dtype=torch.float64), torch.randint(3, (3,))
+    expected = hessian_double_backward(model, nn.functional.cross_entropy, x, y)
+    H = dagh.hessian(model, "cross_entropy", x, y, blocks="diagonal")
+    assert squares(H.plan)
+    for key in H:
+        torch.testing.assert_close(H[key, key], expected[key, key], rtol=1e-4, atol=1e-5)
 
 
 def test_it_is_chosen_where_it_is_cheaper() -> None:
