@@ -10,7 +10,7 @@ from threading import Event
 import torch
 from torch import Tensor
 
-from dagh import _contract, _outer, _sweep
+from dagh import _contract, _memory, _outer, _sweep
 from dagh._accumulate import Accumulator
 from dagh._bridge import Crossing, build, cross, fold, unit_vectors
 from dagh._bundles import Tangents, matrices
@@ -38,6 +38,8 @@ class _Share:
     window: slice
     """Where they lie in the batch."""
     room: float
+    tight: bool
+    """Freed memory has to be given back between two pieces of work."""
 
     def narrow(self, part: slice) -> _Share:
         """Some of its samples, counted from its first one."""
@@ -59,9 +61,10 @@ def assemble(state: State, request: Request, plan: Plan, *, parts: dict[str, Acc
     count = plan.shares(working, dense)
     forks = [parts, *(_fork(parts) for _ in range(1, count))]
     room = max(1.0, (working - (count - 1) * dense) / count)
+    tight = _memory.tight(budget, plan.peak_memory, state.weights.device)
 
     def fill(mine: dict[str, Accumulator], window: slice, enough: Event) -> None:
-        share = _Share(state.narrow(window), request, plan, window, room)
+        share = _Share(state.narrow(window), request, plan, window, room, tight)
         if "outer" in mine:
             _add_outer(share, mine["outer"])
         if "functional" not in mine:
@@ -123,6 +126,9 @@ def _add_outer(share: _Share, result: Accumulator) -> None:
             result.add_rows(rows, None if factor.signs is None else factor.signs[part], some.window)
         else:
             gathered.put(part, rows)
+        del rows
+        if share.tight:
+            _memory.give_back()
     if gathered:
         add_outer(gathered, pairs, factor.signs, plan, result, share.window)
 
@@ -140,11 +146,13 @@ def _add_column(share: _Share, column: Column, crossing: Crossing | None, result
     if column.square is not None:
         at_once = column.together(share.state.samples, share.room, itemsize(share.state.weights.dtype))
         (leaf,) = column.leaves
-        add_square(result.block(leaf, leaf), share.state, column, crossing, at_once)
+        add_square(result.block(leaf, leaf), share.state, column, crossing, at_once, share.tight)
         return
     step = column.step(share.state.samples, share.room, itemsize(share.state.weights.dtype))
     for part in ranges(column.width, step):
         _add_directions(share, column, crossing, result, part)
+        if share.tight:
+            _memory.give_back()
 
 
 def _add_directions(share: _Share, column: Column, crossing: Crossing | None, result: Accumulator, part: slice) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from math import prod
 
 import numpy as np
@@ -32,6 +34,31 @@ def zeros(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> 
     if device.type != "cpu" or dtype not in kinds or prod(shape) * dtype.itemsize < _HUGE:
         return torch.zeros(tuple(shape), dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(tuple(shape), dtype=kinds[dtype]))
+
+
+#: A budget below this multiple of the predicted peak, and below this size, is kept by giving freed memory back at once.
+_TIGHT, _SMALL = 3.0, 1 << 30
+
+
+def tight(budget: float, peak: float, device: torch.device) -> bool:
+    """Whether memory that the C library keeps for itself would not fit a budget."""
+    return device.type == "cpu" and budget < min(_SMALL, _TIGHT * peak)
+
+
+@cache
+def _trim() -> Callable[[int], int] | None:
+    try:
+        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # no glibc
+        return None
+    return found
+
+
+def give_back() -> None:
+    """Give freed memory back to the system, where the C library keeps it in pieces between others (glibc)."""
+    trim = _trim()
+    if trim is not None:
+        trim(0)
 
 
 #: Budgets are kept up to this factor, from this size on: kernels' own buffers come on top of smaller ones.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dagh import _sweep
+from dagh import _memory, _sweep
 from dagh._bridge import Crossing, cross, unit_vectors
 from dagh._bundles import Scaled, Tangents, written_out
 from dagh._chunks import ranges
@@ -27,10 +27,12 @@ _PIECE = 1 << 19
 _LARGE = 1 << 15
 
 
-def add_square(total: Tensor, state: State, column: Column, crossing: Crossing | None, at_once: int) -> None:
+def add_square(
+    total: Tensor, state: State, column: Column, crossing: Crossing | None, at_once: int, tight: bool = False
+) -> None:
     """Add the block of the column's leaf with itself to ``total`` ``[D, D]``, which is symmetric.
 
-    Summed over samples, of which ``at_once`` are looked at together.
+    Summed over samples, of which ``at_once`` are looked at together; ``tight``: freed memory is given back in between.
     """
     seed, like = column.seed, state.values[column.seed]
     found = _Square(column, total)
@@ -60,6 +62,8 @@ def add_square(total: Tensor, state: State, column: Column, crossing: Crossing |
             beyond = cross(some, column, Crossing(v, rows, Tangents({}), {}), tangents, True)
             if v in beyond:
                 found.add(tangents, v, beyond[v], v in beyond.channelwise, some.samples)
+        if tight:
+            _memory.give_back()
     if crossing is not None and column.folded:
         _at_bridge(total, crossing, next(iter(column.targets.values())))
     found.finish()

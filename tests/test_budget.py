@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import dagh
+from dagh import _memory
 from dagh.errors import MemoryBudgetError
 
 LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
@@ -80,3 +81,19 @@ def test_a_budget_below_the_smallest_pieces_is_refused() -> None:
     with pytest.raises(MemoryBudgetError, match="fewer samples at once") as caught:
         dagh.hessian(model, "cross_entropy", x, y, memory_budget="64MiB")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("blocks", ["all", "diagonal"])
+def test_freed_memory_is_given_back_within_small_budgets(blocks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After every piece of work, and only where the C library's own share would not fit."""
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(64, 3))
+    x, y = torch.randn(40, 1, 8, 8), torch.randint(3, (40,))
+    graph, calls = dagh.trace(model, x), []
+    monkeypatch.setattr(_memory, "_trim", lambda: calls.append)
+    plenty = dagh.hessian(graph, "cross_entropy", x, y, blocks=blocks, memory_budget="2GiB")
+    assert not calls
+    little = dagh.hessian(graph, "cross_entropy", x, y, blocks=blocks, memory_budget="12MiB")
+    assert len(calls) > len(little.plan.columns)
+    for i, j in plenty.blocks:
+        a, b = plenty.names[i], plenty.names[j]
+        torch.testing.assert_close(little[a, b], plenty[a, b], rtol=1e-4, atol=1e-6)
