@@ -86,15 +86,7 @@ class Accumulator:
                 self.blocks[i, j] = zeros(shape, dtype=self.like.dtype, device=self.like.device)
             return self.blocks[i, j]
 
-    def add(
-        self,
-        i: int,
-        j: int,
-        piece: Tensor,
-        rows: slice,
-        window: slice,
-        columns: slice = slice(None),
-    ) -> None:
+    def add(self, i: int, j: int, piece: Tensor, rows: slice, window: slice, columns: slice = slice(None)) -> None:
         """Add ``piece`` ``[(n,) rows of i, columns of j]`` to block (i, j) or, transposed, (j, i)."""
         lead = (window,) if self.keep else ()
         if i <= j:

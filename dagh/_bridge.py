@@ -62,10 +62,7 @@ def _table(state: State, table: Table, node: Node, working: float) -> Tensor:
     pieces: list[Tensor] = []
     apart = 1
     for part in ranges(table.width, step):
-        if table.gate is not None:
-            seed = Convolution().seed_channels(state.call(table.seed), table.gate.argument)[:, part]
-        else:
-            seed = unit_vectors(table.seed, table.copies, torch.arange(part.start, part.stop, device="cpu"), like)
+        seed = seeds(state, table, part)
         tangents = _sweep.push_forward(state, {table.seed: seed}, table.within, {node}, channelwise=table.copies > 1)
         packed = node in tangents.channelwise
         t, c = tangents[node], node.shape[1] if packed else 1
@@ -97,6 +94,14 @@ def fold(crossing: Crossing, rows: Tensor, target: Node, keep: bool, first: int 
     if first:
         found = F.pad(found, (first, 0))
     return found.transpose(0, 1).reshape(1, b, *target.shape)
+
+
+def seeds(state: State, sweep: Column | Table, part: slice) -> Tensor:
+    """Where the sweep of some directions begins: unit vectors, or one entry of the kernel of every channel."""
+    if sweep.gate is not None and sweep.gate.channels:
+        return Convolution().seed_channels(state.call(sweep.seed), sweep.gate.argument)[:, part]
+    chosen = torch.arange(part.start, part.stop, device="cpu")
+    return unit_vectors(sweep.seed, sweep.copies, chosen, state.values[sweep.seed])
 
 
 def unit_vectors(node: Node, copies: int, chosen: Tensor, like: Tensor) -> Tensor:

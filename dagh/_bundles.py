@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from dagh._ir import Node
@@ -28,6 +29,11 @@ class Scaled:
 
     def value(self) -> Tensor:
         return self.base * self.factor
+
+    def in_order(self) -> Tensor:
+        """The product in the order of its axes: where channels share a base, it would put them last in memory."""
+        shape = self._shape()
+        return self.value() if shape is None else torch.mul(self.base, self.factor, out=self.base.new_empty(shape))
 
     def _shape(self) -> tuple[int, ...] | None:
         """Of the product, where the axes of both correspond."""

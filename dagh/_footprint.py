@@ -11,6 +11,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from dagh._costs import VIEWS
 from dagh._ir import Node, Program
 from dagh._rules import Rule, rule_for
@@ -281,12 +283,16 @@ def held_by_state(program: Program, leaves: Collection[Node], size: int) -> tupl
     return values, local
 
 
+def _spread_out(reach: Reach, seed: Node, copies: int) -> Any:
+    """The copies in which tangents from ``seed`` stand at every node: one as long as each stays in its channel."""
+    return np.where(reach.thin(seed), 1, copies) if copies > 1 else np.ones_like(reach.numel)
+
+
 def of_sweep(reach: Reach, part: Any, meeting: Any, back: Any, targets: Collection[Node], *, keep: bool) -> Alive:
     """What a column or a bridge (``part``) keeps alive; masks ``meeting`` and ``back`` as its price was made with."""
     seed, copies = (part.seed, part.copies) if hasattr(part, "seed") else (part.node, part.copies)
-    forward, backward = reach.numel * 0 + 1, reach.numel * 0 + 1
+    forward, backward = _spread_out(reach, seed, copies), reach.numel * 0 + 1
     if copies > 1:
-        forward = forward + (copies - 1) * ~reach.thin(seed)
         backward = backward + (copies - 1) * ~reach.packed(seed, meeting, back)[1]
     walk = Walk(reach.program, keep, forward, backward, copies)
     if not part.within and not part.curved:
@@ -310,9 +316,7 @@ def of_sweep(reach: Reach, part: Any, meeting: Any, back: Any, targets: Collecti
 
 def of_tangents(reach: Reach, column: Column) -> Alive:
     """What the tangents of a column keep alive with the rows that they are multiplied by."""
-    forward = reach.numel * 0 + 1
-    if column.copies > 1:
-        forward = forward + (column.copies - 1) * ~reach.thin(column.seed)
+    forward = _spread_out(reach, column.seed, column.copies)
     walk = Walk(reach.program, True, forward, forward, column.copies)
     walk.push(column.seed, column.within, column.held, 0.0)
     # The row, and copies of both in the order of the product.
@@ -322,9 +326,7 @@ def of_tangents(reach: Reach, column: Column) -> Alive:
 
 def of_push(reach: Reach, table: Table, at: Node) -> Alive:
     """What the sweep of a table, forward to the node ``at``, keeps alive."""
-    forward = reach.numel * 0 + 1
-    if table.copies > 1:
-        forward = forward + (table.copies - 1) * ~reach.thin(table.seed)
+    forward = _spread_out(reach, table.seed, table.copies)
     walk = Walk(reach.program, False, forward, forward, table.copies)
     unfolded = table.gate is not None and table.gate.argument == 1 and table.copies > 1
     walk.push(table.seed, table.within, {at}, table.seed.numel / table.copies if unfolded else 0.0)

@@ -272,8 +272,8 @@ class _Meeting:
             whole_rows = v.numel * column.copies if cut.own else 0
             column = replace(column, largest=max(largest, whole_rows), unit=unit + 2 * whole_rows)
         return replace(
-            column, within=nodes(within), held=nodes(held), curved=nodes(meeting), via=v, after=cut.after,
-            folded=bool(cut.tables),
+            column, within=nodes(within), held=nodes(held), curved=nodes(meeting),
+            via=v, spread=cut.spread, after=cut.after, folded=bool(cut.tables),
             cost=column.cost - whole + cut.cost + share,
             flops=column.flops + figure(self.reach.flops) + products,
             moved=column.moved + figure(self.reach.moved) + written,

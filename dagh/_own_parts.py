@@ -10,8 +10,6 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from dagh._costs import PASS
 from dagh._parts import ends_of
 from dagh._plan_sweeps import Column
@@ -43,26 +41,13 @@ def parted(sweeps: Sweeps, column: Column) -> Column:
     if not ends:
         return column
     column = replace(column, ends=ends, swept=column)
-    nodes = sweeps.program.nodes
-    within, held, curved = (
-        np.isin(np.arange(len(nodes)), [v.index for v in some]) for some in (column.within, column.held, column.curved)
-    )
-    start = [column.via.index] if column.via is not None and not column.folded else []
-
-    def cost(kind: Any, output: int) -> float:
-        live = np.zeros(len(nodes), dtype=bool)
-        live[[v.index for v in sweeps.program.descendants(targets, column.passed(output))]] = True
-        met: Any = curved & [any(live[p.index] for p in v.inputs) for v in nodes]
-        back = above[[*np.flatnonzero(met), *start]].any(0) & live
-        return sweeps.sweep_cost(column.seed, (within, held, met, back), column.copies, kind)
-
-    starts = [0, *(end for end, _ in column.ends)]
+    starts = [0, *(end for end, _ in ends)]
     lengths = [b - a for a, b in pairwise([*starts, gate.node.shape[-1]])]
+    ways = [sweeps.as_swept(column, column.passed(start)) for start in starts]
 
     def saved(kind: Any) -> float:
-        return column.order * sum(
-            k * (cost(kind, 0) - cost(kind, s)) for s, k in zip(starts, lengths, strict=True) if k
-        )
+        costs = [sweeps.sweep_cost(column.seed, way, column.copies, kind) for way in ways]
+        return column.order * sum(k * (costs[0] - cost) for k, cost in zip(lengths, costs, strict=True))
 
     # Of a leaf's block with itself, half of the products are the mirror image of the others.
     own = [pair for pair in column.pairs if pair[0] == pair[1]]

@@ -68,6 +68,8 @@ class Column:
     """Inputs of the layers whose outputs are targets: nodes whose tangents are read at the end."""
     via: Node | None = None
     """Where the sweep stops, and the bridge from there on takes over."""
+    spread: Node | None = None
+    """``via``, where rows come back from it that do not stay in their channel."""
     after: frozenset[Node] = frozenset()
     """Targets that the bridge reaches."""
     folded: bool = False

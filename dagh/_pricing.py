@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -66,6 +66,10 @@ class Reach:
 
     def nodes(self, mask: np.ndarray[Any, Any]) -> frozenset[Node]:
         return frozenset(self.program.nodes[i] for i in np.flatnonzero(mask))
+
+    def mask(self, nodes: Iterable[Node]) -> np.ndarray[Any, Any]:
+        """The inverse of :meth:`nodes`."""
+        return np.isin(np.arange(len(self.program.nodes)), [v.index for v in nodes])
 
     def thin(self, seed: Node) -> np.ndarray[Any, Any]:
         """Nodes up to which tangents seeded in one channel (or token) of a node each stay in their channel."""
@@ -337,6 +341,14 @@ class Sweeps:
             cost=cost, flops=flops, moved=moved, unit=unit, largest=largest,
         )  # fmt: skip
 
+    def as_swept(self, column: Column, without: Collection[Node] = ()) -> Regions:
+        """What the sweep of a column passes, a bridge on its way considered; not back by way of ``without``."""
+        within, held, met = map(self.reach.mask, (column.within, column.held, column.curved))
+        live = self.reach.mask(self.program.descendants([*column.targets.values()], without))
+        met &= np.array([any(live[p.index] for p in v.inputs) for v in self.program])
+        start = [column.via.index] if column.via is not None and not column.folded else []
+        return within, held, met, self.reach.above[[*np.flatnonzero(met), *start]].any(0) & live
+
     def sizes(
         self, seed: Node, regions: Regions, copies: int, spread: Node | None = None
     ) -> tuple[np.ndarray[Any, Any], int, int]:
@@ -373,9 +385,7 @@ class Sweeps:
         targets = list(column.targets.values())
         regions = self.regions(column.seed, targets, column.paths)
         if column.folded:
-            meeting: Any = np.isin(np.arange(len(self.program.nodes)), [u.index for u in column.curved])
-            reachable = self.reach.above[:, [t.index for t in targets]].any(1)
-            regions = (*regions[:2], meeting, self.reach.above[meeting].any(0) & reachable)
+            regions = self.as_swept(column)
         return of_column(self.reach, column, regions, self.request.sizes)
 
     def measured(self, bridge: Bridge) -> Bridge:

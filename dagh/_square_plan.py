@@ -23,20 +23,14 @@ def squared(sweeps: Sweeps, column: Column, limit: int | None) -> Column:
     own = [(leaf, leaf) for leaf in column.leaves]
     if column.basis not in ("parameter", "channel") or column.pairs != own or column.after:
         return column
-    reach, seed, nodes = sweeps.reach, column.seed, sweeps.program.nodes
-    (target,) = column.targets.values()
-    within, held, met = (
-        np.isin(np.arange(len(nodes)), [v.index for v in some]) for some in (column.within, column.held, column.curved)
-    )
-    start = [column.via.index] if column.via is not None and not column.folded else []
-    back = reach.above[[*np.flatnonzero(met), *start]].any(0) & reach.above[:, target.index]
-    nothing = np.zeros(len(nodes), dtype=bool)
-    spread = column.via if start and not _apart(sweeps, column) else None
+    reach, seed, spread = sweeps.reach, column.seed, column.spread
+    within, held, met, back = sweeps.as_swept(column)
+    nothing = np.zeros(len(back), dtype=bool)
     curves = reach.packed(seed, met, back, spread)[0] if column.copies > 1 else nothing
     thin = reach.thin(seed) if column.copies > 1 else nothing
     products = written = 0.0
     ends = [(u, p) for u in column.curved for p in dict.fromkeys(u.inputs) if reach.above[p.index, seed.index]]
-    if start and column.via is not None:
+    if column.via is not None and not column.folded:
         ends.append((column.via, column.via))
     for u, p in ends:
         packed = curves[u.index] and thin[p.index]
@@ -66,9 +60,3 @@ def squared(sweeps: Sweeps, column: Column, limit: int | None) -> Column:
 def pays(saved: float) -> bool:
     """Whether a saving of so much is worth another way."""
     return saved > 0
-
-
-def _apart(sweeps: Sweeps, column: Column) -> bool:
-    """Whether the rows that come back from the bridge stay in their channel."""
-    assert column.via is not None
-    return bool(sweeps.reach.packed(column.via, *sweeps.regions(column.via, [column.via], [])[2:])[1][column.via.index])

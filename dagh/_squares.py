@@ -7,16 +7,14 @@ is the bridge's own rows.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from dagh import _memory, _sweep
-from dagh._bridge import Crossing, cross, unit_vectors
-from dagh._bundles import Scaled, Tangents, written_out
+from dagh._bridge import Crossing, cross, seeds
+from dagh._bundles import Scaled, Tangents
 from dagh._chunks import ranges
 from dagh._ir import Node
 from dagh._plan_sweeps import Column
-from dagh._rules._conv import Convolution
 from dagh._state import State
 
 #: Directions whose products with all later ones are taken at once: the rest of the square is the mirror image.
@@ -28,13 +26,12 @@ _LARGE = 1 << 15
 
 
 def add_square(
-    total: Tensor, state: State, column: Column, crossing: Crossing | None, at_once: int, tight: bool = False
+    total: Tensor, state: State, column: Column, crossing: Crossing | None, at_once: int, tight: bool
 ) -> None:
     """Add the block of the column's leaf with itself to ``total`` ``[D, D]``, which is symmetric.
 
     Summed over samples, of which ``at_once`` are looked at together; ``tight``: freed memory is given back in between.
     """
-    seed, like = column.seed, state.values[column.seed]
     found = _Square(column, total)
     if crossing is not None and crossing.node not in crossing.rows:  # nothing comes back from there
         crossing = None
@@ -43,11 +40,8 @@ def add_square(
         within = within & state.program.ancestors([p for u in column.curved for p in u.inputs])
     for part in ranges(state.samples, at_once):
         some = state.narrow(part)
-        if column.basis == "channel" and column.gate is not None:
-            start = Convolution().seed_channels(some.call(seed), column.gate.argument)
-        else:
-            start = unit_vectors(seed, 1, torch.arange(seed.numel, device="cpu"), like)
-        tangents = _sweep.push_forward(some, {seed: start}, within, column.held, channelwise=column.copies > 1)
+        start = {column.seed: seeds(some, column, slice(0, column.width))}
+        tangents = _sweep.push_forward(some, start, within, column.held, channelwise=column.copies > 1)
         del start
         for u in column.curved:
             delta = _some(state.adjoints[u], part) if u.batched and u in state.adjoints else some.adjoints.get(u)
@@ -55,7 +49,8 @@ def add_square(
             if delta is None or not args:
                 continue
             for i, row, packed in _sweep.curve(some, u, delta, tangents, args, True):
-                found.add(tangents, u.inputs[i], _written_out(row), packed, some.samples)
+                row = row.in_order() if isinstance(row, Scaled) else row
+                found.add(tangents, u.inputs[i], row, packed, some.samples)
         if crossing is not None and not column.folded:
             v = crossing.node
             rows = Tangents({v: _some(crossing.rows[v], part)}, crossing.rows.channelwise & {v})
@@ -89,14 +84,6 @@ def _at_bridge(total: Tensor, crossing: Crossing, target: Node) -> None:
                     blocks[b, :, a] += product.T
 
 
-def _written_out(row: Tensor | Scaled) -> Tensor:
-    """The row in the order of its axes: where channels share their tangents, a product would put them last."""
-    if not isinstance(row, Scaled) or not isinstance(row.factor, Tensor) or row.factor.dim() != row.base.dim():
-        return written_out(row)
-    shape = tuple(map(max, row.base.shape, row.factor.shape))
-    return torch.mul(row.base, row.factor, out=row.base.new_empty(shape))
-
-
 def _some(t: Tensor, part: slice) -> Tensor:
     return t[part] if t.shape[0] > 1 else t
 
@@ -120,15 +107,13 @@ class _Square:
         rows = rows.to(self.total.dtype)  # of a part in single precision
         if not node.batched:
             samples = max(tangents[node].shape[0], rows.shape[0])
-        thin = node in tangents.channelwise
-        if thin and not packed:  # each channel's tangents meet its own part of the rows
-            left, right = _by_channel(tangents[node].to(rows.dtype), rows, self.copies)
+        groups = self.copies if node in tangents.channelwise else 1
+        left, right = _by_channel(tangents[node].to(rows.dtype), rows, groups)
+        if groups > 1 and not packed:  # each channel's tangents meet its own part of the rows
             product = left.new_zeros(self.copies, left.shape[2], right.shape[2])
             _add_products(product, left, right, samples)
             self.total += product.flatten(0, 1)
             return
-        groups = self.copies if packed else 1
-        left, right = _by_channel(tangents[node].to(rows.dtype), rows, groups)
         for p, panel in self._panels(groups):
             _add_products(panel, left[:, :, p], right[:, :, p.start :], samples)
 

@@ -194,9 +194,7 @@ class _Rows:
         self._rows: dict[Node, Tensor | Scaled] = {}
         self._packed: set[Node] = set()
         self._own: set[Node] = set()  # bundles that nobody else holds
-        self._bare: dict[
-            Node, set[Node]
-        ] = {}  # parts of a bundle that nothing was written to so far, by who reads them
+        self._bare: dict[Node, set[Node]] = {}  # who reads the parts of a bundle that are not written yet
 
     def pop(self, node: Node) -> tuple[Tensor | Scaled | None, bool, bool]:
         """The rows of a node, whether they are channel-diagonal, and whether nobody else holds them."""
