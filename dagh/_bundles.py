@@ -108,6 +108,11 @@ class Tangents(dict[Node, Tensor]):
         return expand_channels(self[node]) if node in self.channelwise else self[node]
 
 
+def expanded(t: Tensor) -> bool:
+    """Whether elements share memory."""
+    return any(step == 0 and size > 1 for step, size in zip(t.stride(), t.shape, strict=True))
+
+
 def matrices(t: Tensor) -> Tensor:
     """A bundle ``[N, B, *shape]`` with the node's axes flattened: ``[N, B, d]``."""
     return t.reshape(*t.shape[:2], t.shape[2:].numel())

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from dagh._bundles import Scaled, Tangents, expand_channels, written_out
+from dagh._bundles import Scaled, Tangents, expand_channels, expanded, written_out
 from dagh._ir import Node
 from dagh._parts import readers
 from dagh._rules import Call, Rule
@@ -159,14 +159,18 @@ def pull_back(
         if current is not None:
             keeps = thin and rule.keeps_channels(node)
             factors = {i: rule.scaling(call, i) for i in args}
-            if None in factors.values():  # multiplied out once, for all arguments
-                current = rows.whole(node, current, own)
+            absorbed = isinstance(current, Scaled) and not thin and rule.absorbs(call, current.factor)
+            if not absorbed and (None in factors.values() or (own and len(args) > 1)):
+                current = rows.whole(node, current, own)  # multiplied out once, for all arguments
             for i in args:
                 parent, factor = node.inputs[i], factors[i]
                 if factor is not None:
                     rows.add(parent, Scaled.by(current, factor), thin, own=own and len(args) == 1)
                     continue
-                assert isinstance(current, Tensor)
+                if isinstance(current, Scaled):
+                    base = rows.whole(node, current.base)
+                    rows.add(parent, rule.vjp_scaled(call, base, current.factor, i, keep), own=rule.fresh)
+                    continue
                 if keeps and parent.batched:
                     rows.put(parent, rule, call, current, i, True)
                     continue
@@ -256,6 +260,7 @@ class _Rows:
         ``own``: nobody else holds the row (or the base of a scaled one), so that it may be changed later on.
         """
         self._fill(node)
+        own = own and not expanded(row.base if isinstance(row, Scaled) else row)
         samples, before = self.state.values[node].shape[0], self._rows.get(node)
         if before is None:
             if packed:
@@ -276,19 +281,24 @@ class _Rows:
             before = self._rows[node] = self.whole(node, before, own=True)
             if isinstance(row, Scaled) and samples > 1 and row.add_to(before):
                 return
+        own = own or isinstance(row, Scaled)
         row = written_out(row)
         if samples == 1 and row.shape[0] > 1 and not self.keep:
             row = row.sum(0, keepdim=True)
         whole = self.whole(node, row)
         if before is None:
             self._rows[node] = whole
-            if whole.shape != row.shape:  # expanded
+            if whole is not row:  # expanded
                 self._own.discard(node)
             return
-        if node in self._own and isinstance(before, Tensor) and before.shape == whole.shape:
+        before = self.whole(node, before)
+        alike = before.shape == whole.shape and before.dtype == whole.dtype
+        if alike and node in self._own:
             self._rows[node] = before.add_(whole)
-            return
-        self._rows[node] = self.whole(node, before) + whole
+        elif alike and own and whole is row:
+            self._rows[node] = whole.add_(before)
+        else:
+            self._rows[node] = before + whole
         self._own.add(node)
 
 

@@ -6,9 +6,10 @@ import itertools
 
 import pytest
 import torch
-from rule_cases import RuleCase, T
+from rule_cases import RuleCase, T, make_call
 from test_rules import check_rule
 
+from dagh._rules import rule_for
 from dagh._rules._conv import convolution
 from dagh._rules._conv_kernels import windows
 
@@ -104,6 +105,17 @@ def test_asymmetric_settings() -> None:
         case = conv_case(2, (1, 0, 1, 1, transposed, True, 0))
         case.kwargs.update(stride=[1, 3], padding=[1, 0], dilation=[2, 1])
         run(case, (True, False, False))
+
+
+def test_absorbs_factors_of_channels() -> None:
+    """What normalization with running statistics multiplies by; not what differs from position to position."""
+    for transposed in (False, True):
+        node, xs = conv_case(2, (1, 0, 1, 2, transposed, True, 0)).node([N, 1, 1])
+        call, rule, channels = make_call(node, xs), rule_for(node), node.shape[1]
+        assert rule.absorbs(call, torch.ones(1, 1, 1, channels, 1, 1)) is not transposed
+        assert rule.absorbs(call, 2.0) is not transposed
+        for shape in [(N, 1, 1, channels, 1, 1), (1, 1, *node.shape), (1, 1, 1, 1, 1, node.shape[3])]:
+            assert not rule.absorbs(call, torch.ones(shape))
 
 
 def test_windows_are_a_view() -> None:

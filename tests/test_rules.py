@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from itertools import chain, combinations
@@ -148,7 +149,22 @@ def check_rule(node: Node, xs: list[Tensor], floats: Sequence[int]) -> None:
                 f"vjp of argument {arg}, a cotangent per sample of a static node",
                 tol,
             )
+    check_scaled(node, rule, call, ref.n, floats, generator)
     check_curvature(node, rule, call, ref, floats, generator)
+
+
+def check_scaled(node: Node, rule: Rule, call: Any, n: int, floats: Sequence[int], generator: torch.Generator) -> None:
+    """Cotangents times a factor that the rule absorbs, against the product written out."""
+    s = draw((n, WIDTH, *node.shape), generator)
+    factors: list[Tensor | float] = [-0.7]
+    if len(node.shape) > 1:
+        factors.append(draw((1, 1, 1, node.shape[1], *[1] * (len(node.shape) - 2)), generator))
+    for factor in factors:
+        if not rule.absorbs(call, factor):
+            continue
+        for arg, keep in itertools.product(floats, (False, True)):
+            expected = rule.vjp(call, s * factor, arg, keep)
+            close(rule.vjp_scaled(call, s, factor, arg, keep), expected, f"scaled vjp of argument {arg}, keep={keep}")
 
 
 def check_curvature(

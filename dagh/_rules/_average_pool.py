@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -34,28 +35,32 @@ class AveragePool(PerChannel):
         return (t.reshape(-1, matrix.shape[0]) @ matrix).reshape(*t.shape[:2], *call.node.shape)
 
     def vjp(self, call: Call, cotangent: Tensor, arg: int, keep: bool) -> Tensor:
+        shape, window = call.node.inputs[0].shape, _window(call.node)
+        if window is not None and window == shape[-len(window) :]:  # one number for all: a view of it
+            return (cotangent / math.prod(window)).expand(*cotangent.shape[:2], *shape)
         matrix = self._matrix(call)
         if matrix is None:
             return super().vjp(call, cotangent, arg, keep)
         pulled = cotangent.reshape(-1, matrix.shape[1]) @ matrix.T
-        return pulled.reshape(*cotangent.shape[:2], *call.node.inputs[0].shape)
+        return pulled.reshape(*cotangent.shape[:2], *shape)
 
     def _matrix(self, call: Call) -> Tensor | None:
         """From the rows of a row of windows to its averages: ``[rows · W, W / columns]``."""
 
         def make() -> Tensor | None:
             window = _window(call.node)
-            if window is None:
+            rows = 0 if window is None else math.prod(window[:-1])
+            if window is None or rows * call.node.inputs[0].shape[-1] > _WIDEST:
                 return None
             columns = torch.eye(call.node.shape[-1], dtype=call.xs[0].dtype, device=call.xs[0].device)
-            return columns.repeat_interleave(window[1], 0).repeat(window[0], 1) / (window[0] * window[1])
+            return columns.repeat_interleave(window[-1], 0).repeat(rows, 1) / math.prod(window)
 
         found: Tensor | None = call.once("average", make)
         return found
 
 
-def _window(node: Node) -> tuple[int, int] | None:
-    """Rows and columns of the windows, if they lie side by side, cover everything, and are small enough."""
+def _window(node: Node) -> tuple[int, ...] | None:
+    """Sizes of the windows, if they lie side by side and cover everything."""
     rank = 1 if node.operation.endswith("1d") else 2
     into, out = node.inputs[0].shape[-rank:], node.shape[-rank:]
     if 0 in (*into, *out) or any(a % b for a, b in zip(into, out, strict=True)):
@@ -68,8 +73,7 @@ def _window(node: Node) -> tuple[int, int] | None:
             return None
         if node.arg("divisor_override") is not None:
             return None
-    rows = window[0] if rank == 2 else 1
-    return (rows, window[-1]) if rows * into[-1] <= _WIDEST else None
+    return window
 
 
 def _each(value: int | Sequence[int], rank: int) -> tuple[int, ...]:

@@ -164,6 +164,14 @@ class Rule:
         """
         return None
 
+    def absorbs(self, call: Call, factor: Tensor | float) -> bool:
+        """Whether :meth:`vjp_scaled` spares a pass that multiplies a bundle of the node by ``factor``."""
+        return False
+
+    def vjp_scaled(self, call: Call, base: Tensor, factor: Tensor | float, arg: int, keep: bool) -> Tensor:
+        """:meth:`vjp` of ``base · factor``, for factors that the rule :meth:`absorbs`."""
+        return self.vjp(call, base * factor, arg, keep)
+
     def curvature_scaling(self, call: Call, adjoint: Tensor) -> Tensor | None:
         """The diagonal of ``M_00``, as :meth:`scaling` gives that of the Jacobian, for a rule of a single argument.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -146,6 +147,22 @@ class Convolution(Rule):
             grad = self._input_gradient(node, s, call.xs[1][0], shape[2:], shape[1])
             return grad.reshape(*cotangent.shape[:2], *shape)
         return self._weight_gradient(call, cotangent, bundle(call.xs[0]), keep)
+
+    # A factor per channel, as of normalization with running statistics, goes to the weights, or to their few rows.
+
+    def absorbs(self, call: Call, factor: Tensor | float) -> bool:
+        if call.xs[1].shape[0] > 1 or call.node.arg("transposed"):
+            return False
+        _, channels, *space = call.node.shape
+        return isinstance(factor, float) or factor.shape == (1, 1, 1, channels, *[1] * len(space))
+
+    def vjp_scaled(self, call: Call, base: Tensor, factor: Tensor | float, arg: int, keep: bool) -> Tensor:
+        if arg > 0:  # [N, B, *W], or [N, B, C] of a bias: channels of the output on axis 2
+            row = self.vjp(call, base, arg, keep)
+            return row * (factor if isinstance(factor, float) else factor.reshape(-1, *[1] * (row.dim() - 3)))
+        w = call.xs[1]
+        scaled = w * (factor if isinstance(factor, float) else factor.reshape(-1, *[1] * (w.dim() - 2)))
+        return self.vjp(replace(call, xs=[call.xs[0], scaled]), base, 0, keep)
 
     def curvature(
         self, call: Call, adjoint: Tensor, tangents: Tangents, args: Iterable[int], keep: bool
