@@ -58,13 +58,14 @@ def add_outer(
                 _add_all(rows, [i], signs, result)
             else:
                 result.add(i, j, _outer.combine_dense(rows[i], rows[j], signs), slice(None), window)
-    partners: dict[int, list[int]] = {}
+    # Weight and bias of a layer have the same cotangents: what these give with other rows serves both.
+    partners: dict[tuple[Node, int], list[int]] = {}
     for i, j in rest:
         if (i, j) not in set(dense):
             layer, other = (i, j) if rows[i].kronecker else (j, i)
-            partners.setdefault(layer, []).append(other)
-    for layer, others in partners.items():
-        _add_mixed(rows, layer, others, signs, result)
+            partners.setdefault((plan.gates[layer].node, other), []).append(layer)
+    for (_, other), layers_of in partners.items():
+        _add_mixed(rows, layers_of, other, signs, result)
 
 
 def _keep_rows(rows: Gathered, signs: Tensor | None, plan: Plan, result: Accumulator, window: slice) -> None:
@@ -107,31 +108,23 @@ def _share_out(product: Tensor, members: list[int], ends: list[int], a: int, pan
         result.block(members[a], members[a])[panel.stop - ends[a] :, own] += below.T
 
 
-def _add_mixed(rows: dict[int, Rows], layer: int, others: list[int], signs: Tensor | None, result: Accumulator) -> None:
-    """A linear layer against dense leaves: the sum over r first, then one product per output of the layer."""
-    s, x = rows[layer].cotangent, rows[layer].inputs
-    assert s is not None and x is not None
+def _add_mixed(rows: dict[int, Rows], layers: list[int], other: int, signs: Tensor | None, result: Accumulator) -> None:
+    """Leaves of one linear layer against dense rows: the sum over r first, then one product per output of the layer."""
+    s, dense = rows[layers[0]].cotangent, _dense(rows[other])
+    inputs = [x for i in layers if (x := rows[i].inputs) is not None]
+    assert s is not None
     s = (s if signs is None else s * signs.unsqueeze(2)).transpose(1, 2)  # [N, o, r]
-    n, o, i = s.shape[0], s.shape[1], x.shape[1]
-    step = max(1, MIXED // max(1, n * o))
-    for other in others:
-        dense = _dense(rows[other])
-        target = result.block(min(layer, other), max(layer, other))
-        for part in ranges(dense.shape[2], step):
-            mixed = s @ dense[:, :, part]  # [N, o, part]
-            if i == 1:
-                piece = torch.einsum("nop,n->op", mixed, x[:, 0])
-                if layer < other:
-                    target[:, part] += piece
-                else:
-                    target[part] += piece.T
-                continue
-            for k in range(o):
-                own = slice(k * i, (k + 1) * i)
-                if layer < other:
-                    target[own, part].addmm_(x.T, mixed[:, k])
-                else:
-                    target[part, own].addmm_(mixed[:, k].T, x)
+    x, widths = torch.cat(inputs, 1).T, [t.shape[1] for t in inputs]
+    n, o = s.shape[:2]
+    for part in ranges(dense.shape[2], max(1, MIXED // max(1, n * o))):
+        mixed = s @ dense[:, :, part]  # [N, o, part]
+        pieces = torch.split((x @ mixed.flatten(1)).view(-1, *mixed.shape[1:]), widths)  # [i, o, part]
+        for layer, piece in zip(layers, pieces, strict=True):
+            target = result.block(min(layer, other), max(layer, other))
+            if layer < other:
+                target.view(o, -1, target.shape[1])[:, :, part] += piece.transpose(0, 1)
+            else:
+                target.view(target.shape[0], o, -1)[part] += piece.permute(2, 1, 0)
 
 
 def _dense(rows: Rows) -> Tensor:
