@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dagh._ir import Node
 from dagh._rules import Call, Rule
-from dagh._rules._base import align, bundle
+from dagh._rules._axes import align, bundle
 from dagh._rules._bilinear import Linear
 from dagh._rules._binary import Add, Mul
 from dagh._rules._elementwise import Unary

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dagh._local import Local, Moves, Rows, Site, local_for
-from dagh._rules._base import bundle
+from dagh._rules._axes import bundle
 from dagh._rules._losses import CrossEntropy
 from dagh._rules._normalize import Softmax, Standardize
 

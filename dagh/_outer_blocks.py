@@ -118,13 +118,13 @@ def _add_mixed(rows: dict[int, Rows], layers: list[int], other: int, signs: Tens
     n, o = s.shape[:2]
     for part in ranges(dense.shape[2], max(1, MIXED // max(1, n * o))):
         mixed = s @ dense[:, :, part]  # [N, o, part]
-        pieces = torch.split((x @ mixed.flatten(1)).view(-1, *mixed.shape[1:]), widths)  # [i, o, part]
+        pieces = torch.split((x @ mixed.flatten(1)).view(len(x), *mixed.shape[1:]), widths)  # [i, o, part]
         for layer, piece in zip(layers, pieces, strict=True):
             target = result.block(min(layer, other), max(layer, other))
             if layer < other:
-                target.view(o, -1, target.shape[1])[:, :, part] += piece.transpose(0, 1)
+                target.view(o, len(piece), target.shape[1])[:, :, part] += piece.transpose(0, 1)
             else:
-                target.view(target.shape[0], o, -1)[part] += piece.permute(2, 1, 0)
+                target.view(target.shape[0], o, len(piece))[part] += piece.permute(2, 1, 0)
 
 
 def _dense(rows: Rows) -> Tensor:

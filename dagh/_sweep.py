@@ -19,7 +19,7 @@ from dagh._bundles import Scaled, Tangents, expand_channels, expanded, written_o
 from dagh._ir import Node
 from dagh._parts import readers
 from dagh._rules import Call, Rule
-from dagh._rules._base import room_in_order
+from dagh._rules._axes import room_in_order
 
 if TYPE_CHECKING:
     from dagh._state import State

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 import dagh
 from dagh import _contract, _sweep
-from dagh._rules._base import room_in_order
+from dagh._rules._axes import room_in_order
 
 
 class Attention(nn.Module):

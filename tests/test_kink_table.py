@@ -19,7 +19,7 @@ import dagh
 from dagh._ir import Node
 from dagh._lowering import Builder
 from dagh._rules import Call, Rule, registered, rule_for
-from dagh._rules._base import flat
+from dagh._rules._axes import flat
 from dagh._rules._binary import at_least, at_most
 from dagh._rules._robust import huber, smooth_l1
 from dagh._rules._select import adaptive_max_pool, max_pool

@@ -16,7 +16,7 @@ from torch import Tensor
 from dagh._clarke._rows import element_rows
 from dagh._clarke._sites import Site
 from dagh._ir import Node
-from dagh._rules._base import align, flat
+from dagh._rules._axes import align, flat
 from dagh._rules._binary import Extremum
 from dagh._rules._extrema import Extreme
 from dagh._rules._select import MaxPool

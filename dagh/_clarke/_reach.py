@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dagh._ir import Node
 from dagh._rules import Call
-from dagh._rules._base import align, flat, unbroadcast
+from dagh._rules._axes import align, flat, unbroadcast
 from dagh._rules._binary import Extremum
 from dagh._rules._extrema import Extreme
 from dagh._rules._select import MaxPool

@@ -12,7 +12,7 @@ from torch import Tensor
 from dagh._clarke._reach import Reach
 from dagh._ir import Node
 from dagh._rules import Call, Ties
-from dagh._rules._base import flat
+from dagh._rules._axes import flat
 from dagh._state import State
 
 #: A branch for every tie of some nodes: node -> candidate, ``[K]``.

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dagh._ir import Node
-from dagh._rules._base import Call, DerivativeClass, Rule, Tangents, bundle, register_rule, same_channels, unbroadcast
+from dagh._rules._axes import bundle, unbroadcast
+from dagh._rules._base import Call, DerivativeClass, Rule, Tangents, register_rule, same_channels
 from dagh._rules._over_samples import over_samples, vmap
 
 

@@ -10,20 +10,8 @@ import torch
 from torch import Tensor
 
 from dagh._ir import Node
-from dagh._rules._base import (
-    Call,
-    KinkSites,
-    Rule,
-    Tangents,
-    Ties,
-    align,
-    bundle,
-    flat,
-    product_onto,
-    register_rule,
-    two_sided,
-    unbroadcast,
-)
+from dagh._rules._axes import align, bundle, flat, product_onto, unbroadcast
+from dagh._rules._base import Call, KinkSites, Rule, Tangents, Ties, register_rule, two_sided
 
 
 def _times(t: Tensor, factor: Tensor | float) -> Tensor:

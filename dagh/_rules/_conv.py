@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dagh._ir import Node
 from dagh._rules import _conv_kernels as kernels
-from dagh._rules._base import Call, Rule, Tangents, bundle, register_rule
+from dagh._rules._axes import bundle
+from dagh._rules._base import Call, Rule, Tangents, register_rule
 
 _aten = torch.ops.aten
 

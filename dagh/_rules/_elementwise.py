@@ -12,18 +12,8 @@ import torch
 from torch import Tensor
 
 from dagh._ir import Node
-from dagh._rules._base import (
-    Call,
-    DerivativeClass,
-    KinkSites,
-    Rule,
-    Tangents,
-    Ties,
-    bundle,
-    flat,
-    register_rule,
-    two_sided,
-)
+from dagh._rules._axes import bundle, flat
+from dagh._rules._base import Call, DerivativeClass, KinkSites, Rule, Tangents, Ties, register_rule, two_sided
 
 Derivative = Callable[[Call, Tensor], Tensor]
 Points = Callable[[Node], Sequence[float]]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dagh._ir import Item, Node, fill
-from dagh._rules._base import Call, KinkSites, Rule, Tangents, Ties, bundle, flat, register_rule
+from dagh._rules._axes import bundle, flat
+from dagh._rules._base import Call, KinkSites, Rule, Tangents, Ties, register_rule
 from dagh._rules._select import copied, share_ties, tied_groups
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dagh._ir import Node
-from dagh._rules._base import Call, Rule, Tangents, align, register_rule, same_channels, unbroadcast
+from dagh._rules._axes import align, unbroadcast
+from dagh._rules._base import Call, Rule, Tangents, register_rule, same_channels
 from dagh._rules._over_samples import agrees, one_by_one, over_samples, telling, vmap
 
 

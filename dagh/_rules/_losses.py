@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dagh._ir import Node
-from dagh._rules._base import Call, DerivativeClass, Rule, Tangents, bundle, register_rule, rule_for
+from dagh._rules._axes import bundle
+from dagh._rules._base import Call, DerivativeClass, Rule, Tangents, register_rule, rule_for
 from dagh._rules._bilinear import Multilinear
 
 _MEAN, _SUM = 1, 2

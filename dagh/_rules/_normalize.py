@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dagh._ir import Node
-from dagh._rules._base import Call, Rule, Tangents, bundle, members_last, register_rule
+from dagh._rules._axes import bundle, members_last
+from dagh._rules._base import Call, Rule, Tangents, register_rule
 
 
 def standardize(input: Tensor, dims: Sequence[int], eps: float, center: bool = True) -> Tensor:

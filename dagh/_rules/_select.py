@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dagh._ir import Node
-from dagh._rules._base import Call, KinkSites, Rule, Tangents, Ties, bundle, register_rule
+from dagh._rules._axes import bundle
+from dagh._rules._base import Call, KinkSites, Rule, Tangents, Ties, register_rule
 from dagh._rules._conv_kernels import windows
 from dagh.errors import ReductionError
 

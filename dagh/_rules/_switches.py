@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from dagh._ir import Node
-from dagh._rules._base import Call, KinkSites, Rule, Tangents, Ties, align, flat, register_rule, two_sided
+from dagh._rules._axes import align, flat
+from dagh._rules._base import Call, KinkSites, Rule, Tangents, Ties, register_rule, two_sided
 
 #: Value on the left and on the right of a threshold, where the argument stands at one.
 Levels = Callable[[Tensor], tuple[Tensor, Tensor]]
