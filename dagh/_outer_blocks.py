@@ -109,22 +109,32 @@ def _share_out(product: Tensor, members: list[int], ends: list[int], a: int, pan
 
 
 def _add_mixed(rows: dict[int, Rows], layers: list[int], other: int, signs: Tensor | None, result: Accumulator) -> None:
-    """Leaves of one linear layer against dense rows: the sum over r first, then one product per output of the layer."""
+    """Leaves of one linear layer against dense rows: the sum over r first, then that over the samples."""
     s, dense = rows[layers[0]].cotangent, _dense(rows[other])
     inputs = [x for i in layers if (x := rows[i].inputs) is not None]
     assert s is not None
     s = (s if signs is None else s * signs.unsqueeze(2)).transpose(1, 2)  # [N, o, r]
-    x, widths = torch.cat(inputs, 1).T, [t.shape[1] for t in inputs]
+    widths = [t.shape[1] for t in inputs]
     n, o = s.shape[:2]
+    # One product for all outputs, unless it would take more memory than what it is made of.
+    joined = torch.cat(inputs, 1).T if sum(widths) <= n else None
     for part in ranges(dense.shape[2], max(1, MIXED // max(1, n * o))):
         mixed = s @ dense[:, :, part]  # [N, o, part]
-        pieces = torch.split((x @ mixed.flatten(1)).view(len(x), *mixed.shape[1:]), widths)  # [i, o, part]
-        for layer, piece in zip(layers, pieces, strict=True):
-            target = result.block(min(layer, other), max(layer, other))
+        if joined is not None:
+            pieces = torch.split(
+                (joined @ mixed.flatten(1)).view(len(joined), *mixed.shape[1:]), widths
+            )  # [i, o, part]
+        for k, (layer, x) in enumerate(zip(layers, inputs, strict=True)):
+            block = result.block(min(layer, other), max(layer, other))
             if layer < other:
-                target.view(o, len(piece), target.shape[1])[:, :, part] += piece.transpose(0, 1)
+                target = block.view(o, widths[k], block.shape[1])[:, :, part]
             else:
-                target.view(target.shape[0], o, len(piece))[part] += piece.permute(2, 1, 0)
+                target = block.view(block.shape[0], o, widths[k])[part].permute(1, 2, 0)
+            if joined is not None:
+                target += pieces[k].transpose(0, 1)
+                continue
+            for each, m in zip(target, mixed.unbind(1), strict=True):
+                each.addmm_(x.T, m)
 
 
 def _dense(rows: Rows) -> Tensor:

@@ -74,4 +74,8 @@ def largest_product(plan: Plan, window: int) -> int:
     layers: list[Pair] = [
         (i, j) if i in plan.gates else (j, i) for i, j in pairs if (i in plan.gates) != (j in plan.gates)
     ]
-    return max([0, *cores, *(min(MIXED, window * plan.gates[i].shape[0] * plan.sizes[j]) for i, j in layers)])
+    mixed = [
+        min(MIXED, window * plan.gates[i].shape[0] * plan.sizes[j]) * (2 if plan.gates[i].shape[1] < window else 1)
+        for i, j in layers  # twice where the sum over samples is one product, of as many entries at most
+    ]
+    return max([0, *cores, *mixed])
