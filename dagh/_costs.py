@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-from dagh._ir import Node
+from dagh._ir import Node, Program
 from dagh._rules import rule_for
 
 #: A pass over memory takes about as long per element as this many operations of a matrix product. A ratio of the
@@ -27,6 +27,13 @@ def node_flops(node: Node) -> float:
     if node.op is None or node.operation in VIEWS:
         return 0.0
     return float(max(node.numel, rule_for(node).flops(node)))
+
+
+def evaluation_flops(program: Program) -> float:
+    """Arithmetic of one evaluation of a program, per sample."""
+    if program.flops is None:
+        program.flops = sum(node_flops(node) for node in program)
+    return program.flops
 
 
 def node_moved(node: Node) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from dagh import _capture, _inputs, _objectives
 from dagh._attach import append_loss
 from dagh._binding import unbind
+from dagh._costs import evaluation_flops
 from dagh._gradient_check import check_elsewhere, check_gradient, check_loss
 from dagh._interactions import interacts
 from dagh._ir import Node, Program, same_program
@@ -21,6 +23,7 @@ from dagh._kinks import KinkPolicy
 from dagh._marks import Watch
 from dagh._programs import Mode, Programs
 from dagh._state import State, as_policy, check_finite, evaluate_program
+from dagh._workers import few_threads
 from dagh.errors import (
     CaptureError,
     CoupledSamplesError,
@@ -215,7 +218,9 @@ class Graph(Programs):
         self._turn_to(args, kwargs)
         self._look_again(args, kwargs)
         evaluated = functools.partial(self._evaluated, objective, args, kwargs, targets, reduction, policy, wrt)
-        state = evaluated()
+        program = next(iter(self._programs.values()), None)
+        with few_threads(math.inf if program is None else evaluation_flops(program) * (1 if self.coupled else n)):
+            state = evaluated()
         refusal = self._check_gradient(state, policy, args, kwargs)
         if refusal is not None:
             if self.coupled or n == 1 or reduction != "mean":

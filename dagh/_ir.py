@@ -192,6 +192,8 @@ class Program:
     """Whether the loss's first derivative has been compared with autograd's."""
     loss_couples: bool | None = None
     """Whether the loss couples samples although its value does not show it; ``None``: not looked at."""
+    flops: float | None = None
+    """Arithmetic of one evaluation, per sample; ``None``: not counted yet (:func:`dagh._costs.evaluation_flops`)."""
 
     def __post_init__(self) -> None:
         self.nodes = [*self.nodes]

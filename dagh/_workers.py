@@ -6,8 +6,9 @@ of samples do not depend on each other, so each thread takes one, and every oper
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from threading import Event
 from typing import TypeVar
 
@@ -17,6 +18,8 @@ T = TypeVar("T")
 
 #: Samples below which a share of them is not worth a thread, and flops below which the whole is not.
 FEWEST, WORTH = 8, 3e8
+#: Flops below which PyTorch's own threads are not worth waking.
+LITTLE = 2e7
 #: More shares than this would spend their time waiting for Python.
 _MOST = 4
 
@@ -30,6 +33,20 @@ def shares(device: torch.device) -> int:
     if device.type != "cpu" or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return 1
     return max(1, min(_MOST, torch.get_num_threads()))
+
+
+@contextmanager
+def few_threads(flops: float) -> Iterator[None]:
+    """One of PyTorch's threads where there is little to do: to wake another takes up to milliseconds each time."""
+    threads = torch.get_num_threads()
+    if threads == 1 or flops >= LITTLE:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def divide(items: Iterable[T], size: Callable[[T], float], count: int) -> list[list[T]]:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dagh
-from dagh import _assemble, _block_base, _block_factored, _block_layers, _workers
+from dagh import _assemble, _block_base, _block_factored, _block_layers, _programs, _workers
+from dagh._ir import Node
 
 F = nn.functional
 
@@ -125,6 +126,33 @@ def test_an_error_in_one_share_stops_the_others() -> None:
     with pytest.raises(ValueError, match="this one"):
         _workers.side_by_side([goes_on, fails])
     assert stopped == [True] and torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("little, expected", [(0.0, 2), (1e12, 1)])
+def test_small_models_are_evaluated_by_one_thread(
+    little: float, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever comes of it, PyTorch has its threads back afterwards."""
+    seen, plain = [], _programs.evaluate_program
+
+    def watched(*args: Any) -> dict[Node, Tensor]:
+        seen.append(torch.get_num_threads())
+        return plain(*args)
+
+    monkeypatch.setattr(_workers, "LITTLE", little)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        x, y = torch.randn(3, 4), torch.tensor([0, 1, 1])
+        graph = dagh.trace(nn.Linear(4, 2), x)
+        monkeypatch.setattr(_programs, "evaluate_program", watched)
+        dagh.gauss_newton(graph, "cross_entropy", x, y)
+        assert seen == [expected]
+        with pytest.raises(dagh.DaghError):
+            dagh.gauss_newton(graph, "cross_entropy", x, torch.tensor([0, 1, 5]))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_groups_are_of_similar_size() -> None:
