@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dagh import _contract, _memory, _outer, _sweep
 from dagh._accumulate import Accumulator
-from dagh._bridge import Crossing, build, cross, fold, unit_vectors
+from dagh._bridge import Crossing, build, chosen, cross, fold, seeds
 from dagh._bundles import Tangents, matrices
 from dagh._chunks import ranges
 from dagh._entries import Entries
@@ -21,7 +21,6 @@ from dagh._outer_blocks import add_outer
 from dagh._plan import Plan
 from dagh._plan_sweeps import Column
 from dagh._request import Request, itemsize
-from dagh._rules._conv import Convolution
 from dagh._squares import add_square
 from dagh._state import State
 from dagh._strips import add_strip
@@ -187,28 +186,16 @@ def _sweep_column(
     state: State, column: Column, crossing: Crossing | None, part: slice, per_sample: bool
 ) -> tuple[Tangents, Tangents, Tensor | None]:
     """The tangents, the rows at the targets, and those of them that are to be mirrored, too: products taken once."""
-    call, units = state.call(column.seed), None
-    if column.basis == "channel" and column.gate is not None:
-        seed = Convolution().seed_channels(call, column.gate.argument)[:, part]
-    else:
-        # A range of a layer's outputs, for all of its rows: what is summed over the rows must be together.
-        outputs = slice(part.start // column.order, part.stop // column.order)
-        chosen = (
-            torch.arange(column.seed.numel // column.copies, device="cpu")
-            .reshape(column.order, -1)[:, outputs]
-            .flatten()
-        )
-        seed = unit_vectors(column.seed, column.copies, chosen, state.values[column.seed])
-        units = chosen if column.copies == 1 else None
+    seed = seeds(state, column, part)
     if column.basis == "input":
         n = state.samples
         start = {column.seed: seed.expand(n, *seed.shape[1:])}
         return Tangents({}), _sweep.pull_back(state, start, list(column.targets.values()), keep=per_sample), None
-    channelwise = column.copies > 1
-    seeds = {column.seed: seed}
+    units = chosen(column, part) if column.copies == 1 and column.basis != "channel" else None
+    start = {column.seed: seed}
     del seed
     tangents = _sweep.push_forward(
-        state, seeds, column.within, column.held, channelwise=channelwise, trim=True, units=units
+        state, start, column.within, column.held, channelwise=column.copies > 1, trim=True, units=units
     )
     targets, curved, spare = list(column.targets.values()), column.curved, column.paths
     passed = column.passed(part.start // column.order)

@@ -100,8 +100,15 @@ def seeds(state: State, sweep: Column | Table, part: slice) -> Tensor:
     """Where the sweep of some directions begins: unit vectors, or one entry of the kernel of every channel."""
     if sweep.gate is not None and sweep.gate.channels:
         return Convolution().seed_channels(state.call(sweep.seed), sweep.gate.argument)[:, part]
-    chosen = torch.arange(part.start, part.stop, device="cpu")
-    return unit_vectors(sweep.seed, sweep.copies, chosen, state.values[sweep.seed])
+    return unit_vectors(sweep.seed, sweep.copies, chosen(sweep, part), state.values[sweep.seed])
+
+
+def chosen(sweep: Column | Table, part: slice) -> Tensor:
+    """Elements of the seed at which unit vectors stand, in the order of the sweep."""
+    each, order = sweep.seed.numel // sweep.copies, sweep.order if isinstance(sweep, Column) else 1
+    # A range of a layer's outputs, for all of its rows: what is summed over the rows must be together.
+    outputs = slice(part.start // order, part.stop // order)
+    return torch.arange(each, device="cpu").reshape(order, -1)[:, outputs].flatten()
 
 
 def unit_vectors(node: Node, copies: int, chosen: Tensor, like: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dagh._local import Local, Moves, Rows, Site, local_for, settle
 from dagh._rules._conv import Convolution
-from dagh._rules._conv_kernels import pad_space, windows
+from dagh._rules._conv_kernels import padded_windows
 from dagh._rules._linear_maps import PerChannel
 from dagh._rules._normalize import StandardizeFixed
 
@@ -171,7 +171,7 @@ class StillInputLocal(ConvolutionLocal):
         super().prepare()
         stride, padding, dilation = self.settings[:3]
         x, w = self.call.xs[0].flatten(0, 1), self.call.xs[1][0]
-        view = windows(pad_space(x, padding), w.shape[2:], stride, dilation)
+        view = padded_windows(x, w.shape[2:], stride, padding, dilation)
         self.columns = view.reshape(x.shape[0], w.shape[1:].numel(), -1)
 
     def _by_weight(self, tw: Tensor, bias: Tensor | None) -> Tensor:

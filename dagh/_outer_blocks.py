@@ -43,7 +43,7 @@ def add_outer(
             if core is None:
                 core = _outer.core(rows[first], rows[second], signs)
             result.add_layers((first, second), x, y, core, None, None, slice(0, core.shape[1]), window)
-    rest = [p for p in pairs if p not in set(layers)]
+    rest = [(i, j) for i, j in pairs if not (rows[i].kronecker and rows[j].kronecker)]
     if result.keep:
         for i, j in rest:
             result.add(i, j, _outer.combine_each(rows[i], rows[j], signs), slice(None), window)
@@ -61,7 +61,7 @@ def add_outer(
     # Weight and bias of a layer have the same cotangents: what these give with other rows serves both.
     partners: dict[tuple[Node, int], list[int]] = {}
     for i, j in rest:
-        if (i, j) not in set(dense):
+        if rows[i].kronecker or rows[j].kronecker:
             layer, other = (i, j) if rows[i].kronecker else (j, i)
             partners.setdefault((plan.gates[layer].node, other), []).append(layer)
     for (_, other), layers_of in partners.items():
@@ -121,9 +121,8 @@ def _add_mixed(rows: dict[int, Rows], layers: list[int], other: int, signs: Tens
     for part in ranges(dense.shape[2], max(1, MIXED // max(1, n * o))):
         mixed = s @ dense[:, :, part]  # [N, o, part]
         if joined is not None:
-            pieces = torch.split(
-                (joined @ mixed.flatten(1)).view(len(joined), *mixed.shape[1:]), widths
-            )  # [i, o, part]
+            product = (joined @ mixed.flatten(1)).view(len(joined), *mixed.shape[1:])  # [i, o, part]
+            pieces = torch.split(product, widths)
         for k, (layer, x) in enumerate(zip(layers, inputs, strict=True)):
             block = result.block(min(layer, other), max(layer, other))
             if layer < other:

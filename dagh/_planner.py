@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from dagh._costs import node_cost, node_flops, node_moved
+from dagh._costs import evaluation_flops, node_cost, node_moved
 from dagh._footprint import held_by_state, of_rows
 from dagh._ir import Node, Program
 from dagh._meeting import meet
@@ -111,7 +111,7 @@ def make_plan(
         alternatives=alternatives,
         forward=(
             sum(node_cost(v) for v in program),
-            sum(node_flops(v) for v in program),
+            evaluation_flops(program),
             sum(node_moved(v) for v in program),
         ),
         state=held_by_state(program, request.leaves, itemsize(program.output.dtype)),

@@ -49,11 +49,10 @@ class AveragePool(PerChannel):
 
         def make() -> Tensor | None:
             window = _window(call.node)
-            rows = 0 if window is None else math.prod(window[:-1])
-            if window is None or rows * call.node.inputs[0].shape[-1] > _WIDEST:
+            if window is None or math.prod(window[:-1]) * call.node.inputs[0].shape[-1] > _WIDEST:
                 return None
             columns = torch.eye(call.node.shape[-1], dtype=call.xs[0].dtype, device=call.xs[0].device)
-            return columns.repeat_interleave(window[-1], 0).repeat(rows, 1) / math.prod(window)
+            return columns.repeat_interleave(window[-1], 0).repeat(math.prod(window[:-1]), 1) / math.prod(window)
 
         found: Tensor | None = call.once("average", make)
         return found

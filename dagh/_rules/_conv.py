@@ -39,6 +39,11 @@ def _merge(t: Tensor, lead: int) -> Tensor:
     return t.reshape(-1, *t.shape[lead + 1 :])
 
 
+def _times(t: Tensor, factor: Tensor | float, axis: int) -> Tensor:
+    """``t`` times one number, or one for each of the channels on ``axis``."""
+    return t * (factor if isinstance(factor, float) else factor.reshape(-1, *[1] * (t.dim() - axis - 1)))
+
+
 @register_rule("dagh.convolution")
 class Convolution(Rule):
     """``y = x * W + b``; bilinear in ``(x, W)``, linear in ``b``."""
@@ -159,11 +164,8 @@ class Convolution(Rule):
 
     def vjp_scaled(self, call: Call, base: Tensor, factor: Tensor | float, arg: int, keep: bool) -> Tensor:
         if arg > 0:  # [N, B, *W], or [N, B, C] of a bias: channels of the output on axis 2
-            row = self.vjp(call, base, arg, keep)
-            return row * (factor if isinstance(factor, float) else factor.reshape(-1, *[1] * (row.dim() - 3)))
-        w = call.xs[1]
-        scaled = w * (factor if isinstance(factor, float) else factor.reshape(-1, *[1] * (w.dim() - 2)))
-        return self.vjp(replace(call, xs=[call.xs[0], scaled]), base, 0, keep)
+            return _times(self.vjp(call, base, arg, keep), factor, 2)
+        return self.vjp(replace(call, xs=[call.xs[0], _times(call.xs[1], factor, 1)]), base, 0, keep)
 
     def curvature(
         self, call: Call, adjoint: Tensor, tangents: Tangents, args: Iterable[int], keep: bool
@@ -222,7 +224,7 @@ class Convolution(Rule):
             return call.xs[0].new_ones(1, 1, *shape)
         stride, padding, dilation, _, _, _ = self._settings(node)
         x, kernel = call.xs[0], node.inputs[1].shape[2:]
-        view = kernels.windows(kernels.pad_space(_merge(x, 1), padding), kernel, stride, dilation)
+        view = kernels.padded_windows(_merge(x, 1), kernel, stride, padding, dilation)
         cols = view.reshape(x.shape[0], shape[0], -1, *shape[2:]).transpose(1, 2)  # [N, c·k, m, *space]
         return cols.unsqueeze(3).expand(-1, -1, -1, shape[1], *shape[2:])
 

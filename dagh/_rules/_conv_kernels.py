@@ -37,6 +37,13 @@ def pad_space(x: Tensor, padding: Sequence[int], fill: float = 0.0) -> Tensor:
     return torch.nn.functional.pad(x, widths, value=fill)
 
 
+def padded_windows(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """:func:`windows` of ``x`` padded with zeros: those of contiguous rows are written out several times faster."""
+    return windows(pad_space(x.contiguous(), padding), kernel, stride, dilation)
+
+
 def channels_last(x: Tensor) -> Tensor:
     """The same numbers with channels innermost in memory, where oneDNN is the faster for it."""
     if x.device.type != "cpu" or x.dtype != torch.float32:
@@ -117,8 +124,7 @@ def correlate(
             for s, m in zip(torch.split(still, step), torch.split(moving, step), strict=True)
         )
         return functools.reduce(Tensor.add_, parts)
-    # Windows of rows that are contiguous are written out several times faster than those of scattered elements.
-    view = windows(pad_space(moving.flatten(0, 2).contiguous(), padding), kernel, stride, dilation)
+    view = padded_windows(moving.flatten(0, 2), kernel, stride, padding, dilation)
     positions = [min(a, c) for a, c in zip(view.shape[2 + rank :], still.shape[4:], strict=True)]
     for axis, count in enumerate(positions):
         view = view.narrow(2 + rank + axis, 0, count)
