@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,8 +55,45 @@ class Scaled:
         return self.base.mul_(self.factor) if self._shape() == self.base.shape else self.value()
 
 
-def written_out(bundle: Tensor | Scaled) -> Tensor:
-    return bundle.value() if isinstance(bundle, Scaled) else bundle
+@dataclass(frozen=True)
+class Picked:
+    """A bundle that max-pooling has pulled back, not spread out.
+
+    ``base · factor`` ``[N, B, m, C, L]`` stands at the places ``index`` ``[N, 1, m, C, L]`` of a flattened ``space``;
+    what meets at one place adds up.
+    """
+
+    base: Tensor
+    index: Tensor
+    space: torch.Size
+    factor: Tensor | float = 1.0
+
+    def by(self, factor: Tensor | float) -> Picked:
+        """The bundle times ``factor``, of which only what stands at the places is read."""
+        if isinstance(factor, Tensor):
+            if factor.shape[4:].numel() == 1:
+                factor = factor.flatten(4)
+            else:
+                whole = factor.expand(*self.index.shape[:4], *self.space).flatten(4)
+                factor = whole.gather(4, self.index)
+        return replace(self, factor=self.factor * factor)
+
+    def in_order(self, *axes: int) -> Tensor:
+        """``base · factor`` with its axes in this order in memory."""
+        base = self.base.permute(axes)
+        if not isinstance(self.factor, Tensor):
+            return base if self.factor == 1.0 else base * self.factor
+        return torch.mul(base, self.factor.permute(axes), out=base.new_empty(base.shape))
+
+    def value(self) -> Tensor:
+        out = self.base.new_zeros(*self.base.shape[:4], self.space.numel())
+        base = self.base if isinstance(self.factor, float) and self.factor == 1.0 else self.base * self.factor
+        out.scatter_add_(4, self.index.expand_as(base), base)
+        return out.reshape(*self.base.shape[:4], *self.space)
+
+
+def written_out(bundle: Tensor | Scaled | Picked) -> Tensor:
+    return bundle if isinstance(bundle, Tensor) else bundle.value()
 
 
 class Tangents(dict[Node, Tensor]):

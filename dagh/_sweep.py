@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from dagh._bundles import Scaled, Tangents, expand_channels, expanded, written_out
+from dagh._bundles import Picked, Scaled, Tangents, expand_channels, expanded, written_out
 from dagh._ir import Node
 from dagh._parts import readers
 from dagh._rules import Call, Rule
@@ -160,13 +160,19 @@ def pull_back(
             keeps = thin and rule.keeps_channels(node)
             factors = {i: rule.scaling(call, i) for i in args}
             absorbed = isinstance(current, Scaled) and not thin and rule.absorbs(call, current.factor)
-            if not absorbed and (None in factors.values() or (own and len(args) > 1)):
+            mixing = [i for i in args if factors[i] is None]
+            if isinstance(current, Picked) and not thin and not any(node.inputs[i].batched for i in mixing):
+                mixing = [i for i in mixing if not rows.pick(node.inputs[i], rule, call, current, i)]
+            left = [i for i in args if i in mixing or factors[i] is not None]
+            if not absorbed and (mixing or (own and len(left) > 1)):
                 current = rows.whole(node, current, own)  # multiplied out once, for all arguments
-            for i in args:
+            for i in left:
                 parent, factor = node.inputs[i], factors[i]
                 if factor is not None:
-                    rows.add(parent, Scaled.by(current, factor), thin, own=own and len(args) == 1)
+                    scaled = current.by(factor) if isinstance(current, Picked) else Scaled.by(current, factor)
+                    rows.add(parent, scaled, thin, own=own and len(left) == 1)
                     continue
+                assert not isinstance(current, Picked)
                 if isinstance(current, Scaled):
                     base = rows.whole(node, current.base)
                     rows.add(parent, rule.vjp_scaled(call, base, current.factor, i, keep), own=rule.fresh)
@@ -195,12 +201,12 @@ class _Rows:
 
     def __init__(self, state: State, keep: bool) -> None:
         self.state, self.keep = state, keep
-        self._rows: dict[Node, Tensor | Scaled] = {}
+        self._rows: dict[Node, Tensor | Scaled | Picked] = {}
         self._packed: set[Node] = set()
         self._own: set[Node] = set()  # bundles that nobody else holds
         self._bare: dict[Node, set[Node]] = {}  # who reads the parts of a bundle that are not written yet
 
-    def pop(self, node: Node) -> tuple[Tensor | Scaled | None, bool, bool]:
+    def pop(self, node: Node) -> tuple[Tensor | Scaled | Picked | None, bool, bool]:
         """The rows of a node, whether they are channel-diagonal, and whether nobody else holds them."""
         self._fill(node)
         packed, own = node in self._packed, node in self._own
@@ -208,14 +214,25 @@ class _Rows:
         self._own.discard(node)
         return self._rows.pop(node, None), packed, own
 
-    def whole(self, node: Node, row: Tensor | Scaled, own: bool = False) -> Tensor:
+    def whole(self, node: Node, row: Tensor | Scaled | Picked, own: bool = False) -> Tensor:
         """Written out (in place where it is our ``own``), one for every sample of the node."""
         row = row.into_place() if own and isinstance(row, Scaled) else written_out(row)
         samples = self.state.values[node].shape[0]
         return row.expand(samples, *row.shape[1:]) if samples > 1 and row.shape[0] == 1 else row
 
+    def pick(self, node: Node, rule: Rule, call: Call, cotangent: Picked, arg: int) -> bool:
+        """Add what ``rule`` pulls back without spreading the cotangent out, if it can."""
+        row = rule.vjp_picked(call, cotangent, arg, self.keep)
+        if row is not None:
+            self.add(node, row, own=True)
+        return row is not None
+
     def put(self, node: Node, rule: Rule, call: Call, cotangent: Tensor, arg: int, packed: bool) -> None:
         """Add what ``rule`` pulls back to one of its arguments, in place where it concerns a part of that alone."""
+        picked = rule.picked(call, cotangent)
+        if picked is not None:
+            self.add(node, picked, packed, own=True)
+            return
         shape = (*cotangent.shape[:2], *node.shape)
         if node not in self._rows and rule.copies_part:
             self._rows[node] = room = room_in_order(cotangent, shape, self.state.values[node])
@@ -254,20 +271,20 @@ class _Rows:
             i, row, packed = found.pop(0)
             self.add(node.inputs[i], row, packed)
 
-    def add(self, node: Node, row: Tensor | Scaled, packed: bool = False, own: bool = False) -> None:
+    def add(self, node: Node, row: Tensor | Scaled | Picked, packed: bool = False, own: bool = False) -> None:
         """Add to what a node has; channel-diagonal rows (``packed``) are spread out where others are not.
 
         ``own``: nobody else holds the row (or the base of a scaled one), so that it may be changed later on.
         """
         self._fill(node)
-        own = own and not expanded(row.base if isinstance(row, Scaled) else row)
+        own = own and not expanded(row if isinstance(row, Tensor) else row.base)
         samples, before = self.state.values[node].shape[0], self._rows.get(node)
         if before is None:
             if packed:
                 self._packed.add(node)
             if own:
                 self._own.add(node)
-            if isinstance(row, Scaled) and samples > 1:
+            if not isinstance(row, Tensor) and samples > 1:
                 self._rows[node] = row
                 return
         elif packed != (node in self._packed):
@@ -281,7 +298,7 @@ class _Rows:
             before = self._rows[node] = self.whole(node, before, own=True)
             if isinstance(row, Scaled) and samples > 1 and row.add_to(before):
                 return
-        own = own or isinstance(row, Scaled)
+        own = own or not isinstance(row, Tensor)
         row = written_out(row)
         if samples == 1 and row.shape[0] > 1 and not self.keep:
             row = row.sum(0, keepdim=True)

@@ -14,6 +14,7 @@ from rule_cases import CASES, ELSEWHERE, RuleCase, T, make_call
 from torch import Tensor, nn
 
 import dagh
+from dagh._bundles import Picked
 from dagh._ir import Node
 from dagh._rules import Rule, has_rule, register_rule, registered, rule_for
 from dagh._rules import _base as registry
@@ -150,6 +151,7 @@ def check_rule(node: Node, xs: list[Tensor], floats: Sequence[int]) -> None:
                 tol,
             )
     check_scaled(node, rule, call, ref.n, floats, generator)
+    check_picked(node, rule, call, ref.n, floats, generator)
     check_curvature(node, rule, call, ref, floats, generator)
 
 
@@ -165,6 +167,25 @@ def check_scaled(node: Node, rule: Rule, call: Any, n: int, floats: Sequence[int
         for arg, keep in itertools.product(floats, (False, True)):
             expected = rule.vjp(call, s * factor, arg, keep)
             close(rule.vjp_scaled(call, s, factor, arg, keep), expected, f"scaled vjp of argument {arg}, keep={keep}")
+
+
+def check_picked(node: Node, rule: Rule, call: Any, n: int, floats: Sequence[int], generator: torch.Generator) -> None:
+    """Cotangents at some places of each channel, against the bundle with zeros elsewhere."""
+    if len(node.shape) < 3:
+        return
+    space = node.shape[2:]
+    index = torch.randint(space.numel(), (n, 1, *node.shape[:2], max(1, space.numel() // 3)), generator=generator)
+    picked = Picked(draw((n, 40, *index.shape[2:]), generator), index, space)
+    by_channel = draw((1, 1, 1, node.shape[1], *[1] * len(space)), generator)
+    for factor in (1.0, -0.7, by_channel, draw((n, 1, *node.shape), generator)):
+        spread = picked.value() * factor
+        picked = picked.by(factor)
+        close(picked.value(), spread, "picked elements times a factor")
+        for arg, keep in itertools.product(floats, (False, True)):
+            found = rule.vjp_picked(call, picked, arg, keep) if call.xs[arg].shape[0] == 1 else None
+            if found is not None:
+                expected = summed(rule.vjp(call, spread, arg, keep), keep, True, n)
+                close(summed(found, keep, True, n), expected, f"picked vjp of argument {arg}, keep={keep}")
 
 
 def check_curvature(

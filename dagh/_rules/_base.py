@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from dagh._bundles import Picked
 from dagh._ir import Node
 from dagh._rules._axes import flat
 from dagh._rules._keys import key_of
@@ -141,6 +142,14 @@ class Rule:
         from dagh._rules import _generic
 
         return _generic.vjp(call, cotangent, arg)
+
+    def picked(self, call: Call, cotangent: Tensor) -> Picked | None:
+        """``D_0ᵀ s`` not spread out, where the node copies elements of the space of its argument 0."""
+        return None
+
+    def vjp_picked(self, call: Call, cotangent: Picked, arg: int, keep: bool) -> Tensor | None:
+        """:meth:`vjp` for an argument that does not depend on the sample; ``None``: nothing gained by it."""
+        return None
 
     def place(self, call: Call, bundle: Tensor) -> Tensor:
         """For a rule that ``copies_part``: that part of a bundle of argument 0, as a view."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dagh._bundles import Picked
 from dagh._ir import Node
 from dagh._rules._axes import align, bundle, flat, product_onto, unbroadcast
 from dagh._rules._base import Call, KinkSites, Rule, Tangents, Ties, register_rule, two_sided
@@ -74,6 +75,15 @@ class _Binary(Rule):
     def vjp(self, call: Call, cotangent: Tensor, arg: int, keep: bool) -> Tensor:
         partial = self.partials(call)[0 if arg == self._positions(call.node)[0] else 1]
         return product_onto(cotangent, partial, call.node.inputs[arg].shape)
+
+    def vjp_picked(self, call: Call, cotangent: Picked, arg: int, keep: bool) -> Tensor | None:
+        shape, rank = call.node.inputs[arg].shape, len(call.node.shape)
+        aligned = torch.Size([1] * (rank - len(shape)) + list(shape))
+        if aligned[2:].numel() > 1:
+            return None
+        row = cotangent.by(self.partials(call)[0 if arg == self._positions(call.node)[0] else 1])
+        found = product_onto(row.base, row.factor, torch.Size([*aligned[:2], 1]))
+        return found.reshape(*found.shape[:2], *shape)
 
     def curvature(
         self, call: Call, adjoint: Tensor, tangents: Tangents, args: Iterable[int], keep: bool

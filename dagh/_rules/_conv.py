@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dagh._bundles import Picked
 from dagh._ir import Node
 from dagh._rules import _conv_kernels as kernels
 from dagh._rules._axes import bundle
 from dagh._rules._base import Call, Rule, Tangents, register_rule
 
 _aten = torch.ops.aten
+#: Numbers of windows at the maxima that are kept for the next sweep.
+_KEPT = 1 << 21
 
 
 def convolution(
@@ -166,6 +169,33 @@ class Convolution(Rule):
         if arg > 0:  # [N, B, *W], or [N, B, C] of a bias: channels of the output on axis 2
             return _times(self.vjp(call, base, arg, keep), factor, 2)
         return self.vjp(replace(call, xs=[call.xs[0], _times(call.xs[1], factor, 1)]), base, 0, keep)
+
+    # Where max-pooling picked elements, the windows at these places are all that the weights of each channel meet.
+
+    def vjp_picked(self, call: Call, cotangent: Picked, arg: int, keep: bool) -> Tensor | None:
+        (n, b, _, c, places), space = cotangent.base.shape, cotangent.space.numel()
+        if arg == 2:
+            return cotangent.in_order(0, 1, 3, 2, 4).flatten(3).sum(3)
+        x, w = call.xs[:2]
+        rows = w[0, 0].numel()
+        if arg == 0 or w.shape[0] > 1 or call.node.arg("transposed") or not n == x.shape[0] == len(cotangent.index):
+            return None
+        if 2 * places > space or places * rows > b * space:
+            return None  # neither fewer operations nor less memory than spread out
+        kept = call.memo.get("picked")
+        if kept is None or kept[0] is not cotangent.index or kept[1] is not keep:
+            stride, padding, dilation, _, _, groups = self._settings(call.node)
+            windows = kernels.picked_windows(
+                _merge(x, 1), cotangent.index[:, 0], w.shape[3:], stride, padding, dilation, groups, keep
+            )
+            kept = (cotangent.index, keep, windows.transpose(1, 2))
+            if windows.numel() <= _KEPT:
+                call.memo["picked"] = kept
+        if keep:
+            grad = cotangent.in_order(0, 3, 1, 2, 4).reshape(n * c, b, -1) @ kept[2]  # [N·C, B, rows]
+            return grad.reshape(n, c, b, -1).transpose(1, 2).reshape(n, b, *w.shape[1:])
+        grad = cotangent.in_order(3, 1, 0, 2, 4).reshape(c, b, -1) @ kept[2]  # [C, B, rows]
+        return grad.transpose(0, 1).reshape(1, b, *w.shape[1:])
 
     def curvature(
         self, call: Call, adjoint: Tensor, tangents: Tangents, args: Iterable[int], keep: bool

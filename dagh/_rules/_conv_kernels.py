@@ -44,6 +44,29 @@ def padded_windows(
     return windows(pad_space(x.contiguous(), padding), kernel, stride, dilation)
 
 
+def picked_windows(
+    x: Tensor,
+    index: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    keep: bool,
+) -> Tensor:
+    """Windows of ``x`` ``[M, C', *space]`` at some positions ``index`` ``[N, m, C, L]`` of each output channel.
+
+    Those of the channel's group: ``[N·C, C'/groups·taps, m·L]``, or ``[C, C'/groups·taps, N·m·L]`` without ``keep``.
+    """
+    n, m, c, _ = index.shape
+    cols = padded_windows(x, kernel, stride, padding, dilation).flatten(2 + len(kernel))
+    cols = cols.reshape(n, m, groups, 1, -1, cols.shape[-1]).expand(-1, -1, -1, c // groups, -1, -1)
+    place = index.reshape(n, m, groups, c // groups, 1, -1).expand(-1, -1, -1, -1, cols.shape[4], -1)
+    order = (0, 2, 3, 4, 1, 5) if keep else (2, 3, 4, 0, 1, 5)
+    picked = cols.permute(order).gather(5, place.permute(order))
+    return picked.reshape(n * c if keep else c, cols.shape[4], -1)
+
+
 def channels_last(x: Tensor) -> Tensor:
     """The same numbers with channels innermost in memory, where oneDNN is the faster for it."""
     if x.device.type != "cpu" or x.dtype != torch.float32:

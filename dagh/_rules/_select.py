@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dagh._bundles import Picked
 from dagh._ir import Node
 from dagh._rules._axes import bundle
 from dagh._rules._base import Call, KinkSites, Rule, Tangents, Ties, register_rule
 from dagh._rules._conv_kernels import windows
 from dagh.errors import ReductionError
+
+#: Positions of a window up to which comparing them one after another is faster than PyTorch's kernel for the CPU.
+_FEW = 9
 
 _POOL = {1: torch.nn.functional.max_pool1d, 2: torch.nn.functional.max_pool2d, 3: torch.nn.functional.max_pool3d}
 
@@ -93,8 +100,28 @@ class MaxPool(Rule):
 
     def value(self, node: Node, xs: list[Tensor], kink: Any = None) -> Tensor:
         x = xs[0]
+        taps = self._taps(node, x)
+        if taps:
+            return functools.reduce(torch.maximum, taps)
         out = node.call([x.reshape(-1, *x.shape[2:])])
         return out.reshape(x.shape[0], *node.shape)
+
+    def _taps(self, node: Node, x: Tensor) -> list[Tensor]:
+        """What stands at each position of the windows, ``[N, m, C, *out]``, in the order in which PyTorch compares.
+
+        Empty on a GPU and for windows that are large or leave the space: there PyTorch's kernels are the faster.
+        """
+        kernel, stride, padding, dilation = self._settings(node)
+        out = node.shape[2:]
+        last = [(o - 1) * st + d * (k - 1) for o, st, k, d in zip(out, stride, kernel, dilation, strict=True)]
+        inside = all(at < size for at, size in zip(last, x.shape[3:], strict=True)) and not any(padding)
+        if x.device.type != "cpu" or not inside or not 2 <= math.prod(kernel) <= _FEW:
+            return []
+        cuts = [
+            [slice(k * d, k * d + (o - 1) * st + 1, st) for k in range(size)]
+            for o, st, size, d in zip(out, stride, kernel, dilation, strict=True)
+        ]
+        return [x[(slice(None),) * 3 + cut] for cut in itertools.product(*cuts)]
 
     def _windows(self, call: Call) -> tuple[Tensor, Tensor]:
         """Values ``[N, m, C, K, L]`` (−inf where padded) and flat input positions ``[K, L]`` of every window."""
@@ -156,6 +183,17 @@ class MaxPool(Rule):
     def _pooled(self, call: Call, x: Tensor) -> Tensor:
         """PyTorch's index within the space of each window's maximum."""
         kernel, stride, padding, dilation = self._settings(call.node)
+        taps = self._taps(call.node, call.xs[0])
+        if taps:
+            space = call.xs[0].shape[3:]
+            places = self._taps(call.node, torch.arange(space.numel(), device="cpu").reshape(1, 1, 1, *space))
+            missed = taps[0] != call.out
+            number = missed.to(torch.uint8)  # positions before the first of equals
+            for tap in taps[1:-1]:
+                missed &= tap != call.out
+                number += missed.view(torch.uint8)
+            distance = torch.stack([p.flatten()[0] for p in places])
+            return distance.index_select(0, number.flatten().int()).reshape(number.shape) + places[0]
         settings = (kernel, stride, padding, dilation, bool(call.arg("ceil_mode")))
         index: Tensor = _POOL[len(kernel)](x, *settings, return_indices=True)[1]
         return index
@@ -173,19 +211,22 @@ class MaxPool(Rule):
         return out.reshape(n, t.shape[1], *call.node.shape)
 
     def vjp(self, call: Call, cotangent: Tensor, arg: int, keep: bool) -> Tensor:
+        picked = self.picked(call, cotangent)
+        if picked is not None:
+            return picked.value()
         shape = call.node.inputs[0].shape
-        s = cotangent.flatten(4)
-        n = max(s.shape[0], call.xs[0].shape[0])
-        s = s.expand(n, *s.shape[1:])
-        out = s.new_zeros(*s.shape[:4], shape[2:].numel())
-        if call.kink is None or isinstance(call.kink, Tensor):
-            index = self._index(call)
-            out.scatter_add_(4, index.expand(n, s.shape[1], *index.shape[2:]), s)
-        else:
-            weights, places = self._weights(call)
-            spread = (s.unsqueeze(4) * bundle(weights)).flatten(4)
-            out.index_add_(4, places.flatten(), spread)
-        return out.reshape(*cotangent.shape[:0], n, s.shape[1], *shape)
+        weights, places = self._weights(call)
+        spread = (cotangent.flatten(4).unsqueeze(4) * bundle(weights)).flatten(4)
+        out = spread.new_zeros(*spread.shape[:4], shape[2:].numel())
+        out.index_add_(4, places.flatten(), spread)
+        return out.reshape(*spread.shape[:2], *shape)
+
+    def picked(self, call: Call, cotangent: Tensor) -> Picked | None:
+        if call.kink is not None and not isinstance(call.kink, Tensor):
+            return None
+        s, index = cotangent.flatten(4), self._index(call)
+        n = max(s.shape[0], index.shape[0])
+        return Picked(s.expand(n, *s.shape[1:]), index, call.node.inputs[0].shape[2:])
 
     def kinks(self, call: Call) -> KinkSites | None:
         values, _ = self._windows(call)
@@ -226,6 +267,9 @@ class AdaptiveMaxPool(MaxPool):
 
     def flops(self, node: Node) -> int:
         return node.inputs[0].numel
+
+    def _taps(self, node: Node, x: Tensor) -> list[Tensor]:
+        return []
 
     def _windows(self, call: Call) -> tuple[Tensor, Tensor]:
         x = call.xs[0]
