@@ -20,6 +20,7 @@ from dagh._ir import Node
 from dagh._outer_blocks import add_outer
 from dagh._plan import Plan
 from dagh._plan_sweeps import Column
+from dagh._quadratic import entries
 from dagh._request import Request, itemsize
 from dagh._squares import add_square
 from dagh._state import State
@@ -157,6 +158,9 @@ def _add_column(share: _Share, column: Column, crossing: Crossing | None, result
 def _add_directions(share: _Share, column: Column, crossing: Crossing | None, result: Accumulator, part: slice) -> None:
     """Sweep some directions of a column and add what is found; nothing of it stays alive."""
     state, window = share.state, share.window
+    if isinstance(result, Entries) and column.one_way:
+        _add_entries(share, column, crossing, result, part)
+        return
     per_sample = result.keep or column.basis in ("activation", "input")
     tangents, found, own = _sweep_column(state, column, crossing, part, per_sample)
     if column.basis == "activation":
@@ -180,6 +184,17 @@ def _add_directions(share: _Share, column: Column, crossing: Crossing | None, re
                 result.add_mirrored(leaf, matrices(own)[0], column.gate.channels, part)
         else:
             result.add(leaf, row, piece, part, window)
+
+
+def _add_entries(share: _Share, column: Column, crossing: Crossing | None, result: Entries, part: slice) -> None:
+    each, common = entries(share.state, column, crossing, part)
+    channels = column.gate.channels if column.basis == "channel" and column.gate is not None else 1
+    for leaf in column.leaves:
+        if column.basis == "activation":
+            x = _outer.layer_inputs(share.state, share.plan.layers[leaf])[:, 0]  # [n, i]
+            result.add_squares(leaf, each, x, part, share.window)
+        else:
+            result.add_own(leaf, each if result.keep else each.sum(0) + common[0], channels, part, share.window)
 
 
 def _sweep_column(

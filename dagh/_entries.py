@@ -79,6 +79,17 @@ class Entries(Accumulator):
         """Add ``piece`` [rows, inputs], summed over samples, to the entries of a layer's weight or bias."""
         self._target(i, piece.shape[1])[rows] += piece
 
+    def add_squares(self, i: int, outputs: Tensor, inputs: Tensor, rows: slice, window: slice) -> None:
+        """Add ``outputs`` [n, rows] times the squares of a layer's ``inputs`` [n, i], to its weight or bias."""
+        self._add_products(i, outputs, inputs.square(), rows, window)
+
+    def add_own(self, i: int, piece: Tensor, channels: int, part: slice, window: slice) -> None:
+        """Add ``piece`` [(n,) C · part], members ``part`` of each of the channels."""
+        target = self.block(i, i)
+        target = target[window] if self.keep else target
+        lead = target.shape[:-1]
+        target.view(*lead, channels, -1)[..., part] += piece.reshape(*lead, channels, -1)
+
     def _target(self, i: int, inputs: int) -> Tensor:
         target = self.block(i, i)
         return target.view(*target.shape[:-1], -1, inputs)

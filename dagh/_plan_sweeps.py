@@ -79,6 +79,8 @@ class Column:
     alive: Alive = NOTHING
     square: Alive | None = None
     """What the tangents of all directions hold whose products are the leaf's block with itself: no way back."""
+    one_way: bool = False
+    """Diagonal entries are taken from tangents alone: no way back."""
     swept: Column | None = None
     """The same with all ways back, for samples that are kept apart."""
 

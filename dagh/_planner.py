@@ -22,7 +22,7 @@ from dagh._pricing import Key, Option, Reach, Sweeps, gate_of
 from dagh._request import Pair, Request, itemsize
 from dagh._rules import rule_for
 from dagh._rules._losses import factor_rows
-from dagh._square_plan import squared
+from dagh._square_plan import one_way, squared
 from dagh._strips import Strip
 from dagh._structure import reach, structure
 from dagh.errors import ReductionError, UnknownNameError
@@ -86,8 +86,9 @@ def make_plan(
         if limit is not None and sum(b.elements for b in bridges.values()) > limit // 2:
             columns, bridges = whole, {}
         columns = [parted(sweeps, replace(c, alive=sweeps.alive(c))) for c in columns]
-        if not request.entries:
-            columns = [squared(sweeps, c, limit) for c in columns]
+        columns = [one_way(sweeps, c) if request.entries else squared(sweeps, c, limit) for c in columns]
+        folding = {c.via for c in columns if not c.one_way}
+        bridges = {v: b if v in folding else replace(b, tables=()) for v, b in bridges.items()}
         bridges = {v: sweeps.measured(b) for v, b in bridges.items()}
     rows = list(
         dict.fromkeys(

@@ -55,6 +55,8 @@ def render(plan: Plan) -> RenderableType:
             lines.append(Text(f"{folded}: no sweep back from there, products with its tangents"))
     if squared := "; ".join(plan.names[c.leaves[0]] for c in plan.columns if c.square and not c.folded):
         lines.append(Text(f"{squared}: no sweep back, products of its tangents wherever the network is curved"))
+    if straight := "; ".join(" + ".join(plan.names[i] for i in c.leaves) for c in plan.columns if c.one_way):
+        lines.append(Text(f"{straight}: no sweep back, squares of tangents wherever the network is curved"))
     lines.append(blocks)
     if len(shown) > _SHOWN:
         lines.append(Text(f"… and {len(shown) - _SHOWN} more blocks (plan.routes has them all)"))

@@ -1,4 +1,6 @@
-"""Whether a leaf's block with itself is taken from its tangents alone (:mod:`dagh._squares`): prices of both ways."""
+"""What is taken from tangents alone, and its price: blocks of leaves with themselves where that is the cheaper way
+(:mod:`dagh._squares`), and diagonal entries (:mod:`dagh._quadratic`).
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ def squared(sweeps: Sweeps, column: Column, limit: int | None) -> Column:
     if column.basis not in ("parameter", "channel") or column.pairs != own or column.after:
         return column
     reach, seed, spread = sweeps.reach, column.seed, column.spread
-    within, held, met, back = sweeps.as_swept(column)
+    _, _, met, back = sweeps.as_swept(column)
     nothing = np.zeros(len(back), dtype=bool)
     curves = reach.packed(seed, met, back, spread)[0] if column.copies > 1 else nothing
     thin = reach.thin(seed) if column.copies > 1 else nothing
@@ -40,21 +42,43 @@ def squared(sweeps: Sweeps, column: Column, limit: int | None) -> Column:
         products += 2.0 * half * column.width**2 * rows * others * p.numel
         written += column.width * (rows + others) * p.numel
 
-    def way_back(kind: Any) -> float:
-        whole = sweeps.sweep_cost(seed, (within, held, met, back), column.copies, kind, spread)
-        return column.width * (
-            whole - sweeps.sweep_cost(seed, (within, held, met, nothing), column.copies, kind, spread)
-        )
-
-    saved = way_back(reach.cost) - _NARROW * products - PASS * written
+    saved = _way_back(sweeps, column, reach.cost) - _NARROW * products - PASS * written
     alive = of_tangents(reach, column)
     if not pays(saved) or (limit is not None and 3 * alive.elements(1, column.width) > limit):
         return column
     return replace(
         column, square=alive, swept=column, cost=column.cost - saved,
-        flops=column.flops - way_back(reach.flops) + products,
-        moved=column.moved - way_back(reach.moved) + written,
+        flops=column.flops - _way_back(sweeps, column, reach.flops) + products,
+        moved=column.moved - _way_back(sweeps, column, reach.moved) + written,
     )  # fmt: skip
+
+
+def one_way(sweeps: Sweeps, column: Column) -> Column:
+    """The column of diagonal entries without a way back, where its directions are those of the entries."""
+    gate, reach = column.gate, sweeps.reach
+    if column.basis == "activation":
+        own = gate is not None and gate.rows == column.copies == 1
+        own = own and all(gate is not None and v is gate.node for v in column.targets.values())
+    else:
+        own = column.basis in ("parameter", "channel") and not column.after
+    if not own:
+        return column
+    return replace(
+        column, one_way=True, folded=False, cost=column.cost - _way_back(sweeps, column, reach.cost),
+        flops=column.flops - _way_back(sweeps, column, reach.flops),
+        moved=column.moved - _way_back(sweeps, column, reach.moved),
+    )  # fmt: skip
+
+
+def _way_back(sweeps: Sweeps, column: Column, kind: Any) -> float:
+    """What all ways back of a column take, of one kind of cost."""
+    within, held, met, back = sweeps.as_swept(column)
+    nothing = np.zeros(len(back), dtype=bool)
+    whole, there = (
+        sweeps.sweep_cost(column.seed, (within, held, met, b), column.copies, kind, column.spread)
+        for b in (back, nothing)
+    )
+    return column.width * (whole - there)
 
 
 def pays(saved: float) -> bool:

@@ -97,6 +97,7 @@ def _push_units(
     numbers = lazy.factor.expand(n, 1, *shape).reshape(n, -1)[:, units]
     bundles = {i: lazy.base for i, p in enumerate(node.inputs) if p is moving[0]}
     pushed = state.rule(node).jvp(state.call(node), bundles)
+    pushed = pushed[:1] if pushed.stride(0) == 0 else pushed
     return Scaled(pushed, numbers.reshape(n, members, *([1] * len(node.shape))))
 
 
