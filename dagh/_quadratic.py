@@ -50,23 +50,18 @@ def entries(state: State, column: Column, crossing: Crossing | None, part: slice
 
 def _weighed_squares(tangents: Tangents, node: Node, weights: Tensor) -> Tensor:
     """``Σ_k weights_k t_k²`` of the tangents of one node: ``[N, D]``; ``weights`` ``[N, 1, *shape]``."""
-    lazy, rank = tangents.lazy(node), len(node.shape)
-    weights = weights.expand(*weights.shape[: weights.dim() - rank], *node.shape) if rank else weights
+    weights = weights.expand(*weights.shape[:2], *node.shape)
     if node in tangents.channelwise:
-        t = tangents[node]
-        return _by_channel(t.square() * weights)
-    numbers: Tensor | float = 1.0
-    if lazy is not None and lazy.base.shape[0] == 1:
-        # Neither the numbers of single directions nor the factors of single elements are multiplied out.
-        t = lazy.base
-        if isinstance(lazy.factor, Tensor) and lazy.factor.shape[1] > 1:
-            if lazy.factor.shape[2:].numel() > 1:
-                return ((lazy.value()) ** 2 * weights).flatten(2).sum(2)
-            numbers = lazy.factor.flatten(1).square()
-        else:
-            weights = weights * lazy.factor * lazy.factor
-    else:
-        t = tangents[node]
+        return _by_channel(tangents[node].square() * weights)
+    lazy, numbers = tangents.lazy(node), weights.new_ones(())
+    t: Tensor | None = None
+    if lazy is not None and lazy.base.shape[0] == 1 and isinstance(lazy.factor, Tensor):
+        # Neither the factors of single elements nor the numbers of single directions are multiplied out.
+        if lazy.factor.shape[1] == 1:
+            t, weights = lazy.base, weights * lazy.factor.square()
+        elif lazy.factor.shape[2:].numel() == 1:
+            t, numbers = lazy.base, lazy.factor.flatten(1).square()
+    t = tangents[node] if t is None else t
     if t.shape[0] == 1:
         return (weights.reshape(len(weights), -1) @ t.reshape(t.shape[1], -1).square().T) * numbers
     squares = t.reshape(*t.shape[:2], -1).square()

@@ -47,7 +47,9 @@ def build(case: str) -> tuple[nn.Module, tuple[int, ...]]:
     if case == "weight norm":
         return WeightNorm(), (3,)
     if case == "layers":
-        layers = (nn.Linear(3, 6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 4))
+        layers = (
+            nn.Linear(3, 6), nn.Tanh(), nn.Softplus(), nn.LayerNorm(6), nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 4),
+        )  # fmt: skip
         return nn.Sequential(*layers), (3,)
     if case == "tokens":
         layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True, activation="gelu")
