@@ -63,8 +63,9 @@ def one_way(sweeps: Sweeps, column: Column) -> Column:
         own = column.basis in ("parameter", "channel") and not column.after
     if not own:
         return column
+    alive = min(of_tangents(reach, column), column.alive, key=lambda a: a.elements(1, 1))
     return replace(
-        column, one_way=True, folded=False, cost=column.cost - _way_back(sweeps, column, reach.cost),
+        column, one_way=True, folded=False, alive=alive, cost=column.cost - _way_back(sweeps, column, reach.cost),
         flops=column.flops - _way_back(sweeps, column, reach.flops),
         moved=column.moved - _way_back(sweeps, column, reach.moved),
     )  # fmt: skip
