@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dagh import _contract, _memory, _outer, _sweep
 from dagh._accumulate import Accumulator
-from dagh._bridge import Crossing, build, chosen, cross, fold, seeds
+from dagh._bridge import Crossing, build, cross, directions, fold, seeds
 from dagh._bundles import Tangents, matrices
 from dagh._chunks import ranges
 from dagh._entries import Entries
@@ -188,30 +188,24 @@ def _add_directions(share: _Share, column: Column, crossing: Crossing | None, re
 
 def _add_entries(share: _Share, column: Column, crossing: Crossing | None, result: Entries, part: slice) -> None:
     each, common = entries(share.state, column, crossing, part)
-    channels = column.gate.channels if column.basis == "channel" and column.gate is not None else 1
     for leaf in column.leaves:
         if column.basis == "activation":
             x = _outer.layer_inputs(share.state, share.plan.layers[leaf])[:, 0]  # [n, i]
             result.add_squares(leaf, each, x, part, share.window)
         else:
-            result.add_own(leaf, each if result.keep else each.sum(0) + common[0], channels, part, share.window)
+            piece = each if result.keep else each.sum(0) + common[0]
+            result.add_own(leaf, piece, column.copies, part, share.window)
 
 
 def _sweep_column(
     state: State, column: Column, crossing: Crossing | None, part: slice, per_sample: bool
 ) -> tuple[Tangents, Tangents, Tensor | None]:
     """The tangents, the rows at the targets, and those of them that are to be mirrored, too: products taken once."""
-    seed = seeds(state, column, part)
     if column.basis == "input":
-        n = state.samples
-        start = {column.seed: seed.expand(n, *seed.shape[1:])}
+        seed = seeds(state, column, part)
+        start = {column.seed: seed.expand(state.samples, *seed.shape[1:])}
         return Tangents({}), _sweep.pull_back(state, start, list(column.targets.values()), keep=per_sample), None
-    units = chosen(column, part) if column.copies == 1 and column.basis != "channel" else None
-    start = {column.seed: seed}
-    del seed
-    tangents = _sweep.push_forward(
-        state, start, column.within, column.held, channelwise=column.copies > 1, trim=True, units=units
-    )
+    tangents = directions(state, column, part)
     targets, curved, spare = list(column.targets.values()), column.curved, column.paths
     passed = column.passed(part.start // column.order)
     if crossing is None:

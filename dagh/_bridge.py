@@ -111,6 +111,15 @@ def chosen(sweep: Column | Table, part: slice) -> Tensor:
     return torch.arange(each, device="cpu").reshape(order, -1)[:, outputs].flatten()
 
 
+def directions(state: State, column: Column, part: slice) -> Tangents:
+    """Tangents of what a column holds, by some of its directions."""
+    units = chosen(column, part) if column.copies == 1 and column.basis != "channel" else None
+    start = {column.seed: seeds(state, column, part)}
+    return _sweep.push_forward(
+        state, start, column.within, column.held, channelwise=column.copies > 1, trim=True, units=units
+    )
+
+
 def unit_vectors(node: Node, copies: int, chosen: Tensor, like: Tensor) -> Tensor:
     """Some of the basis of a node: ``[1, B, *shape]``, alike in each of the channels (tokens) it stands for."""
     each, shape = node.numel // copies, node.shape

@@ -87,8 +87,7 @@ class Picked:
 
     def value(self) -> Tensor:
         out = self.base.new_zeros(*self.base.shape[:4], self.space.numel())
-        base = self.base if isinstance(self.factor, float) and self.factor == 1.0 else self.base * self.factor
-        out.scatter_add_(4, self.index.expand_as(base), base)
+        out.scatter_add_(4, self.index.expand_as(self.base), self.in_order(0, 1, 2, 3, 4))
         return out.reshape(*self.base.shape[:4], *self.space)
 
 

@@ -24,16 +24,12 @@ class Entries(Accumulator):
             return self.blocks[i, i]
 
     def add(self, i: int, j: int, piece: Tensor, rows: slice, window: slice, columns: slice = slice(None)) -> None:
-        lead = (window,) if self.keep else ()
-        self.block(i, j)[(*lead, rows)] += piece[..., rows].diagonal(dim1=-2, dim2=-1)
+        self.add_own(i, piece[..., rows].diagonal(dim1=-2, dim2=-1), 1, rows, window)
 
     def add_channels(self, i: int, j: int, piece: Tensor, channels: int, part: slice, window: slice) -> None:
-        target = self.block(i, j)
-        target = target[window] if self.keep else target
-        width = target.shape[-1] // channels
-        grid = piece.reshape(*target.shape[:-1], channels, part.stop - part.start, channels, width)[..., part]
+        grid = piece.reshape(*piece.shape[:-2], channels, part.stop - part.start, channels, -1)[..., part]
         own = grid.diagonal(dim1=-4, dim2=-2).diagonal(dim1=-3, dim2=-2)  # [(n,) C, part]
-        target.view(*target.shape[:-1], channels, width)[..., part] += own
+        self.add_own(i, own, channels, part, window)
 
     def add_mirrored(self, i: int, piece: Tensor, channels: int, part: slice) -> None:
         """Nothing: members after ``part`` against those of it lie beside the diagonal."""
@@ -84,7 +80,7 @@ class Entries(Accumulator):
         self._add_products(i, outputs, inputs.square(), rows, window)
 
     def add_own(self, i: int, piece: Tensor, channels: int, part: slice, window: slice) -> None:
-        """Add ``piece`` [(n,) C · part], members ``part`` of each of the channels."""
+        """Add ``piece`` [(n,) C · part], for the members ``part`` of each of the channels."""
         target = self.block(i, i)
         target = target[window] if self.keep else target
         lead = target.shape[:-1]

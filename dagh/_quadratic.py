@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dagh import _sweep
-from dagh._bridge import Crossing, chosen, cross, seeds
+from dagh._bridge import Crossing, cross, directions
 from dagh._bundles import Scaled, Tangents
 from dagh._ir import Node
 from dagh._plan_sweeps import Column
@@ -17,12 +17,8 @@ from dagh._state import State
 
 def entries(state: State, column: Column, crossing: Crossing | None, part: slice) -> tuple[Tensor, Tensor]:
     """``tᵀ H_F t`` of some directions of the column, ``[N, D]``, and what belongs to no sample alone, ``[1, D]``."""
-    units = chosen(column, part) if column.copies == 1 and column.basis != "channel" else None
-    start = {column.seed: seeds(state, column, part)}
-    tangents = _sweep.push_forward(
-        state, start, column.within, column.held, channelwise=column.copies > 1, trim=True, units=units
-    )
-    count = (part.stop - part.start) * (column.copies if column.copies > 1 else 1)
+    tangents = directions(state, column, part)
+    count = (part.stop - part.start) * column.copies
     each, common = state.weights.new_zeros(state.samples, count), state.weights.new_zeros(1, count)
 
     def add(found: Tensor) -> None:

@@ -42,20 +42,20 @@ def squared(sweeps: Sweeps, column: Column, limit: int | None) -> Column:
         products += 2.0 * half * column.width**2 * rows * others * p.numel
         written += column.width * (rows + others) * p.numel
 
-    saved = _way_back(sweeps, column, reach.cost) - _NARROW * products - PASS * written
+    cost, flops, moved = _way_back(sweeps, column)
+    saved = cost - _NARROW * products - PASS * written
     alive = of_tangents(reach, column)
     if not pays(saved) or (limit is not None and 3 * alive.elements(1, column.width) > limit):
         return column
     return replace(
-        column, square=alive, swept=column, cost=column.cost - saved,
-        flops=column.flops - _way_back(sweeps, column, reach.flops) + products,
-        moved=column.moved - _way_back(sweeps, column, reach.moved) + written,
+        column, square=alive, swept=column, cost=column.cost - saved, flops=column.flops - flops + products,
+        moved=column.moved - moved + written,
     )  # fmt: skip
 
 
 def one_way(sweeps: Sweeps, column: Column) -> Column:
     """The column of diagonal entries without a way back, where its directions are those of the entries."""
-    gate, reach = column.gate, sweeps.reach
+    gate = column.gate
     if column.basis == "activation":
         own = gate is not None and gate.rows == column.copies == 1
         own = own and all(gate is not None and v is gate.node for v in column.targets.values())
@@ -63,23 +63,27 @@ def one_way(sweeps: Sweeps, column: Column) -> Column:
         own = column.basis in ("parameter", "channel") and not column.after
     if not own:
         return column
-    alive = min(of_tangents(reach, column), column.alive, key=lambda a: a.elements(1, 1))
+    alive = min(of_tangents(sweeps.reach, column), column.alive, key=lambda a: a.elements(1, 1))
+    cost, flops, moved = _way_back(sweeps, column)
     return replace(
-        column, one_way=True, folded=False, alive=alive, cost=column.cost - _way_back(sweeps, column, reach.cost),
-        flops=column.flops - _way_back(sweeps, column, reach.flops),
-        moved=column.moved - _way_back(sweeps, column, reach.moved),
+        column, one_way=True, folded=False, alive=alive, cost=column.cost - cost, flops=column.flops - flops,
+        moved=column.moved - moved,
     )  # fmt: skip
 
 
-def _way_back(sweeps: Sweeps, column: Column, kind: Any) -> float:
-    """What all ways back of a column take, of one kind of cost."""
+def _way_back(sweeps: Sweeps, column: Column) -> tuple[float, float, float]:
+    """Price, arithmetic and elements written of all ways back of a column."""
     within, held, met, back = sweeps.as_swept(column)
     nothing = np.zeros(len(back), dtype=bool)
-    whole, there = (
-        sweeps.sweep_cost(column.seed, (within, held, met, b), column.copies, kind, column.spread)
-        for b in (back, nothing)
-    )
-    return column.width * (whole - there)
+
+    def of(kind: Any) -> float:
+        whole, there = (
+            sweeps.sweep_cost(column.seed, (within, held, met, b), column.copies, kind, column.spread)
+            for b in (back, nothing)
+        )
+        return float(column.width * (whole - there))
+
+    return of(sweeps.reach.cost), of(sweeps.reach.flops), of(sweeps.reach.moved)
 
 
 def pays(saved: float) -> bool:

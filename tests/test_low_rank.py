@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from oracles import Blocks, ggn_reference
+from parts import random_statistics
 from torch import Tensor, nn
 
 import dagh
@@ -30,8 +31,7 @@ def convolutions(seed: int = 0) -> nn.Sequential:
     for module in net:
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight)
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2.0)
+    random_statistics(net)
     return net.double().eval()
 
 
