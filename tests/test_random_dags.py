@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -37,6 +38,7 @@ class Recipe:
     steps: list[Step] = field(default_factory=list)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     unused: set[int] = field(default_factory=set)
+    taken: set[int] = field(default_factory=set)  # since the last step
 
     def parameter(self, *shape: int) -> str:
         """A parameter of this shape: an old one half of the time, so that tensors are shared."""
@@ -54,15 +56,22 @@ class Recipe:
     def add(self, width: int, text: str, run: Callable[[nn.ParameterDict, list[Tensor]], Tensor]) -> int:
         self.steps.append(Step(f"v{len(self.widths)} = {text}", run))
         self.widths.append(width)
+        self.unused -= self.taken
         self.unused.add(len(self.widths) - 1)
+        self.taken = set()
         return len(self.widths) - 1
 
-    def take(self) -> int:
-        """An earlier value, the unused ones and the last ones more often."""
-        pool = [*self.unused, *self.unused, *range(len(self.widths))]
-        i = self.rng.choice(pool)
-        self.unused.discard(i)
+    def take(self, among: Sequence[int] | None = None) -> int:
+        """An earlier value, used once a step is added; without a choice, more often one that no step has used."""
+        free = self.unused - self.taken
+        i = self.rng.choice(among or [*free, *free, *range(len(self.widths))])
+        self.taken.add(i)
         return i
+
+    def build(self) -> None:
+        """Try one more step: what a builder took and made no step of stays unused."""
+        self.taken = set()
+        self.rng.choice(BUILDERS)(self)
 
     def describe(self) -> str:
         return "\n".join([f"parameters {self.shapes}", *(s.text for s in self.steps)])
@@ -101,8 +110,7 @@ def linear(r: Recipe) -> None:
 def merge(r: Recipe) -> None:
     i = r.take()
     same = [j for j in range(len(r.widths)) if r.widths[j] == r.widths[i]]
-    j = r.rng.choice(same)
-    r.unused.discard(j)
+    j = r.take(same)
     how = r.rng.choice(["add", "sub", "mul", "div", "max", "addcmul"])
     ops: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "add": lambda a, b: a + 0.5 * b,
@@ -249,7 +257,7 @@ class RandomNet(nn.Module):
         self.recipe = Recipe(rng, [3])
         linear(self.recipe)
         while len(self.recipe.steps) < length:
-            rng.choice(BUILDERS)(self.recipe)
+            self.recipe.build()
             if self.recipe.size > MAX_PARAMETERS - 32:
                 break
         rest = sorted(self.recipe.unused)
@@ -261,7 +269,7 @@ class RandomNet(nn.Module):
         )
         width = sum(self.recipe.widths[i] for i in rest)
         self.head = nn.Parameter(
-            0.6 * torch.randn(min(2, (MAX_PARAMETERS - self.recipe.size) // width) or 1, width).double()
+            0.6 * torch.randn(max(1, min(2, (MAX_PARAMETERS - self.recipe.size) // width)), width).double()
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -352,8 +360,12 @@ def test_random_dag(seed: int, length: int, samples: int, loss: str) -> None:
     check(seed, length, samples, loss)
 
 
+# DAGH_EXAMPLES=2000 looks at that many networks that no run before has seen; without it every run sees the same.
+EXPLORE = int(os.environ.get("DAGH_EXAMPLES", "0"))
+
+
 @pytest.mark.slow
-@settings(max_examples=100, **{**COMMON, "derandomize": False})
+@settings(max_examples=EXPLORE or 100, **{**COMMON, "derandomize": not EXPLORE})
 @given(**PROBLEMS)
 def test_many_random_dags(seed: int, length: int, samples: int, loss: str) -> None:
     check(seed, length, samples, loss)
