@@ -24,11 +24,8 @@ from dagh._block_base import (
 from dagh._block_layers import layers_share, write_layers
 from dagh._block_pairs import multiply_adds
 from dagh._block_simple import DiagonalBlock, ZeroBlock
-from dagh._chunks import ranges
+from dagh._chunks import panels
 from dagh.errors import ShapeError
-
-#: Rows written out at once where the rest follows by symmetry.
-_PANEL = 256
 
 
 class LowRankBlock(Block):
@@ -63,7 +60,7 @@ class LowRankBlock(Block):
         if self.left is not self.right:
             super().write_into(out)
             return
-        for part in ranges(self.shape[0], _PANEL):  # symmetric: the upper half, and its mirror image
+        for part in panels(self.shape[0]):  # symmetric: the upper half, and its mirror image
             panel = (self.left[..., part] * self.signs[..., None]).mT @ self.right[..., part.start :]
             width = part.stop - part.start
             own = panel[..., :width]

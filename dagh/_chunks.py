@@ -18,6 +18,11 @@ def ranges(count: int, step: int, start: int = 0) -> Iterator[slice]:
         yield slice(at, min(at + step, count))
 
 
+def panels(size: int) -> Iterator[slice]:
+    """Rows of a symmetric product: enough at once for full speed, few enough to skip most of the lower half."""
+    return ranges(size, min(256, max(64, size // 4)))
+
+
 def fitting(most: int, working: float, held: float, largest: int, size: int) -> int:
     """How many of ``most`` are taken at once, at least 1: each holds ``held`` numbers of ``size`` bytes.
 

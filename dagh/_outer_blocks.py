@@ -9,15 +9,12 @@ from torch import Tensor
 
 from dagh import _outer
 from dagh._accumulate import Accumulator
-from dagh._chunks import ranges
+from dagh._chunks import panels, ranges
 from dagh._ir import Node
 from dagh._outer import Gathered, Rows
 from dagh._outer_plan import MIXED
 from dagh._plan import Plan
 from dagh._request import Pair
-
-#: Rows of one product of dense rows: enough for full speed, few enough to skip most of the lower half.
-_PANEL = 256
 
 
 def add_outer(
@@ -54,7 +51,7 @@ def add_outer(
         _add_all(rows, members, signs, result)
     else:
         for i, j in dense:
-            if i == j and _dense(rows[i]).shape[2] > _PANEL:
+            if i == j:
                 _add_all(rows, [i], signs, result)
             else:
                 result.add(i, j, _outer.combine_dense(rows[i], rows[j], signs), slice(None), window)
@@ -88,7 +85,7 @@ def _add_all(rows: Gathered, members: list[int], signs: Tensor | None, result: A
         joined = torch.cat([_dense(rows[i]).flatten(0, 1) for i in members], 1)
     left = joined if signs is None else joined * signs.reshape(-1, 1)
     ends = [0, *accumulate(_dense(rows[i]).shape[2] for i in members)]
-    for panel in ranges(ends[-1], _PANEL):
+    for panel in panels(ends[-1]):
         product = left[:, panel].T @ joined[:, panel.start :]
         for a, (first, last) in enumerate(pairwise(ends)):
             if first < panel.stop and last > panel.start:
